@@ -1,0 +1,83 @@
+"""CPQL and CPIQL: Chen, Li and Zhao 2024, Boosting Continuous Control with Consistency Policy.
+
+    critic   CPQL   (Q_i(s, a) - y)^2,  y = r + gamma (1 - d) min_j Q'_j(s', a'),  a' from the actor
+             CPIQL  (Q_i(s, a) - (r + gamma (1 - d) V(s')))^2  +  |tau - 1(u < 0)| u^2,
+                    u = min_j Q'_j(s, a) - V(s)                      (Kostrikov et al. 2022, eq. 5 and 6)
+    actor    L = alpha L_RC + eta L_Q
+
+L_RC is the reconstruction loss `cpql.consistency.denoise`, which the published code optimises; any other
+objective can take its place.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from cpql.agents.agent import Agent, AgentConfig, Metrics, Noise
+from cpql.data.transitions import Batch
+
+__all__ = ["CPQL", "CPQLConfig"]
+
+
+@dataclass(frozen=True)
+class CPQLConfig(AgentConfig):
+    """Settings of CPQL; the published code's own are `agent=cpql_published`.
+
+    Attributes:
+        critic_layer_norm: on, as published for offline training.
+        backup_actor: the online actor's action in the critic's target, as published.
+        alpha: weight of the actor's imitation loss.
+        critic: `q` is CPQL, `expectile` is CPIQL.
+        expectile: tau of CPIQL's value function.
+        expectile_q: whose Q the value function follows: the `target` critic's, as IQL's and CPQL's papers
+            have it, or the `online` critic's, as the published code has it (no target at all in CPIQL).
+    """
+
+    critic_layer_norm: bool = True
+    backup_actor: Literal["target", "online"] = "online"
+    alpha: float = 1.0
+    critic: Literal["q", "expectile"] = "q"
+    expectile: float = 0.7
+    expectile_q: Literal["target", "online"] = "target"
+
+
+class CPQL(Agent):
+    """CPQL (Chen et al. 2024, Algorithm 1), or CPIQL with `critic="expectile"`."""
+
+    config_class = CPQLConfig
+    config: CPQLConfig
+
+    @property
+    def has_value(self) -> bool:
+        """CPIQL's critic has one."""
+        return self.config.critic == "expectile"
+
+    def critic_loss(self, critic: Tensor, batch: Batch, noise: Noise) -> tuple[Tensor, Metrics]:
+        """Squared Bellman error of both critics, and CPIQL's expectile loss."""
+        q = self.critic(critic, "q", batch.observations, batch.actions)
+        if self.config.critic == "q":
+            target = self.bellman_target(batch, noise)
+            metrics = {"critic/q": q.mean(), "critic/target": target.mean()}
+            return (q - target).square().mean(-1).sum(), metrics
+
+        next_v = self.critic(critic, "v", batch.next_observations).detach()
+        target = batch.rewards + self.config.discount * (1.0 - batch.terminated) * next_v
+        of = self.state["critic_target"] if self.config.expectile_q == "target" else critic
+        best = self.critic(of, "q", batch.observations, batch.actions).amin(0).detach()
+        advantage = best - self.critic(critic, "v", batch.observations)
+        weight = torch.abs(self.config.expectile - (advantage < 0).float())
+        v_loss = (weight * advantage.square()).mean()
+        q_loss = (q - target).square().mean(-1).sum()
+        metrics = {"critic/q": q.mean(), "critic/v": next_v.mean(), "critic/v_loss": v_loss}
+        return q_loss + v_loss, metrics
+
+    def actor_loss(self, actor: Tensor, batch: Batch, noise: Noise) -> tuple[Tensor, Metrics]:
+        """`alpha L_RC + eta L_Q`."""
+        imitation, metrics = self.imitation_loss(actor, batch, noise, self.progress)
+        q_loss, more = self.q_loss(actor, batch, noise)
+        metrics |= {"actor/imitation": imitation, "actor/q_loss": q_loss, **more}
+        return self.config.alpha * imitation + self.config.eta * q_loss, metrics

@@ -1,0 +1,204 @@
+"""The command line: Hydra composes the configuration, cpql checks it, errors are one line."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, cast
+
+import hydra
+from hydra.core.config_store import ConfigStore
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+from rich.table import Table
+
+from cpql.config import BudgetConfig, DatasetConfig, TrainConfig, build, config_folder
+from cpql.errors import ConfigError, CpqlError, did_you_mean
+
+__all__ = ["evaluate", "train"]
+
+
+def _plain(value: Any) -> Any:
+    """A dataclass as nested dicts and lists, which is what YAML can hold."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _register() -> None:
+    """Give Hydra the dataclasses' defaults, so that no YAML repeats them, and our interpolations."""
+    from cpql.agents import AGENTS
+
+    store = ConfigStore.instance()
+    store.store(group="schema", name="budget", package="budget", node=_plain(BudgetConfig()))
+    store.store(group="schema", name="dataset", package="dataset", node=_plain(DatasetConfig()))
+    for name, agent in AGENTS.items():
+        node = _plain(agent.config_class())
+        del node["updates"]  # the budget says it
+        store.store(group="schema", name=name, package="agent", node=node)
+    OmegaConf.register_new_resolver("per_50k", lambda n: max(1, math.ceil(n / 50_000)), replace=True)
+
+
+def _choices(group: str) -> list[str]:
+    return sorted(path.stem for path in (config_folder() / group).glob("*.yaml"))
+
+
+def _check_words(config_name: str, words: list[str]) -> None:
+    """Refuse what Hydra would refuse, but name what is nearest."""
+    from hydra import compose, initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.errors import HydraException
+
+    if any(word.startswith("-") for word in words):
+        return
+    for word in words:
+        key, found, value = word.partition("=")
+        if not found:
+            raise ConfigError(
+                f"{word!r}: expected KEY=VALUE, for example env=hopper-medium; --help shows all"
+            )
+        if (
+            key in ("env", "agent", "dataset", "budget")
+            and config_name == "train"
+            and value not in _choices(key)
+        ):
+            raise ConfigError(f"{key}={value} does not exist: {did_you_mean(value, _choices(key))}")
+    try:
+        with initialize_config_dir(str(config_folder()), version_base="1.3"):
+            plain = compose(
+                config_name,
+                [w for w in words if w.partition("=")[0] in ("env", "agent", "dataset", "budget")],
+            )
+            known = set(_keys(OmegaConf.to_container(plain, resolve=False)))
+            for word in words:
+                key = word.partition("=")[0]
+                if not key.startswith(("+", "~", "hydra")) and key not in known:
+                    raise ConfigError(f"unknown setting {key!r}: {did_you_mean(key, known)}")
+            compose(config_name, words)
+    except HydraException as error:
+        raise ConfigError(" ".join(str(error).split())) from None
+    finally:
+        GlobalHydra.instance().clear()
+
+
+def _keys(content: Any, prefix: str = "") -> list[str]:
+    keys: list[str] = []
+    for key, value in content.items():
+        keys.append(prefix + str(key))
+        if isinstance(value, dict) and key != "published":
+            keys += _keys(value, f"{prefix}{key}.")
+    return keys
+
+
+def _main(config_name: str, task: Callable[[DictConfig], None]) -> None:
+    """Run a task under Hydra, with errors the user can mend as one line."""
+    _register()
+    traceback = "traceback=true" in sys.argv
+    try:
+        _check_words(config_name, sys.argv[1:])
+        folder = str(config_folder())
+        hydra.main(config_path=folder, config_name=config_name, version_base="1.3")(task)()
+    except CpqlError as error:
+        if traceback:
+            raise
+        Console(stderr=True, soft_wrap=True).print(f"[red]error[/] {error}", highlight=False)
+        sys.exit(130 if type(error).__name__ == "Interrupted" else 1)
+
+
+def _task(function: Callable[[DictConfig], None]) -> Callable[[DictConfig], None]:
+    """Carry our errors past Hydra, which would print its own account of them."""
+
+    def run(content: DictConfig) -> None:
+        try:
+            function(content)
+        except CpqlError as error:
+            if content.traceback:
+                raise
+            Console(stderr=True, soft_wrap=True).print(f"[red]error[/] {error}", highlight=False)
+            sys.exit(130 if type(error).__name__ == "Interrupted" else 1)
+
+    return run
+
+
+@_task
+def _train(content: DictConfig) -> None:
+    said = cast(dict[str, Any], OmegaConf.to_container(content, resolve=True))
+    said["agent"].pop("published", None)
+    config = build(TrainConfig, said, "configuration")
+    from cpql.training import summary
+    from cpql.training import train as run
+
+    console = Console(soft_wrap=True)
+    result = run(config, said, console)
+    console.print(summary(result, config.run_dir), highlight=False)
+
+
+@_task
+def _evaluate(content: DictConfig) -> None:
+    import torch
+
+    from cpql.checkpoint import write_text
+    from cpql.evaluation import evaluate as run
+    from cpql.policy import Policy, find_policy
+
+    if OmegaConf.is_missing(content, "checkpoint"):
+        raise ConfigError(
+            "checkpoint=... is missing: a run's folder, one of its checkpoints, or a policy's folder"
+        )
+    if content.episodes < 1:
+        raise ConfigError(f"episodes={content.episodes}: expected at least 1")
+    torch.set_num_threads(content.threads)
+    folder = find_policy(Path(content.checkpoint))
+    policy = Policy.load(folder, content.device)
+    if content.candidates is not None:
+        policy.candidates = content.candidates
+    if content.temperature is not None:
+        policy.temperature = content.temperature
+    task = policy.config.task
+    if content.env_id is not None:
+        task = dataclasses.replace(task, id=content.env_id)
+    evaluation = run(policy, task, content.episodes, seed=content.seed, deterministic=content.deterministic)
+    origin = policy.config.origin
+    low, high = evaluation.interval
+    table = Table(title=f"{origin['agent']} on {task.name}, update {origin['step']:,}, seed {origin['seed']}")
+    for column in ("", "value"):
+        table.add_column(column)
+    behaviour = origin["data"]["return_mean"]
+    for name, value in (
+        (
+            "score (D4RL-normalised)",
+            f"{evaluation.score:.1f}  [{task.score(low):.1f}, {task.score(high):.1f}]",
+        ),
+        ("return", f"{evaluation.mean:,.1f} ± {evaluation.std:,.1f}  [{low:,.1f}, {high:,.1f}]"),
+        ("episode length", f"{sum(evaluation.lengths) / len(evaluation.lengths):,.1f}"),
+        ("episodes", str(len(evaluation.returns))),
+        ("behaviour's score", "unknown" if behaviour is None else f"{task.score(behaviour):.1f}"),
+        ("references", f"random {task.random_return:,.1f}, expert {task.expert_return:,.1f} (D4RL)"),
+        ("environment", task.id),
+        ("action rule", evaluation.rule),
+        ("data", f"{origin['data']['source']} {origin['data']['id']}"),
+    ):
+        table.add_row(name, value)
+    Console().print(table)
+    result = {"task": task.name, "policy": origin, **evaluation.to_dict()}
+    out = (
+        Path(content.out)
+        if content.out
+        else folder.resolve().parent / f"evaluation_{content.episodes}_{content.seed}.json"
+    )
+    write_text(out, json.dumps(result, indent=2, allow_nan=False) + "\n")
+    print(out)
+
+
+def train() -> None:
+    """`cpql-train`, the same as `python scripts/train.py`."""
+    _main("train", _train)
+
+
+def evaluate() -> None:
+    """`cpql-evaluate`, the same as `python scripts/evaluate.py`."""
+    _main("evaluate", _evaluate)

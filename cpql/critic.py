@@ -1,0 +1,65 @@
+"""Critics: `TwinCritic` for Q(s, a), `ValueFunction` for V(s)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from cpql.networks import MLP
+
+__all__ = ["TwinCritic", "ValueFunction"]
+
+
+class TwinCritic(nn.Module):
+    """Two Q-functions as one network with a members axis of 2."""
+
+    def __init__(
+        self,
+        state_dim: int,
+        action_dim: int,
+        hidden: Sequence[int] = (256, 256, 256),
+        *,
+        layer_norm: bool = False,
+        members: Sequence[int] = (),
+    ) -> None:
+        super().__init__()
+        self.members = tuple(members)
+        self.q = MLP(state_dim + action_dim, hidden, 1, (*members, 2), layer_norm)
+
+    def forward(self, state: Tensor, action: Tensor) -> Tensor:
+        """Both values of each pair.
+
+        Args:
+            state: [*members, *batch, S].
+            action: [*members, *batch, A]; batch is broadcast against the state's.
+
+        Returns:
+            [*members, 2, *batch].
+        """
+        m = len(self.members)
+        batch = torch.broadcast_shapes(state.shape[m:-1], action.shape[m:-1])  # type: ignore[no-untyped-call]
+        pair = torch.cat([x.expand(*x.shape[:m], *batch, x.shape[-1]) for x in (state, action)], -1)
+        q: Tensor = self.q(pair.reshape(*pair.shape[:m], 1, -1, pair.shape[-1]))
+        return q.reshape(*self.members, 2, *batch)
+
+
+class ValueFunction(nn.Module):
+    """A state's value V(s)."""
+
+    def __init__(
+        self,
+        state_dim: int,
+        hidden: Sequence[int] = (256, 256, 256),
+        *,
+        layer_norm: bool = False,
+        members: Sequence[int] = (),
+    ) -> None:
+        super().__init__()
+        self.v = MLP(state_dim, hidden, 1, members, layer_norm)
+
+    def forward(self, state: Tensor) -> Tensor:
+        """Map [*members, B, S] to [*members, B]."""
+        v: Tensor = self.v(state)
+        return v.squeeze(-1)

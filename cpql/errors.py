@@ -1,0 +1,34 @@
+"""What cpql raises when the user, not the program, has to act.
+
+The command line prints these as one line and exits with 1; from Python they are ordinary exceptions.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+__all__ = ["CheckpointError", "ConfigError", "CpqlError", "DataError", "did_you_mean"]
+
+
+class CpqlError(Exception):
+    """Base of all errors that have a cause the user can mend."""
+
+
+class ConfigError(CpqlError):
+    """A setting that doesn't exist or can't have that value."""
+
+
+class DataError(CpqlError):
+    """A dataset that is missing, broken or doesn't fit the task."""
+
+
+class CheckpointError(CpqlError):
+    """A checkpoint or run folder that can't be read, or mustn't be written."""
+
+
+def did_you_mean(name: str, options: Iterable[str]) -> str:
+    """Name the options nearest to `name`, or all of them where none is near: a clause for an error."""
+    options = sorted(options)
+    near = difflib.get_close_matches(name, options, n=3, cutoff=0.5)
+    return f"did you mean {' or '.join(near)}?" if near else f"choose from {', '.join(options)}"

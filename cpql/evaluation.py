@@ -1,0 +1,147 @@
+"""How a policy is scored: whole episodes in many environments at once, with all that a score depends on."""
+
+from __future__ import annotations
+
+import platform
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cpql.environments import make_environment
+from cpql.policy import Policy
+from cpql.tasks import Task
+
+__all__ = ["Evaluation", "evaluate", "versions"]
+
+
+def versions() -> dict[str, str]:
+    """Versions of what a score depends on."""
+    found = {"python": platform.python_version()}
+    for name in ("cpql", "torch", "gymnasium", "mujoco", "numpy"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Returns of some episodes.
+
+    Attributes:
+        task: gives the environment and the references of the score.
+        returns: undiscounted, one an episode.
+        lengths: in steps.
+        seed: episode i was reset with seed + i.
+        rule: how actions were chosen, in words.
+    """
+
+    task: Task
+    returns: tuple[float, ...]
+    lengths: tuple[int, ...]
+    seed: int
+    rule: str
+
+    @property
+    def mean(self) -> float:
+        """Mean return."""
+        return float(np.mean(self.returns))
+
+    @property
+    def std(self) -> float:
+        """Standard deviation of the returns (N - 1); 0 for one episode."""
+        return float(np.std(self.returns, ddof=1)) if len(self.returns) > 1 else 0.0
+
+    @property
+    def score(self) -> float:
+        """The mean return, normalised with the task's references, in percent."""
+        return self.task.score(self.mean)
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """95% interval of the mean return over episodes (Student's t); says nothing about training seeds."""
+        from scipy.stats import t
+
+        n = len(self.returns)
+        if n < 2:
+            return self.mean, self.mean
+        half = float(t.ppf(0.975, n - 1)) * self.std / n**0.5
+        return self.mean - half, self.mean + half
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of it, as JSON-able values."""
+        low, high = self.interval
+        return {
+            "score": self.score,
+            "score_interval": [self.task.score(low), self.task.score(high)],
+            "return_mean": self.mean,
+            "return_std": self.std,
+            "return_interval": [low, high],
+            "length_mean": float(np.mean(self.lengths)),
+            "episodes": len(self.returns),
+            "returns": list(self.returns),
+            "lengths": list(self.lengths),
+            "seed": self.seed,
+            "rule": self.rule,
+            "environment": self.task.id,
+            "references": {"random": self.task.random_return, "expert": self.task.expert_return},
+            "versions": versions(),
+        }
+
+
+def evaluate(
+    policy: Policy,
+    task: Task,
+    episodes: int,
+    *,
+    seed: int = 0,
+    deterministic: bool = False,
+    at_once: int = 50,
+) -> Evaluation:
+    """Run whole episodes and collect their returns.
+
+    Each episode has an environment and a reset seed of its own, so the result doesn't depend on which ones
+    end early. The policy is asked once a step for all that are still running.
+
+    Args:
+        policy: its noise is seeded with `seed`.
+        task: where to act.
+        episodes: how many.
+        seed: of the environments and the noise.
+        deterministic: see `Policy.predict`.
+        at_once: how many environments run side by side.
+    """
+    policy.seed(seed)
+    returns, lengths = np.zeros(episodes), np.zeros(episodes, np.int64)
+    for start in range(0, episodes, at_once):
+        indices = range(start, min(start + at_once, episodes))
+        environments = [make_environment(task.id) for _ in indices]
+        observations: list[NDArray[np.float64]] = [
+            environment.reset(seed=seed + index)[0]
+            for environment, index in zip(environments, indices, strict=True)
+        ]
+        running = list(range(len(environments)))
+        while running:
+            actions, _ = policy.predict(
+                np.stack([observations[i] for i in running]), None, None, deterministic
+            )
+            still = []
+            for i, action in zip(running, actions, strict=True):
+                observations[i], reward, terminated, truncated, _ = environments[i].step(action)
+                returns[start + i] += float(reward)
+                lengths[start + i] += 1
+                if not (terminated or truncated):
+                    still.append(i)
+            running = still
+        for environment in environments:
+            environment.close()
+    rule = "actor alone" if policy.candidates == 1 else f"{policy.candidates} candidates ranked by Q"
+    if policy.candidates > 1 and not deterministic:
+        rule += f", temperature {policy.temperature:g}"
+    rule += ", deterministic" if deterministic else ", sampled"
+    rule += f", {policy.actor.steps} step{'s' if policy.actor.steps > 1 else ''}"
+    return Evaluation(task, tuple(returns.tolist()), tuple(lengths.tolist()), seed, rule)

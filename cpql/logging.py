@@ -1,0 +1,186 @@
+"""Where figures go: CSV always, TensorBoard or Weights & Biases besides, and the terminal."""
+
+from __future__ import annotations
+
+import csv
+import time
+from collections import deque
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from cpql.checkpoint import write_text
+from cpql.errors import ConfigError
+
+__all__ = ["Bar", "CSVTable", "Logger", "make_logger", "progress"]
+
+
+class Logger(Protocol):
+    """Takes figures at steps."""
+
+    def log(self, step: int, figures: Mapping[str, float]) -> None:
+        """Take the figures of a step."""
+
+    def close(self) -> None:
+        """Write what is left."""
+
+
+class CSVTable:
+    """A CSV file with one row a step; rows after `step` are dropped, as a resumed run writes them anew."""
+
+    def __init__(self, path: Path, step: int = 0) -> None:
+        self.path = path
+        self.columns: list[str] = []
+        if path.exists():
+            with path.open(newline="") as file:
+                rows = list(csv.DictReader(file))
+            if rows:
+                self.columns = list(rows[0])
+                lines = [
+                    ",".join(self.columns),
+                    *(",".join(r.values()) for r in rows if int(r["step"]) <= step),
+                ]
+                write_text(path, "\n".join(lines) + "\n")
+
+    def log(self, step: int, figures: Mapping[str, float]) -> None:
+        """Append a row; the first one names the columns."""
+        row = {"step": step, **figures}
+        with self.path.open("a", newline="") as file:
+            writer = csv.writer(file, lineterminator="\n")
+            if not self.columns:
+                self.columns = list(row)
+                writer.writerow(self.columns)
+            writer.writerow([row[name] for name in self.columns])
+
+    def rows(self) -> list[dict[str, float]]:
+        """All rows as numbers."""
+        if not self.path.exists():
+            return []
+        with self.path.open(newline="") as file:
+            return [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
+
+    def close(self) -> None:
+        """Nothing is held open."""
+
+
+class TensorBoardLogger:
+    """Figures as TensorBoard scalars in the run's `tensorboard/`."""
+
+    def __init__(self, folder: Path) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            raise ConfigError("logger=tensorboard needs a package: pip install 'cpql[tensorboard]'") from None
+        self.writer: Any = SummaryWriter(str(folder / "tensorboard"))
+
+    def log(self, step: int, figures: Mapping[str, float]) -> None:
+        """Write scalars."""
+        for name, value in figures.items():
+            self.writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        """Flush."""
+        self.writer.close()
+
+
+class WandbLogger:
+    """Figures to Weights & Biases: offline, unless WANDB_MODE or an API key is set; needs no account."""
+
+    def __init__(self, folder: Path, name: str, config: dict[str, Any]) -> None:
+        import os
+
+        try:
+            import wandb
+        except ImportError:
+            raise ConfigError("logger=wandb needs a package: pip install 'cpql[wandb]'") from None
+        mode: Any = os.environ.get("WANDB_MODE", "online" if os.environ.get("WANDB_API_KEY") else "offline")
+        self.run: Any = wandb.init(project="cpql", name=name, dir=str(folder), config=config, mode=mode)
+
+    def log(self, step: int, figures: Mapping[str, float]) -> None:
+        """Log figures at a step."""
+        self.run.log(dict(figures), step=step)
+
+    def close(self) -> None:
+        """Finish the run."""
+        self.run.finish(quiet=True)
+
+
+def make_logger(kind: str, folder: Path, name: str, config: dict[str, Any]) -> Logger | None:
+    """The logger besides CSV, if one is asked for.
+
+    Raises:
+        ConfigError: its package is missing.
+    """
+    if kind == "tensorboard":
+        return TensorBoardLogger(folder)
+    if kind == "wandb":
+        return WandbLogger(folder, name, config)
+    return None
+
+
+class Bar:
+    """A progress bar on a terminal, a plain line now and then elsewhere."""
+
+    def __init__(self, console: Console, title: str, total: int, start: int = 0, every: float = 10.0) -> None:
+        self.console, self.title, self.total, self.every = console, title, total, every
+        self.recent: deque[tuple[float, int]] = (
+            deque()
+        )  # the last half minute, so that compiling isn't counted for ever
+        self.said = time.monotonic()
+        self.rich: Progress | None = None
+        self.id: TaskID | None = None
+        if console.is_terminal:
+            self.rich = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(bar_width=24),
+                TextColumn("{task.completed:,.0f}/{task.total:,.0f}"),
+                TextColumn("[cyan]{task.fields[text]}"),
+                TimeElapsedColumn(),
+                TextColumn("left"),
+                TimeRemainingColumn(),
+                console=console,
+            )
+            self.id = self.rich.add_task(title, total=total, completed=start, text="")
+            self.rich.start()
+
+    def update(self, done: int, text: str = "", force: bool = False) -> None:
+        """Show how far it is, with a text beside it."""
+        now = time.monotonic()
+        if not self.recent or now - self.recent[-1][0] > 0.5:
+            self.recent.append((now, done))
+        while len(self.recent) > 2 and now - self.recent[0][0] > 30.0:
+            self.recent.popleft()
+        then, before = self.recent[0]
+        speed = (done - before) / (now - then) if now > then else 0.0
+        if self.rich is not None and self.id is not None:
+            self.rich.update(self.id, completed=done, text=f"{speed:,.0f}/s {text}")
+        elif force or now - self.said >= self.every or done == self.total:
+            self.said = now
+            left = (self.total - done) / speed if speed > 0 else 0.0
+            minutes, seconds = divmod(round(left), 60)
+            line = (
+                f"{self.title} {done:,}/{self.total:,}",
+                f"{speed:,.0f}/s",
+                text,
+                f"{minutes}:{seconds:02d} left",
+            )
+            self.console.print("  ".join(filter(None, line)), highlight=False, soft_wrap=True)
+
+    def close(self) -> None:
+        """Leave the bar as it is."""
+        if self.rich is not None:
+            self.rich.stop()
+
+
+@contextmanager
+def progress(console: Console, title: str, total: int, start: int = 0) -> Iterator[Bar]:
+    """A bar that is closed whatever happens."""
+    bar = Bar(console, title, total, start)
+    try:
+        yield bar
+    finally:
+        bar.close()

@@ -1,0 +1,184 @@
+"""What a user runs: numpy observations in, numpy actions in the environment's own bounds out."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from cpql.actor import ActorConfig, ConsistencyActor, choose
+from cpql.config import build
+from cpql.critic import TwinCritic
+from cpql.errors import CheckpointError
+from cpql.tasks import Task
+
+__all__ = ["Policy", "PolicyConfig", "find_policy"]
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class PolicyConfig:
+    """Everything but weights that acting needs, and where the policy came from.
+
+    Attributes:
+        state_dim: width of observations.
+        action_dim: width of actions.
+        action_low: the environment's lower bounds.
+        action_high: its upper bounds.
+        actor: of the actor.
+        critic_hidden: widths of the critic's layers.
+        critic_layer_norm: whether the critic has LayerNorm.
+        candidates: how many actions compete by their value when acting; 1 is the actor alone.
+        temperature: of that choice.
+        task: what it was trained for.
+        origin: agent, step, seed, versions and dataset: the policy's provenance.
+    """
+
+    state_dim: int
+    action_dim: int
+    action_low: tuple[float, ...]
+    action_high: tuple[float, ...]
+    actor: ActorConfig
+    critic_hidden: tuple[int, ...]
+    critic_layer_norm: bool
+    candidates: int
+    temperature: float
+    task: Task
+    origin: dict[str, Any] = field(default_factory=dict)
+
+
+class Policy:
+    """A trained policy: `Policy.load("runs/...").predict(observation)`.
+
+    Attributes:
+        actor: the consistency actor, an ordinary module.
+        critic: the twin critic that ranks candidates.
+        config: see `PolicyConfig`.
+        candidates: may be changed at any time, as may `temperature`.
+    """
+
+    def __init__(self, actor: ConsistencyActor, critic: TwinCritic, config: PolicyConfig) -> None:
+        self.actor = actor.eval().requires_grad_(False)
+        self.critic = critic.eval().requires_grad_(False)
+        self.config = config
+        self.candidates, self.temperature = config.candidates, config.temperature
+        self.device = next(actor.parameters()).device
+        self.generator = torch.Generator(self.device)
+        self._low = np.asarray(config.action_low, np.float32)
+        self._span = np.asarray(config.action_high, np.float32) - self._low
+
+    def seed(self, seed: int) -> None:
+        """Start the policy's noise anew."""
+        self.generator.manual_seed(seed)
+
+    @torch.no_grad()
+    def predict(
+        self,
+        observation: ArrayLike,
+        state: Any = None,
+        episode_start: Any = None,
+        deterministic: bool = False,
+    ) -> tuple[NDArray[np.float32], None]:
+        """Act, with Stable-Baselines3's contract.
+
+        Args:
+            observation: [S] or [B, S].
+            state: unused; the policy has no memory.
+            episode_start: unused.
+            deterministic: the same action for the same observation: the actor alone starts from zero noise,
+                the candidates come from one fixed noise and the best wins.
+
+        Returns:
+            Actions in the environment's bounds, [A] or [B, A], and None.
+
+        Raises:
+            ValueError: the observation's width isn't the policy's.
+        """
+        array = np.asarray(observation, np.float32)
+        if array.ndim not in (1, 2) or array.shape[-1] != self.config.state_dim:
+            raise ValueError(
+                f"observation: expected shape [{self.config.state_dim}] or [B, {self.config.state_dim}], "
+                f"found {list(array.shape)}"
+            )
+        batch = torch.from_numpy(np.atleast_2d(array)).to(self.device)
+        generator = self.generator
+        if deterministic:
+            generator = torch.Generator(self.device).manual_seed(0)
+
+        def sample(s: Tensor) -> Tensor:
+            if not deterministic or self.candidates == 1:
+                noise = torch.zeros(self.actor.noise_shape(s), device=s.device) if deterministic else None
+                return self.actor.sample(s, generator=generator, noise=noise)
+            noise = torch.randn(self.actor.noise_shape(s[:1]), generator=generator, device=s.device)
+            return self.actor.sample(s, noise=noise.expand(self.actor.noise_shape(s)))
+
+        action = choose(
+            sample,
+            self.critic,
+            batch,
+            candidates=self.candidates,
+            temperature=0.0 if deterministic else self.temperature,
+            generator=generator,
+        )
+        scaled = self._low + (action.cpu().numpy() + 1.0) * 0.5 * self._span
+        return (scaled if array.ndim == 2 else scaled[0]), None
+
+    def save(self, folder: str | Path) -> None:
+        """Write `config.json` and `model.safetensors` into a folder, which must not exist yet."""
+        folder = Path(folder)
+        folder.mkdir(parents=True)
+        text = json.dumps({"format": FORMAT, **asdict(self.config)}, indent=2, allow_nan=False)
+        (folder / "config.json").write_text(text + "\n")
+        weights = nn.ModuleDict({"actor": self.actor, "critic": self.critic}).state_dict()
+        save_file({k: v.contiguous() for k, v in weights.items()}, folder / "model.safetensors")
+
+    @classmethod
+    def load(cls, path: str | Path, device: torch.device | str = "cpu") -> Policy:
+        """Read a policy from a run's folder (its last checkpoint), a checkpoint's, or a policy's.
+
+        Raises:
+            CheckpointError: there is none, or it can't be read. Nothing is unpickled.
+        """
+        folder = find_policy(Path(path))
+        try:
+            content = json.loads((folder / "config.json").read_text())
+            if content.pop("format", None) != FORMAT:
+                raise CheckpointError(f"{folder / 'config.json'}: not a policy of format {FORMAT}")
+            config = build(PolicyConfig, content, str(folder / "config.json"))
+            weights = load_file(folder / "model.safetensors", device=str(device))
+        except CheckpointError:
+            raise
+        except Exception as error:
+            raise CheckpointError(f"{folder}: no readable policy: {error}") from error
+        actor = ConsistencyActor(config.state_dim, config.action_dim, config.actor)
+        critic = TwinCritic(
+            config.state_dim, config.action_dim, config.critic_hidden, layer_norm=config.critic_layer_norm
+        )
+        both = nn.ModuleDict({"actor": actor, "critic": critic}).to(device)
+        try:
+            both.load_state_dict(weights)
+        except RuntimeError as error:
+            message = " ".join(str(error).split())
+            raise CheckpointError(f"{folder / 'model.safetensors'}: {message}") from error
+        return cls(actor, critic, config)
+
+
+def find_policy(path: Path) -> Path:
+    """The policy's folder below a run, a checkpoint or itself.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    for folder in (path, path / "policy", path / "last" / "policy", path / "checkpoints" / "last" / "policy"):
+        if (folder / "config.json").is_file() and (folder / "model.safetensors").is_file():
+            return folder
+    kind = "holds no policy (policy/config.json and model.safetensors)" if path.is_dir() else "does not exist"
+    raise CheckpointError(f"{path}: {kind}; give a run's folder or one of its checkpoints")

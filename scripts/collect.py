@@ -1,0 +1,185 @@
+"""Make embedded datasets, and the behaviours that they are collected with.
+
+    python scripts/collect.py dataset hopper-medium --size 1000000 --seed 0
+    python scripts/collect.py train Hopper-v4 --out runs/hopper_s0 --steps 1000000
+    python scripts/collect.py card runs/hopper_s0 --out cpql/data/behaviours/hopper
+
+`dataset` is what training does by itself where D4RL can't be had; here it can go to a file of your own.
+`train` and `card` made the behaviours that cpql ships: SAC by sbx (pip install 'cpql[behaviours]'), with a
+snapshot every 5,000 steps; the expert is the best, medium the one at a third of the expert's return.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cpql.errors import CpqlError
+
+if TYPE_CHECKING:
+    from cpql.tasks import Task
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; 0 when it went well, 1 after an error the user can mend."""
+    options = parser().parse_args(arguments)
+    try:
+        options.run(options)
+    except CpqlError as error:
+        if options.traceback:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def parser() -> argparse.ArgumentParser:
+    """Describe the commands."""
+    form = argparse.RawDescriptionHelpFormatter
+    top = argparse.ArgumentParser(prog="collect.py", description=__doc__, formatter_class=form)
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--traceback", action="store_true", help="show where an error came from")
+    commands = top.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(name: str, run: Any, text: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=text, description=text, parents=[common])
+        sub.set_defaults(run=run)
+        return sub
+
+    sub = command("dataset", dataset, "collect a dataset with the behaviours that cpql ships")
+    sub.add_argument("task", help="a task's name: hopper-medium")
+    sub.add_argument("--size", type=whole, default=1_000_000, help="transitions (default: %(default)s)")
+    sub.add_argument("--seed", type=int, default=0, help="same seed, same rows (default: %(default)s)")
+    sub.add_argument("--out", type=Path, help="HDF5 file in D4RL's layout (default: cpql's cache)")
+
+    sub = command("train", train, "train SAC with sbx, keeping snapshots; hours on a CPU")
+    sub.add_argument("environment", help="a Gymnasium id: Hopper-v4")
+    sub.add_argument("--out", type=Path, required=True, help="folder for the snapshots")
+    sub.add_argument("--seed", type=int, default=0, help="of the training (default: %(default)s)")
+    sub.add_argument(
+        "--steps", type=whole, default=1_000_000, help="environment steps (default: %(default)s)"
+    )
+    sub.add_argument(
+        "--period", type=whole, default=5_000, help="steps between snapshots (default: %(default)s)"
+    )
+
+    sub = command("card", card, "choose expert, medium and replay snapshots and write a behaviour folder")
+    sub.add_argument("snapshots", type=Path, help="folder that 'train' wrote")
+    sub.add_argument("--out", type=Path, required=True, help="behaviour folder: cpql/data/behaviours/hopper")
+    sub.add_argument("--environment", help="Gymnasium id, where training.json doesn't say")
+    sub.add_argument("--seed", type=int, help="of the training, where training.json doesn't say")
+    sub.add_argument("--period", type=whole, default=1, help="only steps divisible by this (default: all)")
+    sub.add_argument(
+        "--first-episodes", type=whole, default=10, help="for every snapshot (default: %(default)s)"
+    )
+    sub.add_argument(
+        "--episodes", type=whole, default=100, help="for those near a choice (default: %(default)s)"
+    )
+    sub.add_argument(
+        "--replay", type=whole, default=8, help="replay snapshots, at most (default: %(default)s)"
+    )
+    sub.add_argument("--expert-step", type=whole, help="take this snapshot, rather than the best")
+    sub.add_argument("--medium-step", type=whole, help="take this snapshot, rather than choose")
+    sub.add_argument("--medium-return", type=float, help="what medium should return (default: expert's / 3)")
+    sub.add_argument("--version", action="append", default=[], metavar="PACKAGE=VERSION", type=pair,
+                     help="used in training, where training.json doesn't say; may be repeated")  # fmt: skip
+    return top
+
+
+def whole(text: str) -> int:
+    """Read a positive whole number; 1_000_000 is one too."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text}: expected a positive whole number")
+    return value
+
+
+def pair(text: str) -> tuple[str, str]:
+    """Read PACKAGE=VERSION."""
+    package, sign, version = text.partition("=")
+    if not (package and sign and version):
+        raise argparse.ArgumentTypeError(f"{text}: expected PACKAGE=VERSION, such as sbx-rl=0.28.0")
+    return package, version
+
+
+def show(label: str, done: int, total: int) -> None:
+    """Show progress: one line that rewrites itself on a terminal, none elsewhere."""
+    if sys.stderr.isatty():
+        print(
+            f"\r{label}: {done:,} of {total:,}",
+            end="\n" if done == total else "",
+            file=sys.stderr,
+            flush=True,
+        )
+
+
+def dataset(options: argparse.Namespace) -> None:
+    """Collect a dataset."""
+    from cpql.data import embedded
+
+    task = find_task(options.task)
+    if options.out is None:
+        data = embedded.cached(
+            task, options.size, options.seed, show, lambda line: print(line, file=sys.stderr)
+        )
+    else:
+        data = embedded.save(task, options.size, options.seed, options.out, show)
+    print(data.provenance.line())
+    print(f"in {options.out or embedded.cache_folder() / (data.provenance.file or '')}")
+
+
+def train(options: argparse.Namespace) -> None:
+    """Train a behaviour."""
+    from cpql.data import embedded
+
+    embedded.train_behaviour(
+        options.environment,
+        options.out,
+        seed=options.seed,
+        steps=options.steps,
+        period=options.period,
+        progress=lambda _, done, total: print(f"{done:,} of {total:,} steps", flush=True),
+    )
+
+
+def card(options: argparse.Namespace) -> None:
+    """Choose snapshots."""
+    from cpql.data import embedded
+
+    written = embedded.make_card(
+        options.snapshots,
+        options.out,
+        options.environment,
+        seed=options.seed,
+        period=options.period,
+        first_episodes=options.first_episodes,
+        episodes=options.episodes,
+        replay=options.replay,
+        expert_step=options.expert_step,
+        medium_step=options.medium_step,
+        medium_return=options.medium_return,
+        versions=dict(options.version),
+        progress=show,
+    )
+    for entry in written["snapshots"]:
+        for rule in ("sampled", "deterministic"):
+            figures = entry[rule]
+            print(
+                f"{entry['role']:<7} step {entry['step']:>8,} {rule:<13} "
+                f"return {figures['return_mean']:8.1f} ± {figures['return_std']:6.1f}, "
+                f"length {figures['length_mean']:6.1f}, {figures['episodes']} episodes"
+            )
+    print(written["falls_short"] or "as good as D4RL's figures, where those are known")
+
+
+def find_task(name: str) -> Task:
+    """Look up a task by its name."""
+    from cpql.config import load_task
+
+    return load_task(name)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

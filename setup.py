@@ -1,0 +1,58 @@
+"""Packaging. `configs/` lies beside the package in a clone and ships inside it in the wheel."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+extras = {
+    "wandb": ["wandb>=0.17"],
+    "tensorboard": ["tensorboard>=2.15"],
+    "minari": ["minari[hdf5]>=0.5"],
+    "behaviours": ["sbx-rl>=0.20"],
+}
+
+setup(
+    name="cpql",
+    version="0.1.0",
+    description="Consistency policies for offline reinforcement learning",
+    long_description=Path("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="MIT",
+    python_requires=">=3.11",
+    packages=[*find_packages(include=["cpql", "cpql.*"]), "cpql.configs"],
+    package_dir={"cpql.configs": "configs"},
+    package_data={
+        "cpql": ["py.typed", "data/behaviours/*/*"],
+        "cpql.configs": ["*.yaml", "*/*.yaml"],
+    },
+    install_requires=[
+        "torch>=2.6",
+        "numpy>=1.26",
+        "scipy>=1.11",
+        "gymnasium[mujoco]>=1.0",
+        "h5py>=3.10",
+        "hydra-core>=1.3.5",
+        "pydantic>=2.7",
+        "safetensors>=0.4.3",
+        "rich>=13.7",
+        "matplotlib>=3.8",
+    ],
+    extras_require={
+        **extras,
+        "dev": [
+            *extras["wandb"],
+            *extras["tensorboard"],
+            "hypothesis>=6.100",
+            "mypy>=1.15",
+            "pytest>=8",
+            "pytest-timeout>=2.3",
+            "ruff>=0.9",
+            "types-PyYAML",
+            "types-setuptools",
+            "scipy-stubs",
+        ],
+    },
+    entry_points={
+        "console_scripts": ["cpql-train=cpql.cli:train", "cpql-evaluate=cpql.cli:evaluate"],
+    },
+)

@@ -1,0 +1,90 @@
+"""What the tests share: a small dataset, and small agents of every kind."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from cpql.actor import ActorConfig
+from cpql.agents import CPQL, Agent, AgentConfig, ConsistencyAC, ConsistencyACConfig, CPQLConfig, TargetConfig
+from cpql.data.transitions import Transitions
+
+torch.set_num_threads(1)
+
+SMALL = {"hidden": (32, 32)}
+
+CONFIGS: dict[str, tuple[type[Agent], AgentConfig]] = {
+    "cpql": (CPQL, CPQLConfig()),
+    "cpql-published": (
+        CPQL,
+        CPQLConfig(
+            actor=ActorConfig(clamp="inside"),
+            critic_target=TargetConfig(0.005, 5, 3),
+            actor_target=TargetConfig(0.005, 5, 3),
+        ),
+    ),
+    "cpql-ict": (CPQL, CPQLConfig(actor=ActorConfig("ict", t_max=5.0, refinements=(0.8,), action_norm=True))),
+    "cpiql": (CPQL, CPQLConfig(critic="expectile")),
+    "cpiql-online": (CPQL, CPQLConfig(critic="expectile", expectile_q="online")),
+    "consistency_ac": (ConsistencyAC, ConsistencyACConfig()),
+    "consistency_ac-published": (
+        ConsistencyAC,
+        ConsistencyACConfig(
+            actor=ActorConfig(
+                "ct",
+                {"weight": "interval", "scale": 100.0, "s1": 149},
+                parameterisation="unscaled",
+                refinements=(2.0,),
+            ),
+            curriculum_restarts=4,
+            q_normalisation=True,
+            max_q_backup=3,
+            lr_decay="cosine",
+        ),
+    ),
+}
+
+
+def small(config: AgentConfig, **changes: Any) -> AgentConfig:
+    """The same agent with little networks and a short training."""
+    return replace(
+        config,
+        actor=replace(config.actor, hidden=(32, 32)),
+        critic_hidden=(32, 32),
+        batch_size=16,
+        updates=100,
+        **changes,
+    )
+
+
+@pytest.fixture(params=list(CONFIGS))
+def make_agent(request: pytest.FixtureRequest) -> Callable[..., Agent]:
+    """A maker of small agents, for every algorithm and its named options."""
+    kind, config = CONFIGS[request.param]
+
+    def make(seed: int = 0, **changes: Any) -> Agent:
+        return kind(4, 2, small(config, **changes), seed=seed)
+
+    return make
+
+
+@pytest.fixture
+def data() -> Transitions:
+    """500 random transitions of a 4-wide observation and a 2-wide action, with episodes of 25 steps."""
+    random = np.random.default_rng(0)
+    ends = np.arange(1, 501) % 25 == 0
+    return Transitions.from_dict(
+        {
+            "observations": random.normal(size=(500, 4)),
+            "actions": random.uniform(-1, 1, size=(500, 2)),
+            "rewards": random.normal(size=500),
+            "next_observations": random.normal(size=(500, 4)),
+            "terminals": ends & (np.arange(500) < 250),
+            "timeouts": ends & (np.arange(500) >= 250),
+        }
+    )

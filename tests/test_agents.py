@@ -1,0 +1,216 @@
+"""One conformance test that every agent passes, and what is particular to each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from conftest import CONFIGS, small
+
+from cpql.actor import ConsistencyActor
+from cpql.agents import CPQL, Agent, ConsistencyAC, ConsistencyACConfig, CPQLConfig, TargetConfig
+from cpql.data.transitions import Batch, Transitions
+
+Maker = Callable[..., Agent]
+
+
+def run(agent: Agent, data: Transitions, updates: int, seed: int = 0) -> list[dict[str, float]]:
+    generator = torch.Generator().manual_seed(seed)
+    lines = []
+    for _ in range(updates):
+        batch = data.sample(agent.config.batch_size, generator)
+        lines.append({k: float(v) for k, v in agent.update(batch, agent.draw(generator)).items()})
+    return lines
+
+
+def test_update_changes_what_it_should(make_agent: Maker, data: Transitions) -> None:
+    agent = make_agent()
+    before = {k: v.clone() for k, v in agent.state_dict().items()}
+    lines = run(agent, data, 12)
+    assert all(np.isfinite(list(line.values())).all() for line in lines)
+    assert {"critic/loss", "actor/loss", "critic/q", "actor/imitation", "actor/q_loss"} <= set(lines[0])
+    for name, tensor in agent.state_dict().items():
+        assert not torch.equal(tensor, before[name]), name
+        assert torch.isfinite(tensor).all(), name
+    assert agent.state["step"] == 12
+
+
+def test_same_seed_same_training(make_agent: Maker, data: Transitions) -> None:
+    first, second, other = make_agent(), make_agent(), make_agent(seed=1)
+    assert run(first, data, 5) == run(second, data, 5)
+    for name, tensor in first.state_dict().items():
+        assert torch.equal(tensor, second.state_dict()[name]), name
+    assert not torch.equal(first.state["actor"], other.state["actor"])
+
+
+def test_making_an_agent_leaves_global_randomness_alone(make_agent: Maker) -> None:
+    torch.manual_seed(3)
+    expected = torch.rand(3)
+    torch.manual_seed(3)
+    make_agent()
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_state_dict_goes_on_exactly(make_agent: Maker, data: Transitions) -> None:
+    whole, first, second = make_agent(), make_agent(), make_agent(seed=5)
+    run(whole, data, 4)
+    run(first, data, 4)
+    second.load_state_dict({k: v.clone() for k, v in first.state_dict().items()})
+    assert run(whole, data, 4, seed=1) == run(second, data, 4, seed=1)
+    with pytest.raises(ValueError, match="expected the tensors"):
+        second.load_state_dict({})
+    wrong = {**first.state_dict(), "actor": torch.zeros(3)}
+    with pytest.raises(ValueError, match="actor: expected shape"):
+        second.load_state_dict(wrong)
+
+
+def test_losses_leave_the_others_weights_alone(make_agent: Maker, data: Transitions) -> None:
+    """The policy's step gives no gradient to the critic, nor the critic's to the actor."""
+    agent = make_agent()
+    generator = torch.Generator().manual_seed(0)
+    batch, noise = data.sample(16, generator), agent.draw(generator)
+    for loss, own in ((agent.critic_loss, "critic"), (agent.actor_loss, "actor")):
+        leaves = {k: v.requires_grad_() for k, v in agent.state.items() if k != "step"}
+        value, _ = loss(leaves[own], batch, noise)
+        names = [k for k in leaves if k != own and k != "critic"]
+        gradients = torch.autograd.grad(value, [leaves[own], *(leaves[k] for k in names)], allow_unused=True)
+        assert gradients[0] is not None
+        assert gradients[0].abs().sum() > 0
+        assert all(g is None for g in gradients[1:]), names
+        for leaf in leaves.values():
+            leaf.requires_grad_(False)
+
+
+def test_act_and_modules(make_agent: Maker) -> None:
+    agent = make_agent(candidates=7)
+    states = torch.randn(5, 4)
+    actions = agent.act(states, torch.Generator().manual_seed(0))
+    assert actions.shape == (5, 2)
+    assert actions.abs().max() <= 1
+    assert torch.equal(actions, agent.act(states, torch.Generator().manual_seed(0)))
+    actor = agent.module("actor")
+    assert isinstance(actor, ConsistencyActor)
+    noise = torch.randn(agent.steps, 5, 2)
+    torch.testing.assert_close(
+        actor.sample(states, noise=noise), agent.actor(agent.state["actor"], "sample", states, noise=noise)
+    )
+
+
+@pytest.mark.parametrize("name", ["cpql", "cpiql", "consistency_ac"])
+def test_compiled_is_one_graph_and_equals_eager(name: str, data: Transitions) -> None:
+    kind, config = CONFIGS[name]
+    eager, compiled = kind(4, 2, small(config)), kind(4, 2, small(config))
+    torch._dynamo.reset()
+    update = torch.compile(compiled.update, fullgraph=True)
+    generator = torch.Generator().manual_seed(0)
+    for step in range(20):
+        batch, noise = data.sample(16, generator), eager.draw(generator)
+        expected = eager.update(batch, noise)
+        with torch.compiler.set_stance("default" if step == 0 else "fail_on_recompile"):
+            found = update(batch, noise)
+        for key, value in expected.items():
+            torch.testing.assert_close(found[key], value, rtol=1e-4, atol=1e-4, msg=f"{key} at {step}")
+
+
+def filled(state: float = 0.0, reward: float = 0.0, terminated: float = 0.0, size: int = 16) -> Batch:
+    flat = torch.full((size,), 1.0)
+    states = torch.full((size, 4), state)
+    return Batch(states, torch.zeros(size, 2), reward * flat, states, terminated * flat)
+
+
+def test_termination_stops_bootstrapping() -> None:
+    agent = CPQL(4, 2, small(CPQLConfig()))
+    noise = agent.draw(torch.Generator().manual_seed(0))
+    assert torch.equal(agent.bellman_target(filled(1.0, 3.0, 1.0), noise), torch.full((16,), 3.0))
+    assert not torch.equal(agent.bellman_target(filled(1.0, 3.0, 0.0), noise), torch.full((16,), 3.0))
+
+
+def test_targets_start_and_period() -> None:
+    agent = CPQL(4, 2, small(CPQLConfig(), critic_target=TargetConfig(rate=0.5, period=2, start=3)))
+    generator = torch.Generator().manual_seed(0)
+    moved = []
+    for _ in range(6):
+        before = agent.state["critic_target"].clone()
+        agent.update(filled(1.0, 1.0), agent.draw(generator))
+        after = agent.state["critic_target"]
+        moved.append(not torch.equal(before, after))
+        if moved[-1]:
+            torch.testing.assert_close(after, 0.5 * (before + agent.state["critic"]))
+    assert moved == [False, False, False, True, False, True]
+
+
+def test_learning_rate_decays_to_zero_over_the_whole_training(data: Transitions) -> None:
+    agent = CPQL(4, 2, small(CPQLConfig(), lr_decay="cosine"))
+    run(agent, data, 100)
+    before = agent.state["actor"].clone()
+    run(agent, data, 1)
+    assert torch.equal(agent.state["actor"], before)
+
+
+def test_ct_curriculum_runs_once_over_the_training(data: Transitions) -> None:
+    """N(k) ends at the paper's 151 levels, and `curriculum_restarts` gives the published sawtooth."""
+    agent = ConsistencyAC(4, 2, small(ConsistencyACConfig()))
+    levels = [line["actor/levels"] for line in run(agent, data, 100)]
+    assert levels[0] == 2
+    assert levels[-1] >= 149
+    assert levels == sorted(levels)
+    saw = ConsistencyAC(4, 2, small(ConsistencyACConfig(), curriculum_restarts=4))
+    levels = [line["actor/levels"] for line in run(saw, data, 100)]
+    assert [levels[i] for i in (0, 25, 50, 75)] == [2, 2, 2, 2]
+
+
+def test_q_normalisation_and_backups(data: Transitions) -> None:
+    generator = torch.Generator().manual_seed(0)
+    batch = data.sample(16, generator)
+    plain = ConsistencyAC(4, 2, small(ConsistencyACConfig()))
+    scaled = ConsistencyAC(4, 2, small(ConsistencyACConfig(), q_normalisation=True))
+    noise = plain.draw(torch.Generator().manual_seed(1))
+    target = plain.bellman_target(batch, noise)
+    _, metrics = scaled.critic_loss(scaled.state["critic"], batch, noise)
+    torch.testing.assert_close(metrics["critic/target"], (target / (target.std() + 1e-6)).mean())
+    many = CPQL(4, 2, small(CPQLConfig(), max_q_backup=10))
+    noise = many.draw(torch.Generator().manual_seed(1))
+    one = CPQL(4, 2, small(CPQLConfig()))
+    first = {**noise, "next_action": noise["next_action"][:, :, 0]}
+    assert (many.bellman_target(batch, noise) >= one.bellman_target(batch, first) - 1e-6).all()
+
+
+def test_backup_actor_is_the_one_that_is_named(data: Transitions) -> None:
+    batch = data.sample(16, torch.Generator().manual_seed(0))
+    targets = {}
+    for name in ("online", "target"):
+        agent = CPQL(4, 2, small(CPQLConfig(), backup_actor=name))
+        noise = agent.draw(torch.Generator().manual_seed(0))
+        agent.state["actor"].mul_(3.0)
+        before = agent.bellman_target(batch, noise)
+        agent.state["actor_target"].mul_(5.0)
+        targets[name] = torch.equal(before, agent.bellman_target(batch, noise))
+    assert targets == {"online": True, "target": False}
+
+
+def test_expectile_value_by_hand(data: Transitions) -> None:
+    """CPIQL's value loss against a loop."""
+    agent = CPQL(4, 2, small(replace(CPQLConfig(), critic="expectile", expectile=0.9)))
+    batch = data.sample(16, torch.Generator().manual_seed(0))
+    _, metrics = agent.critic_loss(agent.state["critic"], batch, agent.draw(torch.Generator().manual_seed(1)))
+    critic = agent.module("critic")
+    q = critic.q(batch.observations, batch.actions).amin(0)  # type: ignore[operator]
+    v = critic.v(batch.observations)  # type: ignore[operator]
+    total = 0.0
+    for u in (q - v).tolist():
+        total += (0.1 if u < 0 else 0.9) * u**2
+    assert float(metrics["critic/v_loss"]) == pytest.approx(total / 16, rel=1e-5)
+
+
+def test_the_coin_chooses_the_critic(data: Transitions) -> None:
+    agent = CPQL(4, 2, small(CPQLConfig()))
+    batch = data.sample(16, torch.Generator().manual_seed(0))
+    noise = agent.draw(torch.Generator().manual_seed(0))
+    action = agent.actor(agent.state["actor"], "sample", batch.observations, noise=noise["action"])
+    q = agent.critic(agent.state["critic"], "q", batch.observations, action)
+    for coin in (0, 1):
+        loss, _ = agent.q_loss(agent.state["actor"], batch, {**noise, "coin": torch.tensor(coin)})
+        torch.testing.assert_close(loss, -q[coin].mean() / q[1 - coin].abs().mean())

@@ -1,0 +1,184 @@
+"""The commands as a person types them."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+from cpql.data import d4rl
+
+ROOT = Path(__file__).parent.parent
+QUICK = (
+    "budget=quick",
+    "budget.updates=30",
+    "budget.log_every=10",
+    "budget.evaluate_every=30",
+    "budget.save_every=30",
+    "budget.final_episodes=2",
+    "agent.actor.hidden=[16,16]",
+    "agent.critic_hidden=[16,16]",
+    "agent.batch_size=8",
+    "compile=false",
+)
+
+
+def run(script: str, *words: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    home = folder / "home"
+    home.mkdir(exist_ok=True)
+    # a mirror that refuses at once, so that nothing here depends on a network
+    environment = {
+        **os.environ,
+        "HOME": str(home),
+        "CPQL_D4RL_MIRROR": "http://127.0.0.1:9/",
+        "COLUMNS": "200",
+        "OMP_NUM_THREADS": "1",
+    }
+    environment.pop("D4RL_DATASET_DIR", None)
+    environment.pop("CPQL_CACHE", None)
+    command = [sys.executable, str(ROOT / "scripts" / script), *words]
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+
+
+def left(folder: Path) -> set[str]:
+    """What a command left behind, in its folder and in the home."""
+    return {str(p.relative_to(folder)) for p in folder.rglob("*") if p.name != "home"}
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["env=hopper-medum"], r"env=hopper-medum does not exist: did you mean hopper-medium"),
+        (["agent=cpq"], "agent=cpq does not exist: did you mean cpql"),
+        (["budget=fast"], "budget=fast does not exist: choose from full, quick"),
+        (["agent.etaa=1"], "unknown setting 'agent.etaa': did you mean agent.eta"),
+        (["agent.eta=much"], "agent: eta: Input should be a valid number"),
+        (["agent.actor.objective=itc"], "objective 'itc' does not exist: did you mean ict or ct"),
+        (["seed=x"], "seed: Input should be a valid integer"),
+        (["device=tpu"], "device: Input should be 'auto', 'cpu' or 'cuda'"),
+        (["hopper-medium"], "'hopper-medium': expected KEY=VALUE"),
+        (["dataset.path=nowhere.hdf5"], "nowhere.hdf5"),
+        (["dataset=d4rl"], "hopper_medium-v2.hdf5"),
+        (["resume=true"], "holds no run to resume"),
+    ],
+)
+def test_bad_words(words: list[str], message: str, tmp_path: Path) -> None:
+    done = run("train.py", *words, folder=tmp_path)
+    assert done.returncode == 1
+    assert message in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert "Traceback" not in done.stderr
+    assert not left(tmp_path)
+
+
+def test_train_from_an_empty_home_then_evaluate_then_resume(tmp_path: Path) -> None:
+    """The main job, small: collects data by itself and says so, trains, scores and saves."""
+    words = ("env=hopper-medium", *QUICK, "dataset.size=2000", "run_dir=run")
+    done = run("train.py", *words, folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "not D4RL" in done.stdout
+    assert "score" in done.stdout and "behaviour" in done.stdout and "random 0.0" in done.stdout
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert result["data"]["source"] == "embedded"
+    assert result["behaviour_score"] > 20
+    assert "published" not in yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["agent"]
+
+    again = run("train.py", *words, folder=tmp_path)
+    assert again.returncode == 1
+    assert "already holds a run" in again.stderr
+    resumed = run("train.py", *words, "resume=true", folder=tmp_path)
+    assert resumed.returncode == 0, resumed.stderr
+
+    scored = run("evaluate.py", "checkpoint=run", "episodes=2", "candidates=5", folder=tmp_path)
+    assert scored.returncode == 0, scored.stderr
+    assert "5 candidates ranked by Q, temperature 1" in scored.stdout
+    content = json.loads(Path(scored.stdout.strip().splitlines()[-1]).read_text())
+    assert content["episodes"] == 2
+    assert content["policy"]["data"]["source"] == "embedded"
+    assert content["references"] == {"random": -20.272305, "expert": 3234.3}
+
+
+def test_evaluate_errors(tmp_path: Path) -> None:
+    for words, message in (
+        ((), "checkpoint=... is missing"),
+        (("checkpoint=nowhere",), "nowhere: does not exist"),
+        (("checkpoint=.", "episodes=0"), "episodes=0: expected at least 1"),
+        (("chekpoint=.",), "unknown setting 'chekpoint': did you mean checkpoint"),
+    ):
+        done = run("evaluate.py", *words, folder=tmp_path)
+        assert done.returncode == 1
+        assert message in done.stderr, done.stderr
+        assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("logger", ["tensorboard", "wandb"])
+def test_loggers_without_an_account(logger: str, tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    arrays = {
+        "observations": random.normal(size=(60, 11)),
+        "actions": random.uniform(-1, 1, size=(60, 3)),
+        "rewards": random.normal(size=60),
+        "terminals": np.arange(1, 61) % 20 == 0,
+        "timeouts": np.zeros(60, bool),
+    }
+    d4rl.write(tmp_path / "data.hdf5", arrays, {})
+    words = (*QUICK, "dataset.path=data.hdf5", f"logger={logger}", "run_dir=run")
+    done = run("train.py", *words, folder=tmp_path)
+    assert done.returncode == 0, done.stderr + done.stdout
+    written = [p.name for p in (tmp_path / "run").rglob("*")]
+    assert any("tfevents" in n or n.endswith(".wandb") for n in written), written
+
+
+@pytest.mark.parametrize("script", ["train.py", "evaluate.py"])
+def test_help(script: str, tmp_path: Path) -> None:
+    done = run(script, "--help", folder=tmp_path)
+    assert done.returncode == 0
+    assert f"python scripts/{script}" in done.stdout
+    assert "hydra" not in done.stdout.lower()
+    assert not left(tmp_path)
+
+
+def test_every_agent_and_task_composes(tmp_path: Path) -> None:
+    """Each choice gives a configuration that its dataclass accepts, and the published values arrive."""
+    from hydra import compose, initialize_config_dir
+    from omegaconf import OmegaConf
+
+    from cpql import cli
+    from cpql.config import TrainConfig, build, config_folder, load_task
+    from cpql.training import make_agent
+
+    cli._register()
+    with initialize_config_dir(str(config_folder()), version_base="1.3"):
+        for env in cli._choices("env"):
+            assert load_task(env).name == env
+            for agent in cli._choices("agent"):
+                words = [f"env={env}", f"agent={agent}", "run_dir=x", "budget=full"]
+                said = OmegaConf.to_container(
+                    compose("train", words, return_hydra_config=False), resolve=True
+                )
+                assert isinstance(said, dict)
+                said["agent"].pop("published")
+                config = build(TrainConfig, {str(k): v for k, v in said.items()}, "configuration")
+                made = make_agent(config, 11, 3, "cpu")
+                if (env, agent) == ("hopper-medium", "cpql"):
+                    assert (made.config.eta, made.config.max_grad_norm, made.config.updates) == (
+                        2.0,
+                        9.0,
+                        2_000_000,
+                    )
+                    assert made.config.candidates == 1
+                if (env, agent) == ("hopper-medium", "consistency_ac_published"):
+                    assert made.config.eta == 0.1
+                    assert made.config.actor.refinements == (2.0,)
+                    assert made.config.actor.objective_options == {
+                        "weight": "interval",
+                        "scale": 100.0,
+                        "s1": 149,
+                    }
+                    assert getattr(made.config, "curriculum_restarts") == 40  # noqa: B009

@@ -1,0 +1,234 @@
+"""Files in D4RL's layout: reading, writing, finding, downloading."""
+
+from __future__ import annotations
+
+import hashlib
+import http.server
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import h5py  # type: ignore[import-untyped]
+import numpy as np
+import pytest
+import torch
+
+from cpql import data
+from cpql.data import d4rl
+from cpql.errors import ConfigError, DataError
+from cpql.tasks import Task
+
+NAME = "hopper_medium-v2.hdf5"
+TASK = Task("hopper-medium", "Hopper-v4", "hopper-medium-v2", -20.272305, 3234.3)
+
+
+def arrays(rows: int = 40) -> dict[str, Any]:
+    generator = np.random.default_rng(0)
+    states = generator.normal(size=(rows + 1, 11)).astype(np.float32)
+    return {
+        "observations": states[:-1],
+        "next_observations": states[1:],
+        "actions": generator.uniform(-1, 1, (rows, 3)).astype(np.float32),
+        "rewards": np.arange(rows, dtype=np.float32),
+        "terminals": np.arange(rows) % 10 == 9,
+        "timeouts": np.zeros(rows, bool),
+    }
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """D4RL's cache folder, which doesn't exist yet."""
+    monkeypatch.setenv("D4RL_DATASET_DIR", str(tmp_path / "datasets"))
+    return tmp_path / "datasets"
+
+
+def test_reading_gives_what_was_written(tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "mine.hdf5"
+    d4rl.write(path, arrays(), {"note": "hand-made", "number": 3})
+    with h5py.File(path, "a") as file:
+        file["infos/qpos"] = np.zeros((40, 6))
+        file["metadata/algorithm"] = "SAC"
+        assert dict(file.attrs) == {"note": "hand-made", "number": 3}
+    made = d4rl.read(path, "mine")
+    assert torch.equal(made.observations, torch.from_numpy(arrays()["observations"]))
+    assert made.terminated.sum() == 4
+    provenance = made.provenance
+    assert (provenance.source, provenance.id, provenance.file) == ("file", "mine", "mine.hdf5")
+    assert provenance.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert (provenance.episodes, provenance.return_min) == (4, 45)
+    assert [entry.name for entry in path.parent.iterdir()] == ["mine.hdf5"]
+
+
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
+    path = tmp_path / "mine.hdf5"
+    d4rl.write(path, arrays(), {})
+    before = path.read_bytes()
+    with pytest.raises(TypeError):
+        d4rl.write(path, {"observations": np.zeros(3), "actions": np.array([object()])}, {})
+    assert path.read_bytes() == before
+    assert [entry.name for entry in tmp_path.iterdir()] == ["mine.hdf5"]
+    with pytest.raises(DataError, match=r"no.hdf5: can't be written"):
+        d4rl.write(path / "no.hdf5", arrays(), {})
+
+
+def test_damaged_files_are_refused_in_one_line(tmp_path: Path) -> None:
+    whole = tmp_path / "whole.hdf5"
+    d4rl.write(whole, arrays(4000), {})
+    content = whole.read_bytes()
+    group = tmp_path / "group.hdf5"
+    with h5py.File(group, "w") as file:
+        file.create_group("observations")
+    other = tmp_path / "other.hdf5"
+    with h5py.File(other, "w") as file:
+        file["x"] = 1
+    origin = tmp_path / "origin.hdf5"
+    d4rl.write(origin, arrays(), {d4rl.ORIGIN: "{"})
+    (tmp_path / "truncated.hdf5").write_bytes(content[: len(content) // 2])
+    (tmp_path / "empty.hdf5").touch()
+    (tmp_path / "page.hdf5").write_text("<html>not here</html>")
+    (tmp_path / "folder.hdf5").mkdir()
+    for name, text in {
+        "truncated": "damaged",
+        "empty": "an empty file",
+        "page": "not HDF5",
+        "folder": "not a file",
+        "missing": "no such file in",
+        "group": "'observations' is a group",
+        "other": "none of D4RL's arrays, only x",
+        "origin": "the attribute 'cpql_origin' is damaged",
+    }.items():
+        with pytest.raises(DataError) as caught:
+            d4rl.read(tmp_path / f"{name}.hdf5", "id")
+        message = str(caught.value)
+        assert message.startswith(f"{name}.hdf5: ") and text in message and "\n" not in message
+    (tmp_path / "truncated.hdf5").write_bytes(content[:600])
+    with pytest.raises(DataError, match=r"truncated.hdf5"):
+        d4rl.read(tmp_path / "truncated.hdf5", "id")
+
+
+def test_a_file_that_lacks_a_key_names_it(tmp_path: Path) -> None:
+    contents = arrays()
+    del contents["rewards"]
+    d4rl.write(tmp_path / "mine.hdf5", contents, {})
+    with pytest.raises(DataError, match=r"mine.hdf5: no 'rewards'"):
+        d4rl.read(tmp_path / "mine.hdf5", "mine")
+
+
+def test_names_and_folders(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert d4rl.filename("hopper-medium-v2") == NAME
+    assert d4rl.filename("halfcheetah-medium-expert-v2") == "halfcheetah_medium_expert-v2.hdf5"
+    for bad in ("hopper", "../x-v2", "hopper medium-v2", "", "-v2"):
+        with pytest.raises(DataError, match="isn't a D4RL id"):
+            d4rl.filename(bad)
+    assert d4rl.cache_folder() == folder
+    assert d4rl.find("hopper-medium-v2") is None
+    d4rl.write(folder / NAME, arrays(), {})
+    assert d4rl.find("hopper-medium-v2") == folder / NAME
+    monkeypatch.delenv("D4RL_DATASET_DIR")
+    assert d4rl.cache_folder() == Path.home() / ".d4rl" / "datasets"
+
+
+class Server(http.server.ThreadingHTTPServer):
+    """A mirror whose folders answer each in their own way."""
+
+    content = b""
+    daemon_threads = True
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        content = self.server.content  # type: ignore[attr-defined]
+        kind = self.path.split("/")[1]
+        if kind == "gone":
+            self.send_error(404)
+            return
+        body = {"page": b"<html>Sorry</html>", "half": content[: len(content) // 2], "none": b""}.get(
+            kind, content
+        )
+        self.send_response(200)
+        if kind != "unsaid":
+            self.send_header("Content-Length", str(len(content) if kind == "cut" else len(body)))
+        self.end_headers()
+        self.wfile.write(body[:100] if kind == "cut" else body)
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def mirror(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder: Path) -> Iterator[str]:
+    monkeypatch.setenv("no_proxy", "*")
+    d4rl.write(tmp_path / "source.hdf5", arrays(), {})
+    server = Server(("127.0.0.1", 0), Handler)
+    server.content = (tmp_path / "source.hdf5").read_bytes()
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_address[1]}"
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+@pytest.mark.parametrize("kind", ["whole", "unsaid"])
+def test_a_download_arrives_whole(
+    mirror: str, folder: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    # The first place doesn't have it, the second one does.
+    monkeypatch.setenv("CPQL_D4RL_MIRROR", f"{mirror}/gone {mirror}/{kind}/")
+    seen: list[tuple[str, int, int]] = []
+    path = d4rl.download("hopper-medium-v2", lambda *report: seen.append(report))
+    size = path.stat().st_size
+    assert path == folder / NAME and [entry.name for entry in folder.iterdir()] == [NAME]
+    assert seen[-1] == (f"download {NAME}", size, size if kind == "whole" else 0)
+    made = data.load(TASK, size=10, source="d4rl")
+    assert (made.provenance.source, made.provenance.id, len(made)) == ("d4rl", "hopper-medium-v2", 40)
+
+
+@pytest.mark.parametrize(
+    ("kind", "text"),
+    [
+        ("gone", "Not Found"),
+        ("page", "not HDF5"),
+        ("half", "damaged"),
+        ("none", "an empty file"),
+        ("cut", "cut off after 100 of"),
+    ],
+)
+def test_a_bad_download_leaves_nothing(
+    mirror: str, folder: Path, monkeypatch: pytest.MonkeyPatch, kind: str, text: str
+) -> None:
+    monkeypatch.setenv("CPQL_D4RL_MIRROR", f"{mirror}/{kind}")
+    with pytest.raises(DataError) as caught:
+        d4rl.download("hopper-medium-v2")
+    message = str(caught.value)
+    assert text in message and f"put it into {folder} by hand" in message and message.startswith(NAME)
+    assert "\n" not in message and list(folder.iterdir()) == []
+
+
+@pytest.mark.parametrize("url", ["http://127.0.0.1:9/", "nonsense", "http://no.such.host.invalid/"])
+def test_an_unreachable_mirror_is_one_line(folder: Path, monkeypatch: pytest.MonkeyPatch, url: str) -> None:
+    monkeypatch.setenv("no_proxy", "*")
+    monkeypatch.setenv("CPQL_D4RL_MIRROR", url)
+    with pytest.raises(DataError, match=rf"{NAME} can't be downloaded from {url}"):
+        data.load(TASK, source="d4rl", size=10)
+
+
+def test_load_takes_a_path_strictly(tmp_path: Path, folder: Path) -> None:
+    with pytest.raises(DataError, match=r"mine.hdf5: no such file"):
+        data.load(TASK, path=str(tmp_path / "mine.hdf5"), size=10)
+    d4rl.write(tmp_path / "mine.hdf5", arrays(), {})
+    assert data.load(TASK, path=str(tmp_path / "mine.hdf5"), size=10).provenance.source == "file"
+    with pytest.raises(ConfigError, match="no dataset source 'd4rj': did you mean d4rl"):
+        data.load(TASK, source="d4rj", size=10)
+
+
+def test_auto_takes_the_cache_first_and_says_nothing(folder: Path) -> None:
+    d4rl.write(folder / NAME, arrays(), {})
+    said: list[str] = []
+    assert data.load(TASK, size=10, say=said.append).provenance.source == "d4rl"
+    assert said == []
+    # A damaged file is the user's to mend: falling back would hide it.
+    (folder / NAME).write_bytes(b"")
+    with pytest.raises(DataError, match="an empty file"):
+        data.load(TASK, size=10, say=said.append)

@@ -1,0 +1,371 @@
+"""The embedded source, with tiny random behaviours in place of the shipped ones."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import safetensors.numpy
+import torch
+
+from cpql import data
+from cpql.data import embedded
+from cpql.data.behaviour import Behaviour, Episodes, play, rollout
+from cpql.errors import ConfigError, CpqlError, DataError
+from cpql.tasks import Task
+
+
+def task(kind: str = "medium") -> Task:
+    return Task(f"hopper-{kind}", "Hopper-v4", f"hopper-{kind}-v2", -20.272305, 3234.3)
+
+
+def behaviour(seed: int, states: int = 11, actions: int = 3) -> Behaviour:
+    generator = np.random.default_rng(seed)
+
+    def layer(width: int, out: int) -> tuple[Any, Any]:
+        return tuple(generator.normal(0, 0.3, shape).astype(np.float32) for shape in ((width, out), out))  # type: ignore[return-value]
+
+    return Behaviour((layer(states, 16), layer(16, 16)), layer(16, actions), layer(16, actions))
+
+
+@pytest.fixture(autouse=True)
+def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Behaviours for the hopper, an empty cache, no way to D4RL, and chunks of twenty steps."""
+    folder = tmp_path / "behaviours" / "hopper"
+    folder.mkdir(parents=True)
+    snapshots = []
+    for step, role in ((10, "replay"), (20, "replay"), (30, "medium"), (40, "expert")):
+        content = safetensors.numpy.save(behaviour(step).to_tensors())
+        file = f"step-{step:07d}.safetensors"
+        (folder / file).write_bytes(content)
+        sha256 = hashlib.sha256(content).hexdigest()
+        snapshots.append({"step": step, "role": role, "file": file, "sha256": sha256})
+    (folder / "card.json").write_text(json.dumps({"environment": "Hopper-v4", "snapshots": snapshots}))
+    monkeypatch.setenv("CPQL_BEHAVIOURS", str(tmp_path / "behaviours"))
+    monkeypatch.setenv("CPQL_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("D4RL_DATASET_DIR", str(tmp_path / "d4rl"))
+    monkeypatch.setenv("CPQL_D4RL_MIRROR", "http://127.0.0.1:9/")
+    monkeypatch.setenv("no_proxy", "*")
+    monkeypatch.setattr(embedded, "CHUNK_STEPS", 20)
+    return folder
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Work in this process, which starts sooner, and count the calls' jobs."""
+    counts: list[int] = []
+
+    def here(
+        function: Callable[..., Any],
+        arguments: Sequence[tuple[Any, ...]],
+        workers: int | None,
+        report: Callable[[Sequence[int]], None] | None = None,
+    ) -> list[Any]:
+        counts.append(len(arguments))
+        return [function(*each) for each in arguments]
+
+    monkeypatch.setattr(embedded, "_in_workers", here)
+    return counts
+
+
+def test_the_rows_do_not_depend_on_the_number_of_workers() -> None:
+    seen: list[tuple[str, int, int]] = []
+    one = embedded.collect(task("medium-expert"), 90, 5, workers=1)
+    two = embedded.collect(task("medium-expert"), 90, 5, lambda *report: seen.append(report), workers=2)
+    assert torch.equal(one._table, two._table) and torch.equal(one.ends, two.ends)
+    assert seen[-1] == ("collect hopper-medium-expert", 90, 90) and len(seen) == 4
+    assert "OMP_NUM_THREADS" not in os.environ or os.environ["OMP_NUM_THREADS"] != ""
+
+
+def test_the_seed_decides(calls: list[int]) -> None:
+    one, same, other = (embedded.collect(task(), 60, seed) for seed in (1, 1, 2))
+    assert torch.equal(one._table, same._table)
+    assert not torch.equal(one.observations, other.observations)
+    assert calls == [3, 3, 3]
+
+
+def test_the_rows_are_the_environments(calls: list[int]) -> None:
+    made = embedded.collect(task(), 200, 0)
+    assert (len(made), made.state_dim, made.action_dim) == (200, 11, 3)
+    joined = (made.next_observations[:-1] == made.observations[1:]).all(1)
+    assert torch.equal(joined, ~made.ends[:-1])
+    # An episode at a chunk's end is cut: neither terminated nor counted.
+    cut = made.ends & (made.terminated == 0)
+    assert set(cut.nonzero().flatten().tolist()) <= set(range(19, 200, 20))
+    assert made.provenance.episodes == int(made.terminated.sum()) > 0
+
+
+def test_random_is_uniform_and_needs_no_behaviours(
+    folders: Path, calls: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CPQL_BEHAVIOURS", str(folders / "nowhere"))
+    made = embedded.collect(task("random"), 2000, 0)
+    assert made.actions.abs().max() <= 1
+    assert torch.allclose(made.actions.mean(0), torch.zeros(3), atol=0.06)
+    assert torch.allclose(made.actions.std(0), torch.full((3,), 3**-0.5), atol=0.03)
+    assert made.provenance.details["action_rule"] == "uniform in [-1, 1]"
+    assert max(calls) <= embedded.MOST_CHUNKS
+
+
+def test_medium_replay_mixes_the_way_up_in_equal_shares(calls: list[int]) -> None:
+    made = embedded.collect(task("medium-replay"), 80, 0)
+    details = made.provenance.details
+    assert details["recipe"] == ["random", "replay at step 10", "replay at step 20", "medium at step 30"]
+    assert [entry["step"] for entry in details["behaviours"]["snapshots"]] == [10, 20, 30]
+    assert (details["environment"], details["seed"]) == ("Hopper-v4", 0)
+    assert set(details["versions"]) == {"gymnasium", "mujoco", "numpy"}
+    alone = rollout("Hopper-v4", behaviour(10), 20, np.random.SeedSequence(0).spawn(4)[1])
+    assert torch.equal(made.actions[20:40], torch.from_numpy(alone["actions"]))
+    json.dumps(made.provenance.to_dict(), allow_nan=False)
+
+
+def test_a_cached_dataset_is_read_and_not_collected(calls: list[int], tmp_path: Path) -> None:
+    first = embedded.cached(task(), 60, 0)
+    again = embedded.cached(task(), 60, 0)
+    assert calls == [3] and torch.equal(first._table, again._table)
+    assert first.provenance == again.provenance
+    assert (first.provenance.source, first.provenance.id) == ("embedded", "hopper-medium")
+    direct = embedded.collect(task(), 60, 0)
+    assert torch.equal(direct._table, first._table) and torch.equal(direct.ends, first.ends)
+    assert direct.provenance.return_mean == first.provenance.return_mean
+    embedded.cached(task(), 60, 1)
+    embedded.cached(task(), 80, 0)
+    assert len(list((tmp_path / "cache").iterdir())) == 3
+
+
+def test_other_weights_are_another_dataset(calls: list[int], folders: Path) -> None:
+    embedded.cached(task(), 20, 0)
+    card = json.loads((folders / "card.json").read_text())
+    card["snapshots"][2] |= {key: card["snapshots"][3][key] for key in ("file", "sha256")}
+    (folders / "card.json").write_text(json.dumps(card))
+    embedded.cached(task(), 20, 0)
+    assert calls == [1, 1]
+
+
+def test_a_corrupt_cache_is_collected_again_with_a_warning(calls: list[int], tmp_path: Path) -> None:
+    first = embedded.cached(task(), 60, 0)
+    (path,) = (tmp_path / "cache").iterdir()
+    path.write_bytes(path.read_bytes()[:3000])
+    said: list[str] = []
+    again = embedded.cached(task(), 60, 0, say=said.append)
+    assert calls == [3, 3] and torch.equal(first._table, again._table)
+    assert len(said) == 1 and said[0].startswith(f"warning: {path.name}: ")
+    assert again.provenance.sha256 == first.provenance.sha256
+    assert list((tmp_path / "cache").iterdir()) == [path]
+
+
+def test_an_embedded_file_cannot_pass_for_d4rl(calls: list[int], tmp_path: Path) -> None:
+    path = tmp_path / "d4rl" / "hopper_medium-v2.hdf5"
+    embedded.save(task(), 20, 0, path)
+    provenance = data.load(task(), source="d4rl", size=1).provenance
+    assert provenance.source == "embedded" and "not D4RL" in provenance.line()
+
+
+def test_auto_falls_back_loudly_and_says_why(calls: list[int]) -> None:
+    said: list[str] = []
+    made = data.load(task(), size=20, say=said.append)
+    assert made.provenance.source == "embedded"
+    assert (
+        len(said) == 1 and "self-collected" in said[0] and "not D4RL" in said[0] and "127.0.0.1:9" in said[0]
+    )
+    assert "127.0.0.1:9" in made.provenance.details["fallback"]
+    assert "fallback" not in data.load(task(), size=20, source="embedded", say=said.append).provenance.details
+    assert len(said) == 1
+
+
+def test_auto_without_behaviours_tells_of_both_ways() -> None:
+    walker = Task("walker2d-medium", "Walker2d-v4", "walker2d-medium-v2", 1.629008, 4592.3)
+    with pytest.raises(DataError) as caught:
+        data.load(walker, size=20, say=print)
+    assert "walker2d_medium-v2.hdf5 can't be downloaded" in str(caught.value)
+    assert "no embedded behaviours for 'walker2d': choose from hopper" in str(caught.value)
+
+
+def test_what_is_wrong_with_a_behaviour_folder_is_said(
+    folders: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(text: str, kind: str = "medium", size: int = 20) -> None:
+        with pytest.raises(CpqlError, match=text) as caught:
+            embedded.collect(task(kind), size, 0)
+        assert "\n" not in str(caught.value)
+
+    refused("a size of 2: expected at least 4", "medium-replay", 2)
+    refused("no embedded recipe for 'hopper-human-v2'", "human")
+    card = json.loads((folders / "card.json").read_text())
+    weights = folders / card["snapshots"][2]["file"]
+    weights.write_bytes(safetensors.numpy.save(behaviour(99).to_tensors()))
+    refused("step-0000030.safetensors: its hash is .*: card.json expected")
+    weights.write_bytes(b"version https://git-lfs")
+    refused("step-0000030.safetensors: can't be read")
+    weights.unlink()
+    refused("step-0000030.safetensors: can't be read")
+    (folders / "card.json").write_text(json.dumps({"snapshots": card["snapshots"][:2]}))
+    refused("no snapshot with the role 'medium'")
+    (folders / "card.json").write_text('{"snapshots": [{}]}')
+    refused("hopper/card.json: damaged")
+    (folders / "card.json").unlink()
+    refused("hopper/card.json: can't be read")
+
+
+def test_flax_names_and_our_own_make_the_same_policy() -> None:
+    ours = behaviour(0)
+    layers = (*ours.layers, ours.mean, ours.log_std)
+    flax = {f"Dense_{k}.kernel": weight for k, (weight, _) in enumerate(layers)}
+    flax |= {f"Dense_{k}.bias": bias for k, (_, bias) in enumerate(layers)}
+    theirs = Behaviour.from_tensors(flax)
+    state = np.linspace(-1, 1, 11, dtype=np.float32)
+    for seed in (None, 0):
+        actions = [
+            b.act(state, None if seed is None else np.random.default_rng(seed)) for b in (ours, theirs)
+        ]
+        assert np.array_equal(actions[0], actions[1]) and actions[0].dtype == np.float32
+    assert list(theirs.to_tensors()) == [
+        *(f"layers.{k}.{part}" for k in (0, 1) for part in ("weight", "bias")),
+        *(f"{head}.{part}" for head in ("mean", "log_std") for part in ("weight", "bias")),
+    ]
+
+
+def test_actions_follow_the_squashed_gaussian() -> None:
+    zero = np.zeros((11, 3), np.float32)
+    mean, log_std = np.array([0.5, -1, 0], np.float32), np.array([-1.0, 0, -50], np.float32)
+    policy = Behaviour((), (zero, mean), (zero, log_std))
+    state, generator = np.ones(11, np.float32), np.random.default_rng(0)
+    assert policy.act(state, None) == pytest.approx(np.tanh(mean))
+    drawn = np.arctanh(np.array([policy.act(state, generator) for _ in range(4000)], np.float64))
+    assert drawn.mean(0) == pytest.approx(mean, abs=0.06)
+    assert drawn.std(0) == pytest.approx([np.exp(-1), 1, 0], abs=0.04)
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"mean.bias": None}, "expected mean.weight and mean.bias"),
+        ({"mean.bias": np.zeros(4, np.float32)}, "expected mean.weight|expected \\[in, out\\]"),
+        ({"layers.1.weight": np.zeros((9, 16), np.float32)}, "expected each to take"),
+        ({"mean.bias": np.full(3, np.nan, np.float32)}, "NaN or infinity"),
+    ],
+)
+def test_networks_that_do_not_fit_are_refused(change: dict[str, Any], text: str) -> None:
+    tensors = behaviour(0).to_tensors() | change
+    with pytest.raises(DataError, match=text):
+        Behaviour.from_tensors({key: value for key, value in tensors.items() if value is not None})
+    with pytest.raises(DataError, match="Hopper-v4: a behaviour of widths 5 and 3: expected 11 and 3"):
+        play("Hopper-v4", behaviour(0, states=5), 1, np.random.SeedSequence(0), sampled=True)
+
+
+def test_discrete_actions_are_refused() -> None:
+    with pytest.raises(DataError, match="CartPole-v1: its actions are Discrete"):
+        rollout("CartPole-v1", None, 1, np.random.SeedSequence(0))
+
+
+def test_actions_reach_the_environments_bounds() -> None:
+    """Pendulum's bounds are ±2; stored actions stay in [-1, 1]."""
+    made = rollout("Pendulum-v1", None, 250, np.random.SeedSequence(0))
+    assert np.abs(made["actions"]).max() <= 1
+    assert np.flatnonzero(made["timeouts"]).tolist() == [199] and not made["terminals"].any()
+    speed, angle = (
+        made["observations"][:, 2],
+        np.arctan2(made["observations"][:, 1], made["observations"][:, 0]),
+    )
+    cost = angle**2 + 0.1 * speed**2 + 0.001 * (2 * made["actions"][:, 0]) ** 2
+    assert made["rewards"] == pytest.approx(-cost, abs=1e-4)
+
+
+def test_workers_import_neither_torch_nor_h5py() -> None:
+    code = "import sys, cpql.data.behaviour; sys.exit(bool({'torch', 'h5py'} & set(sys.modules)))"
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", code], cwd=Path(data.__file__).parents[2], check=False
+        ).returncode
+        == 0
+    )
+
+
+def test_a_card_is_made_from_snapshots(
+    calls: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    snapshots, out = tmp_path / "run", tmp_path / "made" / "hopper"
+    snapshots.mkdir()
+    for k in range(1, 9):
+        safetensors.numpy.save_file(behaviour(k).to_tensors(), snapshots / f"step_{k * 5000:07d}.safetensors")
+    with pytest.raises(DataError, match=r"run: no training.json"):
+        embedded.make_card(snapshots, out)
+    with pytest.raises(DataError, match="run: no snapshot of step 7"):
+        embedded.make_card(snapshots, out, "Hopper-v4", medium_step=7)
+    card = embedded.make_card(
+        snapshots, out, "Hopper-v4", seed=3, first_episodes=1, episodes=2, replay=3,
+        expert_step=40_000, medium_step=30_000, versions={"sbx-rl": "0"},
+    )  # fmt: skip
+    assert json.loads((out / "card.json").read_text()) == card
+    roles = [(entry["step"], entry["role"]) for entry in card["snapshots"]]
+    # Steps up to learning_starts are the untrained actor.
+    assert roles == [(15_000, "replay"), (20_000, "replay"), (30_000, "medium"), (40_000, "expert")]
+    assert all(
+        entry[rule]["episodes"] == 2 for entry in card["snapshots"] for rule in ("sampled", "deterministic")
+    )
+    assert (card["seed"], card["environment"], card["versions"]) == (3, "Hopper-v4", {"sbx-rl": "0"})
+    assert card["falls_short"].startswith("Falls short of D4RL: medium returns")
+    assert {entry.name for entry in out.iterdir()} == {"card.json", *(e["file"] for e in card["snapshots"])}
+    assert all((out / entry["file"]).stat().st_size < 1e6 for entry in card["snapshots"])
+    monkeypatch.setenv("CPQL_BEHAVIOURS", str(out.parent))
+    assert embedded.collect(task("medium-replay"), 50, 0).provenance.details["behaviours"]["seed"] == 3
+
+
+def test_a_card_chooses_by_return(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Returns rise with the step, and fall at the end: the expert isn't the last, medium is a third of it."""
+    returns = {15: 10.0, 20: 60, 25: 110, 30: 90, 35: 300, 40: 310, 45: 100}
+    snapshots = tmp_path / "run"
+    snapshots.mkdir()
+    for thousand in returns:
+        tensors = behaviour(thousand).to_tensors() | {"mean.bias": np.full(3, thousand, np.float32)}
+        safetensors.numpy.save_file(tensors, snapshots / f"step-{thousand * 1000:07d}.safetensors")
+
+    def scripted(
+        function: Any, arguments: Sequence[tuple[Any, ...]], workers: Any, report: Any = None
+    ) -> list[Any]:
+        made = []
+        for _, policy, count, _, _ in arguments:
+            thousand = int(policy.mean[1][0])
+            spread = 60 if thousand == 30 else 5
+            steps = np.linspace(-spread, spread, count)
+            made.append(Episodes(returns[thousand] + steps, np.full(count, 9)))
+        return made
+
+    monkeypatch.setattr(embedded, "_in_workers", scripted)
+    card = embedded.make_card(snapshots, tmp_path / "card" / "thing", "Hopper-v4", replay=8)
+    roles = {entry["role"]: entry["step"] for entry in card["snapshots"]}
+    # A third of 310 is 103: 25 thousand (110) is as near as 30 thousand (90) and has less spread; 45 thousand
+    # (100) is nearest of all, but comes after the expert.
+    assert (roles["expert"], roles["medium"]) == (40_000, 25_000)
+    assert [e["step"] for e in card["snapshots"] if e["role"] == "replay"] == [15_000, 20_000]
+    assert card["falls_short"] is None and card["d4rl"] == {}
+
+
+def test_training_without_sbx_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "sbx", None)
+    with pytest.raises(ConfigError, match=r"pip install 'cpql\[behaviours\]'"):
+        embedded.train_behaviour("Hopper-v4", tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_full_disk_costs_the_cache_and_not_the_data(
+    calls: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(os, "replace", full)
+    said: list[str] = []
+    assert len(embedded.cached(task(), 20, 0, say=said.append)) == 20
+    assert len(said) == 1 and "can't be written" in said[0]
+    assert list((tmp_path / "cache").iterdir()) == []
+    with pytest.raises(DataError, match="can't be written"):
+        embedded.save(task(), 20, 0, tmp_path / "mine.hdf5")

@@ -1,0 +1,301 @@
+"""The training loop and its run folder: nothing is lost, and the same seed gives the same bits."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import load_file
+
+from cpql import training
+from cpql.checkpoint import load_training, save_checkpoint
+from cpql.config import BudgetConfig, DatasetConfig, TrainConfig, build, load_task
+from cpql.data import d4rl
+from cpql.errors import CheckpointError, ConfigError, CpqlError
+from cpql.policy import Policy
+from cpql.training import Interrupted, Run, train
+
+AGENTS: dict[str, dict[str, Any]] = {
+    "cpql": {"name": "cpql"},
+    "cpiql": {"name": "cpql", "critic": "expectile", "candidates": 3},
+    "consistency_ac": {"name": "consistency_ac"},
+}
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file of Hopper's widths in D4RL's layout."""
+    random = np.random.default_rng(0)
+    path = tmp_path_factory.mktemp("data") / "hopper.hdf5"
+    ends = np.arange(1, 401) % 20 == 0
+    arrays = {
+        "observations": random.normal(size=(400, 11)),
+        "actions": random.uniform(-1, 1, size=(400, 3)),
+        "rewards": random.normal(size=400),
+        "terminals": ends,
+        "timeouts": np.zeros(400, bool),
+    }
+    d4rl.write(path, arrays, {})
+    return path
+
+
+def settings(path: Path, run_dir: Path, agent: str = "cpql", **changes: Any) -> TrainConfig:
+    little: dict[str, Any] = {"actor": {"hidden": [16, 16]}, "critic_hidden": [16, 16], "batch_size": 8}
+    return TrainConfig(
+        env=load_task("hopper-medium"),
+        agent={**little, **AGENTS[agent]},
+        dataset=DatasetConfig(path=str(path)),
+        budget=BudgetConfig("test", 40, 4, 20, 10, 2, 3, keep=2),
+        run_dir=str(run_dir),
+        compile=False,
+        **changes,
+    )
+
+
+def run(config: TrainConfig, **said: Any) -> tuple[dict[str, Any], str]:
+    text = StringIO()
+    plain = {"seed": config.seed, "agent": config.agent, "resume": config.resume, **said}
+    return train(config, plain, Console(file=text, width=200)), text.getvalue()
+
+
+def everything(folder: Path) -> dict[str, Any]:
+    """All that a run leaves that may not depend on when it was interrupted."""
+    found: dict[str, Any] = {"metrics": (folder / "metrics.csv").read_text()}
+    for file in sorted(folder.glob("evaluations/*.json")) + [folder / "result.json"]:
+        found[file.name] = json.loads(file.read_text())
+    for file in sorted((folder / "checkpoints" / "last").rglob("*.safetensors")):
+        found[file.name] = {k: v.numpy().tobytes() for k, v in load_file(file).items()}
+    return found
+
+
+@pytest.fixture
+def interrupt_at(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """Make the process send itself a signal at some update."""
+
+    def arrange(step: int, action: Any) -> None:
+        original = training.Means.add
+        count = 0
+
+        def add(self: Any, metrics: Any) -> None:
+            nonlocal count
+            count += 1
+            original(self, metrics)
+            if count == step:
+                action()
+
+        monkeypatch.setattr(training.Means, "add", add)
+
+    yield arrange
+
+
+def ctrl_c() -> None:
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+class Killed(BaseException):
+    """Stands for a process that dies on the spot."""
+
+
+def die() -> None:
+    raise Killed
+
+
+@pytest.mark.parametrize("agent", list(AGENTS))
+def test_interrupted_and_resumed_equals_uninterrupted(
+    agent: str, dataset: Path, tmp_path: Path, interrupt_at: Any
+) -> None:
+    run(settings(dataset, tmp_path / "whole", agent))
+    interrupt_at(23, ctrl_c)
+    with pytest.raises(Interrupted, match=r"stopped after 23 of 40 updates.*resume=true"):
+        run(settings(dataset, tmp_path / "parts", agent))
+    run(settings(dataset, tmp_path / "parts", agent, resume=True))
+    assert everything(tmp_path / "parts") == everything(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("step", [5, 17, 29])
+def test_killed_and_resumed_equals_uninterrupted(
+    step: int, dataset: Path, tmp_path: Path, interrupt_at: Any
+) -> None:
+    """Before the first checkpoint, and after one with lines of metrics that it doesn't know of."""
+    run(settings(dataset, tmp_path / "whole"))
+    interrupt_at(step, die)
+    with pytest.raises(Killed):
+        run(settings(dataset, tmp_path / "parts"))
+    run(settings(dataset, tmp_path / "parts", resume=True))
+    assert everything(tmp_path / "parts") == everything(tmp_path / "whole")
+
+
+def test_same_seed_same_run_and_another_seed_another(dataset: Path, tmp_path: Path) -> None:
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        run(settings(dataset, tmp_path / name, seed=seed))
+    assert everything(tmp_path / "a") == everything(tmp_path / "b")
+    assert everything(tmp_path / "a")["metrics"] != everything(tmp_path / "c")["metrics"]
+
+
+def test_what_a_run_leaves(dataset: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    result, text = run(settings(dataset, folder))
+    assert {p.name for p in folder.iterdir()} == {
+        "config.yaml",
+        "metrics.csv",
+        "timing.csv",
+        "evaluations",
+        "checkpoints",
+        "learning_curve.png",
+        "result.json",
+    }
+    assert (folder / "learning_curve.png").read_bytes().startswith(b"\x89PNG")
+    assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == [
+        "last",
+        "step_00000030",
+        "step_00000040",
+    ]
+    assert result == json.loads((folder / "result.json").read_text())
+    assert result["checkpoint"] == "last"
+    assert result["episodes"] == 3
+    assert result["environment"] == "Hopper-v4"
+    assert result["data"]["source"] == "file"
+    assert result["data"]["sha256"]
+    assert {"torch", "gymnasium", "mujoco", "numpy", "cpql", "python"} == set(result["versions"])
+    assert len((folder / "metrics.csv").read_text().splitlines()) == 1 + 10
+    assert "training 40/40" in text
+    assert "\x1b" not in text
+
+
+def test_policy_of_a_run(dataset: Path, tmp_path: Path) -> None:
+    run(settings(dataset, tmp_path / "run", "cpiql"))
+    policy = Policy.load(tmp_path / "run")
+    assert policy.candidates == 3
+    assert policy.config.origin["step"] == 40
+    observation = np.linspace(-1, 1, 11)
+    policy.seed(0)
+    action, state = policy.predict(observation)
+    assert action.shape == (3,) and state is None
+    policy.seed(0)
+    np.testing.assert_array_equal(policy.predict(observation)[0], action)
+    batch = policy.predict(np.tile(observation, (5, 1)))[0]
+    assert batch.shape == (5, 3)
+    assert np.abs(batch).max() <= 1
+    for candidates in (1, 4):
+        policy.candidates = candidates
+        first, second = (policy.predict(observation, deterministic=True)[0] for _ in range(2))
+        np.testing.assert_array_equal(first, second)
+    with pytest.raises(ValueError, match=r"expected shape \[11\] or \[B, 11\], found \[4\]"):
+        policy.predict(np.zeros(4))
+    for path in ("checkpoints/last", "checkpoints/last/policy", "checkpoints/step_00000030"):
+        Policy.load(tmp_path / "run" / path)
+
+
+def test_a_run_is_never_overwritten(dataset: Path, tmp_path: Path) -> None:
+    config = settings(dataset, tmp_path / "run")
+    run(config)
+    before = everything(tmp_path / "run")
+    with pytest.raises(CheckpointError, match=r"already holds a run.*resume=true.*run_dir="):
+        run(config)
+    assert run(settings(dataset, tmp_path / "run", resume=True))[0]["step"] == 40
+    assert everything(tmp_path / "run") == before
+
+
+def test_resume_refuses_what_is_not_the_same_run(dataset: Path, tmp_path: Path, interrupt_at: Any) -> None:
+    with pytest.raises(CheckpointError, match="holds no run to resume"):
+        run(settings(dataset, tmp_path / "none", resume=True))
+    interrupt_at(15, ctrl_c)
+    with pytest.raises(Interrupted):
+        run(settings(dataset, tmp_path / "run"))
+    with pytest.raises(CheckpointError, match="started with seed=0, not 1"):
+        run(settings(dataset, tmp_path / "run", resume=True, seed=1))
+    other = tmp_path / "other.hdf5"
+    arrays = {"observations": np.zeros((9, 11)), "actions": np.zeros((9, 3)), "rewards": np.zeros(9)}
+    d4rl.write(other, {**arrays, "terminals": np.arange(9) == 8, "timeouts": np.zeros(9, bool)}, {})
+    with pytest.raises(CheckpointError, match="learnt from a dataset with SHA-256"):
+        run(settings(other, tmp_path / "run", resume=True))
+
+
+def test_divergence_is_named(dataset: Path, tmp_path: Path) -> None:
+    config = settings(dataset, tmp_path / "run")
+    config.agent["critic_lr"] = float("inf")
+    with pytest.raises(CpqlError, match=r"is (nan|inf|-inf) at update 4: training diverged.*agent.eta"):
+        run(config)
+
+
+def test_wrong_widths_are_refused_and_nothing_is_written(tmp_path: Path) -> None:
+    path = tmp_path / "walker.hdf5"
+    arrays = {"observations": np.zeros((9, 17)), "actions": np.zeros((9, 6)), "rewards": np.zeros(9)}
+    d4rl.write(path, {**arrays, "terminals": np.arange(9) == 8, "timeouts": np.zeros(9, bool)}, {})
+    with pytest.raises(CpqlError, match=r"walker.hdf5.*17.*11"):
+        run(settings(path, tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_broken_checkpoints(dataset: Path, tmp_path: Path) -> None:
+    run(settings(dataset, tmp_path / "run"))
+    last = tmp_path / "run" / "checkpoints" / "last"
+    weights = last / "policy" / "model.safetensors"
+    whole = weights.read_bytes()
+    for content in (b"", whole[:100], b"\x80\x04pickle"):
+        weights.write_bytes(content)
+        with pytest.raises(CheckpointError, match="no readable policy"):
+            Policy.load(tmp_path / "run")
+    weights.write_bytes(whole)
+    file = last / "policy" / "config.json"
+    content = json.loads(file.read_text())
+    file.write_text(json.dumps({**content, "action_dim": 5}))
+    with pytest.raises(CheckpointError, match=r"model.safetensors.*size mismatch"):
+        Policy.load(tmp_path / "run")
+    file.write_text(json.dumps({**content, "format": 99}))
+    with pytest.raises(CheckpointError, match="not a policy of format 1"):
+        Policy.load(tmp_path / "run")
+    (last / "training" / "state.safetensors").write_bytes(b"no")
+    with pytest.raises(CheckpointError, match="no readable training state"):
+        load_training(last.parent)
+    with pytest.raises(CheckpointError, match="does not exist"):
+        Policy.load(tmp_path / "nowhere")
+    with pytest.raises(CheckpointError, match="holds no policy"):
+        Policy.load(tmp_path)
+
+
+def test_a_checkpoint_that_fails_leaves_no_trace(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(settings(dataset, tmp_path / "run"))
+    folder = tmp_path / "run" / "checkpoints"
+    before = sorted(p.name for p in folder.iterdir())
+    policy = Policy.load(folder / "last")
+    with pytest.raises(TypeError):
+        save_checkpoint(folder, 99, policy, {"x": torch.zeros(1)}, {"bad": object()})
+    assert sorted(p.name for p in folder.iterdir()) == before
+    save_checkpoint(folder, 40, policy, {"x": torch.zeros(1)}, {})  # the same step again replaces it
+    assert sorted(p.name for p in folder.iterdir()) == before
+
+
+def test_build_names_key_and_type() -> None:
+    with pytest.raises(ConfigError, match=r"budget: unknown key 'update': did you mean updates"):
+        build(BudgetConfig, {"update": 3}, "budget")
+    with pytest.raises(ConfigError, match=r"budget: updates: .*integer.*found 'many'"):
+        build(BudgetConfig, {"updates": "many"}, "budget")
+
+
+def test_training_off_the_main_thread(dataset: Path, tmp_path: Path) -> None:
+    """Signals can't be handled there; training goes on without."""
+    thread = threading.Thread(target=lambda: run(settings(dataset, tmp_path / "run")))
+    thread.start()
+    thread.join()
+    assert (tmp_path / "run" / "result.json").exists()
+
+
+def test_run_reads_back_its_evaluations(dataset: Path, tmp_path: Path) -> None:
+    config = settings(dataset, tmp_path / "run")
+    run(config)
+    again = Run(settings(dataset, tmp_path / "run", resume=True), {"seed": 0, "agent": config.agent})
+    assert [e["step"] for e in again.evaluations()] == [20, 40]
+    assert again.finished
