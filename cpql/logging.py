@@ -106,7 +106,7 @@ class WandbLogger:
 
     def close(self) -> None:
         """Finish the run."""
-        self.run.finish(quiet=True)
+        self.run.finish()
 
 
 def make_logger(kind: str, folder: Path, name: str, config: dict[str, Any]) -> Logger | None:

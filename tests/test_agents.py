@@ -150,6 +150,15 @@ def test_learning_rate_decays_to_zero_over_the_whole_training(data: Transitions)
     assert torch.equal(agent.state["actor"], before)
 
 
+def test_eta_rises_over_its_warmup(data: Transitions) -> None:
+    agent = CPQL(4, 2, small(CPQLConfig(eta=2.0), eta_warmup=10))
+    weights = []
+    for _ in range(13):
+        weights.append(float(agent.eta))
+        run(agent, data, 1)
+    torch.testing.assert_close(torch.tensor(weights), torch.tensor([0.2 * i for i in range(10)] + [2.0] * 3))
+
+
 def test_ct_curriculum_runs_once_over_the_training(data: Transitions) -> None:
     """N(k) ends at the paper's 151 levels, and `curriculum_restarts` gives the published sawtooth."""
     agent = ConsistencyAC(4, 2, small(ConsistencyACConfig()))

@@ -202,7 +202,8 @@ def test_ict_doubles_levels_in_equal_stretches() -> None:
     assert ict_discretisation(torch.tensor(1.0)).item() == 1281
     assert ict_discretisation(torch.tensor([0.0, 0.5, 1.0]), 4, 8).tolist() == [5, 9, 9]
     # Without a power of two between them, 30 / 4: the last stretch is cut short and capped.
-    assert ict_discretisation(torch.tensor([0.0, 1.0]), 4, 30).tolist() == [5, 31]
+    # log2(7) + 1 = 3.807 stretches, the second from 0.2627 on.
+    assert ict_discretisation(torch.tensor([0.0, 0.26, 0.27, 1.0]), 4, 30).tolist() == [5, 5, 9, 31]
 
 
 def test_teacher_decay_by_hand() -> None:
@@ -218,9 +219,8 @@ def test_uniform_indices_are_equally_likely_and_never_leave(n: int, dtype: torch
     u = ((torch.arange(16 * (n - 1), dtype=torch.float64) + 0.5) / (16 * (n - 1))).to(dtype)
     index = uniform_index(u, torch.tensor(float(n), dtype=dtype))
     assert index.long().bincount().tolist() == [16] * (n - 1)
-    last = torch.nextafter(torch.ones(1, dtype=dtype), torch.zeros(1, dtype=dtype))
-    ends = uniform_index(torch.cat([torch.zeros(1, dtype=dtype), last]), torch.tensor(float(n), dtype=dtype))
-    assert ends.tolist() == [0, n - 2]
+    ends = torch.tensor([0.0, 1 - torch.finfo(dtype).eps / 2, 1.0], dtype=dtype)  # 1 by rounding
+    assert uniform_index(ends, torch.tensor(float(n), dtype=dtype)).tolist() == [0, n - 2, n - 2]
 
 
 def lognormal_probabilities(levels: Levels, n: int, mean: float, std: float) -> list[float]:
@@ -247,10 +247,14 @@ def test_lognormal_indices_have_the_papers_frequencies(
     assert found == pytest.approx(lognormal_probabilities(levels, n, mean, std), rel=0, abs=tolerance)
 
 
-def test_lognormal_indices_at_the_ends_of_u() -> None:
-    u = torch.tensor([0.0, 1 - 2**-24])
-    for n in (2.0, 11.0, 1281.0):
-        assert lognormal_index(u, torch.tensor(n), Levels()).tolist() == [0, n - 2]
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_lognormal_indices_never_leave(dtype: torch.dtype) -> None:
+    ends = torch.tensor([0.0, 1 - torch.finfo(dtype).eps / 2, 1.0], dtype=dtype)  # 1 by rounding
+    for t_min in (0.001, 0.002, 0.003, 0.01, 0.03, 0.1):
+        for t_max in (2.0, 5.0, 80.0):
+            for n in (2.0, 11.0, 1281.0):
+                index = lognormal_index(ends, torch.tensor(n, dtype=dtype), Levels(t_min, t_max))
+                assert index[0] == 0 and (index[1:] >= n - 3).all() and (index[1:] <= n - 2).all()
 
 
 # Objectives

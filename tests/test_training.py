@@ -71,7 +71,7 @@ def run(config: TrainConfig, **said: Any) -> tuple[dict[str, Any], str]:
 def everything(folder: Path) -> dict[str, Any]:
     """All that a run leaves that may not depend on when it was interrupted."""
     found: dict[str, Any] = {"metrics": (folder / "metrics.csv").read_text()}
-    for file in sorted(folder.glob("evaluations/*.json")) + [folder / "result.json"]:
+    for file in [*sorted(folder.glob("evaluations/*.json")), folder / "result.json"]:
         found[file.name] = json.loads(file.read_text())
     for file in sorted((folder / "checkpoints" / "last").rglob("*.safetensors")):
         found[file.name] = {k: v.numpy().tobytes() for k, v in load_file(file).items()}

@@ -52,6 +52,9 @@ class AgentConfig:
             their cosine at the wrong pace: it does nothing in Consistency-AC and oscillates in CPQL.)
         max_grad_norm: gradient norm of actor and of critic, each clipped to it.
         eta: weight of the policy's Q-loss.
+        eta_warmup: gradient steps over which that weight rises from 0, linearly. A young critic's values look
+            only a few steps ahead (at rate 0.005, one target update in 200 steps), and a policy that follows
+            them falls over; until it sees further the policy imitates. The papers have none.
         critic_hidden: widths of the critic's hidden layers.
         critic_layer_norm: LayerNorm before the critic's activations.
         critic_target: how the target critic follows.
@@ -73,6 +76,7 @@ class AgentConfig:
     lr_decay: Literal["none", "cosine"] = "none"
     max_grad_norm: float = 10.0
     eta: float = 1.0
+    eta_warmup: int = 0
     critic_hidden: tuple[int, ...] = (256, 256, 256)
     critic_layer_norm: bool = False
     critic_target: TargetConfig = field(default_factory=TargetConfig)
@@ -170,6 +174,12 @@ class Agent:
     def progress(self) -> Tensor:
         """Share of the training that is done, in [0, 1]."""
         return (self.state["step"] / self.config.updates).clamp(max=1.0)
+
+    @property
+    def eta(self) -> float | Tensor:
+        """The present weight of the policy's Q-loss."""
+        c = self.config
+        return c.eta * (self.state["step"] / c.eta_warmup).clamp(max=1.0) if c.eta_warmup else c.eta
 
     def draw(self, generator: torch.Generator) -> Noise:
         """All the noise of one update."""

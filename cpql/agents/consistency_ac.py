@@ -66,4 +66,4 @@ class ConsistencyAC(Agent):
         imitation, metrics = self.imitation_loss(actor, batch, noise, progress)
         q_loss, more = self.q_loss(actor, batch, noise)
         metrics |= {"actor/imitation": imitation, "actor/q_loss": q_loss, **more}
-        return imitation + self.config.eta * q_loss, metrics
+        return imitation + self.eta * q_loss, metrics

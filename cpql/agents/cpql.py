@@ -80,4 +80,4 @@ class CPQL(Agent):
         imitation, metrics = self.imitation_loss(actor, batch, noise, self.progress)
         q_loss, more = self.q_loss(actor, batch, noise)
         metrics |= {"actor/imitation": imitation, "actor/q_loss": q_loss, **more}
-        return self.config.alpha * imitation + self.config.eta * q_loss, metrics
+        return self.config.alpha * imitation + self.eta * q_loss, metrics
