@@ -19,8 +19,9 @@ from cpql.actor import ActorConfig, ConsistencyActor
 from cpql.consistency import Function, Levels, ct_discretisation, ct_teacher_decay, lognormal_index, perturb
 
 MODE, SPREAD = 0.8, 0.05
+# Fewer levels than the papers': what 160 levels can tell apart is learnt in 3000 updates, 1280 take far more.
 CONFIG = ActorConfig(t_max=5.0, refinements=(MODE,), hidden=(64, 64, 64, 64))
-ICT = replace(CONFIG, objective="ict", objective_options={"s1": 320})
+ICT = replace(CONFIG, objective="ict", objective_options={"s0": 40, "s1": 160})
 CT = replace(CONFIG, objective="ct", objective_options={"s0": 10, "s1": 50, "weight": "interval"})
 DENOISE = ActorConfig(hidden=(64, 64, 64, 64))
 BATCH = 256
@@ -40,7 +41,7 @@ def normal(u: Tensor) -> Tensor:
 
 
 def train(config: ActorConfig, updates: int, rate: float, seed: int = 0) -> ConsistencyActor:
-    """Imitate the two modes; a scrambled Sobol sequence draws the data and the noise, so few updates suffice."""
+    """Imitate the two modes. Data and noise are a scrambled Sobol sequence, so that few updates suffice."""
     torch.manual_seed(seed)
     actor, options = ConsistencyActor(1, 1, config), config.objective_options
     ema, state = copy.deepcopy(actor).requires_grad_(False), torch.zeros(BATCH, 1)
@@ -49,7 +50,7 @@ def train(config: ActorConfig, updates: int, rate: float, seed: int = 0) -> Cons
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, updates)
     for update in range(updates):
         progress = torch.tensor(update / updates)
-        u, noise, side, offset = engine.draw(BATCH).clamp(1e-6, 1 - 1e-6).split(1, -1)
+        u, noise, side, offset = engine.draw(BATCH).clamp(1e-6, 1 - 1e-6).unsqueeze(-1).unbind(1)
         action = torch.where(side < 0.5, -MODE, MODE) + SPREAD * normal(offset)
         loss, _ = actor.loss(
             state,
@@ -83,14 +84,14 @@ def coverage(actor: ConsistencyActor, steps: int) -> Coverage:
 
 @pytest.mark.timeout(300)
 def test_ict_finds_both_modes() -> None:
-    found = coverage(train(ICT, 2500, 3e-3), steps=2)
+    found = coverage(train(ICT, 3000, 2e-3), steps=2)
     assert found.covered >= 0.9 and found.rarer >= 0.3 and found.middle <= 0.05, found
 
 
 @pytest.mark.timeout(300)
 def test_ct_finds_both_modes() -> None:
     """Squared distances and coarser levels blur what lies between the modes more than iCT does."""
-    found = coverage(train(CT, 1200, 5e-3), steps=2)
+    found = coverage(train(CT, 1500, 5e-3), steps=2)
     assert found.covered >= 0.65 and found.rarer >= 0.3 and found.middle <= 0.15, found
 
 
@@ -116,7 +117,7 @@ def noised_afresh(
     tanh: bool = False,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """iCT with one mistake: the target's noise isn't the student's, so that the two lie on no common path."""
-    count = consistency.ict_discretisation(progress, s1=320)
+    count = consistency.ict_discretisation(progress, 40, 160)
     index = lognormal_index(u, count, levels)
     low, high = levels.level(index, count), levels.level(index + 1, count)
     target = f(perturb(x0, low, z.roll(1, 0)), low).detach()
