@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -9,7 +10,15 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from cpql.consistency import OBJECTIVES, Function, Levels, Parameterisation, consistency_function, sample
+from cpql.consistency import (
+    OBJECTIVES,
+    PARAMETERISATIONS,
+    Function,
+    Levels,
+    Parameterisation,
+    consistency_function,
+    sample,
+)
 from cpql.errors import ConfigError, did_you_mean
 from cpql.networks import MLP, TimeEmbedding
 
@@ -55,6 +64,23 @@ class ActorConfig:
             raise ConfigError(
                 f"objective {self.objective!r} does not exist: {did_you_mean(self.objective, OBJECTIVES)}"
             )
+        known = [
+            name
+            for name, parameter in inspect.signature(OBJECTIVES[self.objective]).parameters.items()
+            if parameter.kind is parameter.KEYWORD_ONLY and name != "tanh"
+        ]
+        for option in self.objective_options:
+            if option not in known:
+                raise ConfigError(
+                    f"objective_options: {self.objective} has no {option!r}: {did_you_mean(option, known)}"
+                )
+        for key, choices in (("clamp", ("end", "inside")), ("parameterisation", PARAMETERISATIONS)):
+            if getattr(self, key) not in choices:
+                raise ConfigError(
+                    f"{key} {getattr(self, key)!r} does not exist: choose from {', '.join(choices)}"
+                )
+        if not 0.0 < self.t_min < self.t_max:
+            raise ConfigError(f"noise levels need 0 < t_min < t_max, found {self.t_min} and {self.t_max}")
         previous = self.t_max
         for t in self.refinements:
             if not self.t_min <= t <= previous:
@@ -122,7 +148,7 @@ class ConsistencyActor(nn.Module):
 
     def noise_shape(self, state: Tensor, steps: int | None = None) -> tuple[int, ...]:
         """Shape of the standard normal noise that `sample` wants: [steps, *state.shape[:-1], A]."""
-        return (steps or self.steps, *state.shape[:-1], self.action_dim)
+        return (self.steps if steps is None else steps, *state.shape[:-1], self.action_dim)
 
     def sample(
         self,

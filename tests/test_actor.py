@@ -570,3 +570,17 @@ def test_value_and_gradient() -> None:
 @pytest.mark.usefixtures("compiling")
 def test_value_and_gradient_as_a_compiler_sees_it() -> None:
     check_value_and_grad()
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"clamp": "foo"}, "clamp 'foo' does not exist: choose from end, inside"),
+        ({"parameterisation": "foo"}, "parameterisation 'foo' does not exist: choose from edm, unscaled"),
+        ({"t_max": 0.001}, "need 0 < t_min < t_max, found 0.002 and 0.001"),
+        ({"objective": "ct", "objective_options": {"s2": 3}}, "ct has no 's2': did you mean s1 or s0"),
+    ],
+)
+def test_the_configuration_refuses_what_it_does_not_know(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        ActorConfig(**values)

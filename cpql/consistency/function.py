@@ -74,7 +74,7 @@ def perturb(x: Tensor, t: Tensor, z: Tensor, *, tanh: bool = False) -> Tensor:
     """Noise x to level t: `x + t z`.
 
     With `tanh` (action normalisation) the noise is added in the unbounded space before a tanh,
-    `tanh(atanh(x) + t z)`: what f sees stays in (-1, 1) at every level, and the boundary condition and all
+    `tanh(atanh(x) + t z)`: what f sees stays in [-1, 1] at every level, and the boundary condition and all
     objectives hold unchanged. Consistency-AC's code squashes `tanh(x + t z)` without the atanh, which moves
     its targets (an action of 0.8 becomes 0.66 at t_min); its published runs never switch it on.
 

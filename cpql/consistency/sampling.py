@@ -32,7 +32,7 @@ def sample(
         f: consistency function on [*shape, D], [*shape].
         z: standard normal noise [1 + len(refinements), *shape, D]; z[0] starts.
         levels: gives t_min and t_max.
-        refinements: descending levels in (t_min, t_max].
+        refinements: descending levels in [t_min, t_max]; f is the identity at t_min.
         tanh: squash the noisy inputs, see `perturb`.
         clamp: bound of the result's absolute value; the gradient outside is zero.
 
@@ -40,7 +40,7 @@ def sample(
         Samples, [*shape, D].
 
     Raises:
-        ValueError: fewer noises than steps, or a refinement level out of range.
+        ValueError: not as many noises as steps, or a refinement level out of range.
     """
     if z.shape[0] != 1 + len(refinements):
         raise ValueError(f"{1 + len(refinements)} steps need as much noise, found {z.shape[0]}")
