@@ -167,8 +167,10 @@ def download(id: str, progress: Progress | None = None) -> Path:
     reasons = []
     for base in os.environ.get("CPQL_D4RL_MIRROR", "").split() or URLS:
         try:
-            with replacing(path) as aside:
-                _fetch(f"{base.rstrip('/')}/{name}", aside, name, progress)
+            url = f"{base.rstrip('/')}/{name}"
+            # The folder is made once there is something to put into it.
+            with urllib.request.urlopen(url, timeout=TIMEOUT) as response, replacing(path) as aside:
+                _receive(response, aside, name, progress)
                 try:
                     _contents(aside)
                 except DataError as error:
@@ -180,14 +182,14 @@ def download(id: str, progress: Progress | None = None) -> Path:
     raise DataError(f"{name} can't be downloaded from {', '.join(reasons)}: put it into {folder} by hand")
 
 
-def _fetch(url: str, path: Path, name: str, progress: Progress | None) -> None:
-    with urllib.request.urlopen(url, timeout=TIMEOUT) as response, path.open("wb") as file:
-        total = int(response.headers.get("Content-Length") or 0)
-        done = 0
+def _receive(response: http.client.HTTPResponse, path: Path, name: str, progress: Progress | None) -> None:
+    total = int(response.headers.get("Content-Length") or 0)
+    done = 0
+    with path.open("wb") as file:
         while block := response.read(1 << 20):
             file.write(block)
             done += len(block)
             if progress is not None:
                 progress(f"download {name}", done, total)
-        if total and done != total:
-            raise ValueError(f"cut off after {done} of {total} bytes")
+    if total and done != total:
+        raise ValueError(f"cut off after {done} of {total} bytes")
