@@ -160,8 +160,8 @@ class Bar:
             self.rich.update(self.id, completed=done, text=f"{speed:,.0f}/s {text}")
         elif force or now - self.said >= self.every or done == self.total:
             self.said = now
-            left = (self.total - done) / speed if speed > 0 else 0.0
-            minutes, seconds = divmod(round(left), 60)
+            minutes, seconds = divmod(round((self.total - done) / speed), 60) if speed else (0, 0)
+            left = f"{minutes}:{seconds:02d} left" if speed and done < self.total else ""
             line = (
                 f"{self.title} {done:,}/{self.total:,}",
                 f"{speed:,.0f}/s",
