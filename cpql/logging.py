@@ -166,7 +166,7 @@ class Bar:
                 f"{self.title} {done:,}/{self.total:,}",
                 f"{speed:,.0f}/s",
                 text,
-                f"{minutes}:{seconds:02d} left",
+                left,
             )
             self.console.print("  ".join(filter(None, line)), highlight=False, soft_wrap=True)
 
