@@ -8,7 +8,7 @@ import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 import hydra
 from hydra.core.config_store import ConfigStore
@@ -54,7 +54,7 @@ def _check_words(config_name: str, words: list[str]) -> None:
     from hydra.errors import HydraException
 
     if any(word.startswith("-") for word in words):
-        return
+        return  # Hydra's own flags: --help, --multirun, --cfg
     for word in words:
         key, found, value = word.partition("=")
         if not found:
@@ -94,19 +94,24 @@ def _keys(content: Any, prefix: str = "") -> list[str]:
     return keys
 
 
+def _ends(error: CpqlError, traceback: bool) -> NoReturn:
+    """Say in one line what the user can mend, and end."""
+    if traceback:
+        raise error
+    Console(stderr=True, soft_wrap=True).print(f"[red]error[/] {error}", highlight=False)
+    sys.exit(error.exit_code)
+
+
 def _main(config_name: str, task: Callable[[DictConfig], None]) -> None:
-    """Run a task under Hydra, with errors the user can mend as one line."""
+    """Run a task under Hydra."""
     _register()
-    traceback = "traceback=true" in sys.argv
+    # An objective's own settings depend on which it is: ++ lets Hydra take any, ActorConfig checks them.
+    sys.argv[1:] = [f"++{w}" if w.startswith("agent.actor.objective_options.") else w for w in sys.argv[1:]]
     try:
         _check_words(config_name, sys.argv[1:])
-        folder = str(config_folder())
-        hydra.main(config_path=folder, config_name=config_name, version_base="1.3")(task)()
     except CpqlError as error:
-        if traceback:
-            raise
-        Console(stderr=True, soft_wrap=True).print(f"[red]error[/] {error}", highlight=False)
-        sys.exit(130 if type(error).__name__ == "Interrupted" else 1)
+        _ends(error, "traceback=true" in sys.argv)
+    hydra.main(config_path=str(config_folder()), config_name=config_name, version_base="1.3")(task)()
 
 
 def _task(function: Callable[[DictConfig], None]) -> Callable[[DictConfig], None]:
@@ -116,10 +121,7 @@ def _task(function: Callable[[DictConfig], None]) -> Callable[[DictConfig], None
         try:
             function(content)
         except CpqlError as error:
-            if content.traceback:
-                raise
-            Console(stderr=True, soft_wrap=True).print(f"[red]error[/] {error}", highlight=False)
-            sys.exit(130 if type(error).__name__ == "Interrupted" else 1)
+            _ends(error, content.traceback)
 
     return run
 

@@ -12,7 +12,13 @@ __all__ = ["CheckpointError", "ConfigError", "CpqlError", "DataError", "did_you_
 
 
 class CpqlError(Exception):
-    """Base of all errors that have a cause the user can mend."""
+    """Base of all errors that have a cause the user can mend.
+
+    Attributes:
+        exit_code: of a command that ends with it.
+    """
+
+    exit_code = 1
 
 
 class ConfigError(CpqlError):

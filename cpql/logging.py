@@ -147,7 +147,7 @@ class Bar:
             self.id = self.rich.add_task(title, total=total, completed=start, text="")
             self.rich.start()
 
-    def update(self, done: int, text: str = "", force: bool = False) -> None:
+    def update(self, done: int, text: str = "") -> None:
         """Show how far it is, with a text beside it."""
         now = time.monotonic()
         if not self.recent or now - self.recent[-1][0] > 0.5:
@@ -158,7 +158,7 @@ class Bar:
         speed = (done - before) / (now - then) if now > then else 0.0
         if self.rich is not None and self.id is not None:
             self.rich.update(self.id, completed=done, text=f"{speed:,.0f}/s {text}")
-        elif force or now - self.said >= self.every or done == self.total:
+        elif now - self.said >= self.every or done == self.total:
             self.said = now
             minutes, seconds = divmod(round((self.total - done) / speed), 60) if speed else (0, 0)
             left = f"{minutes}:{seconds:02d} left" if speed and done < self.total else ""

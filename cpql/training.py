@@ -50,6 +50,8 @@ FREE = ("device", "threads", "compile", "logger", "resume", "traceback", "run_di
 class Interrupted(CpqlError):
     """The user stopped the run; it is saved."""
 
+    exit_code = 130
+
 
 def make_agent(config: TrainConfig, state_dim: int, action_dim: int, device: torch.device | str) -> Agent:
     """The agent a configuration asks for.

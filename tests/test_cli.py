@@ -60,6 +60,7 @@ def left(folder: Path) -> set[str]:
         (["agent.etaa=1"], "unknown setting 'agent.etaa': did you mean agent.eta"),
         (["agent.eta=much"], "agent: eta: Input should be a valid number"),
         (["agent.actor.objective=itc"], "objective 'itc' does not exist: did you mean ict"),
+        (["agent.actor.objective_options.coun=3"], "denoise has no 'coun': did you mean count"),
         (["seed=x"], "seed: Input should be a valid integer"),
         (["device=tpu"], "device: Input should be 'auto', 'cpu' or 'cuda'"),
         (["hopper-medium"], "'hopper-medium': expected KEY=VALUE"),
