@@ -3,7 +3,7 @@
 The number of levels N may be a tensor: a level is a formula on (index, N), never an array of length N, so a
 curriculum over N changes no shape and a compiled update is compiled once. Schedules take `progress`, the
 share of the whole training that is done, in [0, 1]. (Consistency-AC's code restarts its schedule at every
-logging interval, so that its N sweeps 2..150 forty times a run; `restarts` of the agent reproduces that.)
+logging interval, so that its N sweeps 2..150 forty times a run; the agent's `curriculum_restarts` has that.)
 """
 
 from __future__ import annotations
