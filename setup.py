@@ -7,7 +7,8 @@ from setuptools import find_packages, setup
 extras = {
     "wandb": ["wandb>=0.17"],
     "tensorboard": ["tensorboard>=2.15"],
-    "minari": ["minari[hdf5]>=0.5"],
+    "minari": ["minari[hdf5,hf]>=0.5.4"],
+    "robotics": ["gymnasium-robotics>=1.3"],
     "behaviours": ["sbx-rl>=0.20"],
 }
 
@@ -31,6 +32,7 @@ setup(
         "scipy>=1.11",
         "gymnasium[mujoco]>=1.0",
         "h5py>=3.10",
+        "filelock>=3.24",
         "hydra-core>=1.3.5",
         "pydantic>=2.7",
         "safetensors>=0.4.3",
@@ -40,8 +42,10 @@ setup(
     extras_require={
         **extras,
         "dev": [
+            *extras["minari"],
             *extras["wandb"],
             *extras["tensorboard"],
+            *extras["robotics"],
             "hypothesis>=6.100",
             "mypy>=1.15",
             "pytest>=8",
@@ -53,6 +57,10 @@ setup(
         ],
     },
     entry_points={
-        "console_scripts": ["cpql-train=cpql.cli:train", "cpql-evaluate=cpql.cli:evaluate"],
+        "console_scripts": [
+            "cpql-train=cpql.cli:train",
+            "cpql-evaluate=cpql.cli:evaluate",
+            "cpql-data=cpql.data_cli:main",
+        ],
     },
 )

@@ -118,7 +118,7 @@ def test_compiled_is_one_graph_and_equals_eager(name: str, data: Transitions) ->
 def filled(state: float = 0.0, reward: float = 0.0, terminated: float = 0.0, size: int = 16) -> Batch:
     flat = torch.full((size,), 1.0)
     states = torch.full((size, 4), state)
-    return Batch(states, torch.zeros(size, 2), reward * flat, states, terminated * flat)
+    return Batch(states, torch.zeros(size, 2), reward * flat, states, (1.0 - terminated) * flat)
 
 
 def test_termination_stops_bootstrapping() -> None:

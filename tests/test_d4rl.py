@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import http.server
-import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -129,96 +126,11 @@ def test_names_and_folders(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert d4rl.cache_folder() == Path.home() / ".d4rl" / "datasets"
 
 
-class Server(http.server.ThreadingHTTPServer):
-    """A mirror whose folders answer each in their own way."""
-
-    content = b""
-    daemon_threads = True
-
-
-class Handler(http.server.BaseHTTPRequestHandler):
-    def do_GET(self) -> None:
-        content = self.server.content  # type: ignore[attr-defined]
-        kind = self.path.split("/")[1]
-        if kind == "gone":
-            self.send_error(404)
-            return
-        body = {"page": b"<html>Sorry</html>", "half": content[: len(content) // 2], "none": b""}.get(
-            kind, content
-        )
-        self.send_response(200)
-        if kind != "unsaid":
-            self.send_header("Content-Length", str(len(content) if kind == "cut" else len(body)))
-        self.end_headers()
-        self.wfile.write(body[:100] if kind == "cut" else body)
-
-    def log_message(self, *_: Any) -> None:
-        pass
-
-
-@pytest.fixture
-def mirror(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder: Path) -> Iterator[str]:
-    monkeypatch.setenv("no_proxy", "*")
-    d4rl.write(tmp_path / "source.hdf5", arrays(), {})
-    server = Server(("127.0.0.1", 0), Handler)
-    server.content = (tmp_path / "source.hdf5").read_bytes()
-    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
-    thread.start()
-    yield f"http://127.0.0.1:{server.server_address[1]}"
-    server.shutdown()
-    thread.join()
-    server.server_close()
-
-
-@pytest.mark.parametrize("kind", ["whole", "unsaid"])
-def test_a_download_arrives_whole(
-    mirror: str, folder: Path, monkeypatch: pytest.MonkeyPatch, kind: str
-) -> None:
-    # The first place doesn't have it, the second one does.
-    monkeypatch.setenv("CPQL_D4RL_MIRROR", f"{mirror}/gone {mirror}/{kind}/")
-    seen: list[tuple[str, int, int]] = []
-    path = d4rl.download("hopper-medium-v2", lambda *report: seen.append(report))
-    size = path.stat().st_size
-    assert path == folder / NAME and [entry.name for entry in folder.iterdir()] == [NAME]
-    assert seen[-1] == (f"download {NAME}", size, size if kind == "whole" else 0)
-    made = data.load(TASK, size=10, source="d4rl")
-    assert (made.provenance.source, made.provenance.id, len(made)) == ("d4rl", "hopper-medium-v2", 40)
-
-
-@pytest.mark.parametrize(
-    ("kind", "text"),
-    [
-        ("gone", "Not Found"),
-        ("page", "not HDF5"),
-        ("half", "damaged"),
-        ("none", "an empty file"),
-        ("cut", "cut off after 100 of"),
-    ],
-)
-def test_a_bad_download_leaves_nothing(
-    mirror: str, folder: Path, monkeypatch: pytest.MonkeyPatch, kind: str, text: str
-) -> None:
-    monkeypatch.setenv("CPQL_D4RL_MIRROR", f"{mirror}/{kind}")
-    with pytest.raises(DataError) as caught:
-        d4rl.download("hopper-medium-v2")
-    message = str(caught.value)
-    assert text in message and f"put it into {folder} by hand" in message and message.startswith(NAME)
-    assert "\n" not in message and not list(folder.glob("*"))
-
-
-@pytest.mark.parametrize("url", ["http://127.0.0.1:9/", "nonsense", "http://no.such.host.invalid/"])
-def test_an_unreachable_mirror_is_one_line(folder: Path, monkeypatch: pytest.MonkeyPatch, url: str) -> None:
-    monkeypatch.setenv("no_proxy", "*")
-    monkeypatch.setenv("CPQL_D4RL_MIRROR", url)
-    with pytest.raises(DataError, match=rf"{NAME} can't be downloaded from {url}"):
-        data.load(TASK, source="d4rl", size=10)
-
-
 def test_load_takes_a_path_strictly(tmp_path: Path, folder: Path) -> None:
     with pytest.raises(DataError, match=r"mine.hdf5: no such file"):
         data.load(TASK, path=str(tmp_path / "mine.hdf5"), size=10)
     d4rl.write(tmp_path / "mine.hdf5", arrays(), {})
-    assert data.load(TASK, path=str(tmp_path / "mine.hdf5"), size=10).provenance.source == "file"
+    assert data.load(TASK, path=str(tmp_path / "mine.hdf5"), size=10)[1].provenance.source == "file"
     with pytest.raises(ConfigError, match="no dataset source 'd4rj': did you mean d4rl"):
         data.load(TASK, source="d4rj", size=10)
 
@@ -226,7 +138,7 @@ def test_load_takes_a_path_strictly(tmp_path: Path, folder: Path) -> None:
 def test_auto_takes_the_cache_first_and_says_nothing(folder: Path) -> None:
     d4rl.write(folder / NAME, arrays(), {})
     said: list[str] = []
-    assert data.load(TASK, size=10, say=said.append).provenance.source == "d4rl"
+    assert data.load(TASK, size=10, say=said.append)[1].provenance.source == "d4rl"
     assert said == []
     # A damaged file is the user's to mend: falling back would hide it.
     (folder / NAME).write_bytes(b"")

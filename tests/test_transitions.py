@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -40,8 +42,9 @@ def test_time_limits_truncate_and_never_terminate() -> None:
     assert data.next_observations[:, 0].tolist() == [1, 2, 3, 11, 12, 13, 21, 22]
     assert data.rewards.tolist() == list(range(8))
     assert (len(data), data.state_dim, data.action_dim) == (8, 1, 2)
-    dtypes = {data.observations.dtype, data.actions.dtype, data.rewards.dtype, data.terminated.dtype}
-    assert dtypes == {torch.float32} and data.ends.dtype == torch.bool
+    assert data.table.dtype == torch.float32
+    assert {data.terminated.dtype, data.truncated.dtype, data.ends.dtype} == {torch.bool}
+    assert data.columns.discounts.tolist() == [1, 1, 0, 1, 1, 1, 1, 1]
 
 
 def test_statistics_are_over_complete_episodes() -> None:
@@ -99,6 +102,115 @@ def test_with_neither_only_terminals_end_an_episode() -> None:
     assert made.provenance.episodes == 1
 
 
+def oracle() -> tuple[dict[str, Any], dict[str, Any]]:
+    """The rows that the d4rl package was asked about, and its answers."""
+    path = Path(__file__).parent / "oracle" / "d4rl_qlearning.py"
+    spec = importlib.util.spec_from_file_location("d4rl_qlearning", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.rows(), json.loads(path.with_suffix(".json").read_text())["cases"]
+
+
+@pytest.mark.parametrize(
+    ("dropped", "options"),
+    [
+        (("next_observations",), {}),
+        ((), {"time_limits": "drop"}),
+        (("timeouts", "next_observations"), {"episode_limit": 7}),
+        (("timeouts",), {"episode_limit": 7, "time_limits": "drop"}),
+    ],
+)
+def test_the_d4rl_package_reads_the_same(dropped: tuple[str, ...], options: dict[str, Any]) -> None:
+    rows, answers = oracle()
+    theirs = {key: np.array(value) for key, value in answers["timeouts"].items()}
+    ours = Transitions.from_dict(without(rows, *dropped), **options).to_dict()
+    count = len(theirs["rewards"])
+    # The package never keeps the last row; where that row has a next observation we do.
+    assert len(ours["rewards"]) - count == (0 if "next_observations" in dropped else 1)
+    for key in ("observations", "actions", "rewards", "terminals"):
+        np.testing.assert_array_equal(ours[key][:count], theirs[key].astype(ours[key].dtype))
+    # Behind a terminal the package puts the next episode's first observation, which nothing may read.
+    going = ~theirs["terminals"].astype(bool)
+    np.testing.assert_array_equal(
+        ours["next_observations"][:count][going], theirs["next_observations"].astype(np.float32)[going]
+    )
+
+
+def test_the_package_miscounts_where_we_do_not() -> None:
+    """Without `timeouts` its count of steps starts at 1 after a terminal: a row too early is dropped.
+
+    The one that should have been leads into the next episode. Ours, above, are the rows with `timeouts`.
+    """
+    _, answers = oracle()
+    with_flags, counted = (answers[case]["observations"] for case in ("timeouts", "no timeouts"))
+    assert [105.0] in [row[:1] for row in with_flags] and [106.0] not in [row[:1] for row in with_flags]
+    row = [row[0] for row in counted].index(106.0)
+    assert answers["no timeouts"]["next_observations"][row][0] == 200
+
+
+def test_what_qlearning_dataset_gives_is_taken_as_it_is() -> None:
+    """No `timeouts`, no row at a time limit; the jump to the next episode is all that shows where one was."""
+    _, answers = oracle()
+    given = {key: np.array(value) for key, value in answers["timeouts"].items()}
+    data = Transitions.from_dict(given, episode_limit=7)
+    assert len(data) == len(given["rewards"]) and data.truncated.sum() == 0
+    assert data.terminated.tolist() == given["terminals"].astype(bool).tolist()
+    lengths = np.diff(np.flatnonzero(np.concatenate([[True], data.ends])))
+    assert lengths.tolist() == [3, 6, 6, 6, 1, 3]
+
+
+def test_old_files_count_their_time_limits() -> None:
+    data = without(drawing(), "timeouts", "next_observations")
+    made = Transitions.from_dict(data, episode_limit=3)
+    assert made.to_dict()["observations"][:, 0].tolist() == [0, 1, 10, 11, 20]
+    assert made.terminated.sum() == 0  # the limit wins over the terminal of row 2
+    longer = Transitions.from_dict(data, episode_limit=4)
+    assert longer.to_dict()["observations"][:, 0].tolist() == [0, 1, 2, 10, 11, 12]
+    assert longer.terminated.tolist() == [False, False, True, False, False, False]
+
+
+def test_d4rl_s_rule_drops_the_row_at_a_time_limit() -> None:
+    data = Transitions.from_dict(drawing(), time_limits="drop")
+    assert data.observations[:, 0].tolist() == [0, 1, 2, 10, 11, 20, 21]
+    assert data.next_observations[:, 0].tolist() == [1, 2, 3, 11, 12, 21, 22]
+    assert data.ends.tolist() == [False, False, True, False, True, False, True]
+    assert data.truncated.sum() == 0 and data.provenance.return_max == 12
+    with pytest.raises(DataError, match="every row is at a time limit"):
+        Transitions.from_dict({key: value[5:6] for key, value in drawing().items()}, time_limits="drop")
+    with pytest.raises(DataError, match="time_limits='dorp': expected 'keep' or 'drop'"):
+        Transitions.from_dict(drawing(), time_limits="dorp")  # type: ignore[arg-type]
+
+
+def test_a_row_written_twice_is_a_seam() -> None:
+    data = {key: value[[0, 1, 1, 2]] for key, value in drawing().items()}
+    made = Transitions.from_dict(data)
+    assert made.ends.tolist() == [False, True, False, True]
+    assert made.provenance.episodes == 1  # the second half, which terminates; the first is cut
+
+
+def test_actions_are_scaled_from_the_bounds_they_have() -> None:
+    data = drawing() | {"actions": np.array([[-2.0, 0], [2, 10], [0, 5], [1, 7.5]] * 2)}
+    made = Transitions.from_dict(data, action_low=[-2, 0], action_high=[2, 10])
+    assert made.actions[:4].tolist() == [[-1, -1], [1, 1], [0, 0], [0.5, 0.5]]
+    with pytest.raises(DataError, match="reaches 10 in row 1: expected the environment's bounds"):
+        Transitions.from_dict(data, action_low=-2, action_high=5)
+    with pytest.raises(DataError, match="bounds of 3 actions: expected 2"):
+        Transitions.from_dict(data, action_low=[-2, 0, 0], action_high=10)
+    with pytest.raises(DataError, match="expected finite bounds, lower below upper"):
+        Transitions.from_dict(data, action_low=1, action_high=-1)
+
+
+def test_to_dict_gives_back_what_came() -> None:
+    data = drawing()
+    back = Transitions.from_dict(data).to_dict()
+    assert set(back) == set(data)
+    for key, array in data.items():
+        np.testing.assert_array_equal(back[key], array.astype(back[key].dtype))
+    again = Transitions.from_dict(back)
+    assert torch.equal(again.table, Transitions.from_dict(data).table)
+
+
 def test_where_both_flags_are_set_the_time_limit_wins() -> None:
     data = drawing()
     data["timeouts"][2] = True
@@ -115,7 +227,7 @@ def test_columns_flags_and_extra_keys_come_in_many_forms() -> None:
         data[key] = data[key].astype(np.float64)[:, None]
     data["actions"] = torch.tensor(data["actions"])
     made, plain = Transitions.from_dict(data), Transitions.from_dict(drawing())
-    assert torch.equal(made._table, plain._table) and torch.equal(made.ends, plain.ends)
+    assert torch.equal(made.table, plain.table) and torch.equal(made.ends, plain.ends)
 
 
 def test_actions_are_clipped_within_the_tolerance() -> None:
@@ -147,17 +259,17 @@ def spoilt(key: str, row: int, value: float) -> dict[str, Any]:
         (broken("actions", np.zeros((8, 0))), "'actions' has shape [8, 0]"),
         (broken("rewards", np.zeros((8, 2))), "'rewards' has shape [8, 2]"),
         (broken("rewards", 3.0), "'rewards' has shape []"),
-        (broken("rewards", math.nan), "'rewards' holds 1 NaN"),
+        (broken("rewards", math.nan), "'rewards' has shape []"),
         (broken("rewards", np.zeros(7)), "'rewards' has 7 rows: expected 8"),
         (broken("timeouts", np.zeros(9)), "'timeouts' has 9 rows: expected 8"),
         (broken("next_observations", np.zeros((8, 2))), "'next_observations' is 2 wide: expected 1"),
         (
             spoilt("observations", 5, math.nan),
-            "'observations' holds 1 NaN or infinite numbers, first in row 5",
+            "'observations' holds NaN or infinity, first in row 5",
         ),
-        (spoilt("actions", 2, math.inf), "'actions' holds 2 NaN or infinite numbers, first in row 2"),
-        (spoilt("rewards", 4, 1e300), "'rewards' holds 1 NaN or infinite numbers, first in row 4"),
-        (spoilt("actions", 6, -1.01), "'actions' reaches ±1.01 in row 6: expected [-1, 1]"),
+        (spoilt("actions", 2, math.inf), "'actions' holds NaN or infinity, first in row 2"),
+        (spoilt("rewards", 4, 1e300), "'rewards' holds NaN or infinity, first in row 4"),
+        (spoilt("actions", 6, -1.01), "'actions' reaches -1.01 in row 6: expected [-1, 1]"),
         (spoilt("terminals", 1, 0.5), "'terminals' holds 0.5 in row 1: expected 0 or 1"),
         ({key: value[:0] for key, value in drawing().items()}, "'observations' has 0 rows"),
         (
@@ -189,7 +301,7 @@ def test_samples_are_rows_of_the_data(members: tuple[int, ...]) -> None:
     batch = data.sample(64, torch.Generator().manual_seed(1), members)
     again = data.sample(64, torch.Generator().manual_seed(1), members)
     assert batch.observations.shape == (*members, 64, 1) and batch.actions.shape == (*members, 64, 2)
-    assert batch.rewards.shape == batch.terminated.shape == (*members, 64)
+    assert batch.rewards.shape == batch.discounts.shape == (*members, 64)
     assert all(torch.equal(a, b) for a, b in zip(batch, again, strict=True))
     # In the drawing the reward is the row's number.
     rows = batch.rewards.long()
@@ -197,7 +309,7 @@ def test_samples_are_rows_of_the_data(members: tuple[int, ...]) -> None:
     for column, drawn in zip((data.observations, data.actions, data.rewards), batch, strict=False):
         assert torch.equal(column[rows], drawn)
     assert torch.equal(data.next_observations[rows], batch.next_observations)
-    assert torch.equal(data.terminated[rows], batch.terminated)
+    assert torch.equal(1.0 - data.terminated[rows].float(), batch.discounts)
 
 
 def test_to_moves_everything_or_nothing() -> None:
@@ -207,7 +319,7 @@ def test_to_moves_everything_or_nothing() -> None:
     assert {moved.device, moved.ends.device, moved.actions.device} == {torch.device("meta")}
     assert moved.provenance is data.provenance
     copy = dataclasses.replace(data)
-    assert torch.equal(copy._table, data._table) and repr(copy) == repr(data)
+    assert torch.equal(copy.table, data.table) and repr(copy) == repr(data)
 
 
 episodes = st.lists(

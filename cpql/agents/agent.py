@@ -199,7 +199,7 @@ class Agent:
         }
 
     def bellman_target(self, batch: Batch, noise: Noise) -> Tensor:
-        """`r + gamma (1 - terminated) min_i Q'_i(s', a')`, [B], without gradient.
+        """`r + gamma (1 - d) min_i Q'_i(s', a')`, [B], without gradient; 1 - d is `batch.discounts`.
 
         With `max_q_backup` each target critic's maximum over several a' stands for its value (Kumar et al.
         2019, as Diffusion-QL uses it).
@@ -213,7 +213,7 @@ class Agent:
         next_q: Tensor = self.critic(s["critic_target"], "q", next_state, next_action)
         if c.max_q_backup:
             next_q = next_q.amax(-1)
-        return (batch.rewards + c.discount * (1.0 - batch.terminated) * next_q.amin(0)).detach()
+        return (batch.rewards + c.discount * batch.discounts * next_q.amin(0)).detach()
 
     def q_loss(self, actor: Tensor, batch: Batch, noise: Noise) -> tuple[Tensor, Metrics]:
         """`-mean Q_i(s, pi(s)) / stop_gradient(mean |Q_j(s, pi(s))|)`, i and j the two critics by a coin.

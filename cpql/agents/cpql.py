@@ -65,7 +65,7 @@ class CPQL(Agent):
             return (q - target).square().mean(-1).sum(), metrics
 
         next_v = self.critic(critic, "v", batch.next_observations).detach()
-        target = batch.rewards + self.config.discount * (1.0 - batch.terminated) * next_v
+        target = batch.rewards + self.config.discount * batch.discounts * next_v
         of = self.state["critic_target"] if self.config.expectile_q == "target" else critic
         best = self.critic(of, "q", batch.observations, batch.actions).amin(0).detach()
         advantage = best - self.critic(critic, "v", batch.observations)

@@ -8,33 +8,47 @@ cpql itself collects is kept in the same layout, and carries an attribute that s
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
-import http.client
 import json
 import os
 import re
 import secrets
-import urllib.request
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import h5py  # type: ignore[import-untyped]
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
-from cpql.data.transitions import Transitions
+from cpql.data.download import Progress, fetch
+from cpql.data.transitions import TimeLimits, Transitions
 from cpql.errors import DataError
 
-__all__ = ["Progress", "cache_folder", "download", "filename", "find", "read", "replacing", "write"]
+__all__ = [
+    "Progress",
+    "cache_folder",
+    "download",
+    "filename",
+    "find",
+    "opened",
+    "read",
+    "replacing",
+    "urls",
+    "write",
+]
 
-Progress = Callable[[str, int, int], None]
-"""Called with what is being done, how much of it is done, and how much there is."""
-
-URLS = ("http://rail.eecs.berkeley.edu/datasets/offline_rl/gym_mujoco_v2/",)
+# D4RL's own host, and a copy of its files without their folders.
+HOST = "http://rail.eecs.berkeley.edu/datasets/offline_rl/"
+MIRROR = "https://huggingface.co/datasets/imone/D4RL/resolve/main/"
 KEYS = ("observations", "actions", "rewards", "terminals", "timeouts", "next_observations")
 ORIGIN = "cpql_origin"
-TIMEOUT = 10.0
+# Compressed floating-point data shrink a few times, sparse ones a few ten times; zeros a thousand times.
+MOST_EXPANSION = 100
+UNSUSPICIOUS_BYTES = 64 << 20
 
 
 def cache_folder() -> Path:
@@ -54,13 +68,33 @@ def filename(id: str) -> str:
     return f"{match[1].replace('-', '_')}-{match[2]}.hdf5"
 
 
-def find(id: str) -> Path | None:
-    """Give a dataset's file in the cache folder, or None."""
-    path = cache_folder() / filename(id)
-    return path if path.exists() else None
+def urls(id: str, path: str = "") -> list[str]:
+    """Where a dataset's file can be had, D4RL's own host first.
+
+    Args:
+        id: D4RL's.
+        path: of the file under D4RL's host, `Task.url`; by default the locomotion folder and the id's name.
+    """
+    path = path or f"gym_mujoco_v2/{filename(id)}"
+    return [HOST + path, MIRROR + path.rpartition("/")[2]]
 
 
-def read(path: str | os.PathLike[str], id: str, *, source: str = "file") -> Transitions:
+def find(id: str, path: str = "") -> Path | None:
+    """Give a dataset's file in the cache folder, or None; see `urls` for the arguments."""
+    file = cache_folder() / (path.rpartition("/")[2] or filename(id))
+    return file if file.exists() else None
+
+
+def read(
+    path: str | os.PathLike[str],
+    id: str,
+    *,
+    source: str = "file",
+    time_limits: TimeLimits = "keep",
+    episode_limit: int | None = None,
+    action_low: ArrayLike = -1.0,
+    action_high: ArrayLike = 1.0,
+) -> Transitions:
     """Read and check any HDF5 file in D4RL's layout.
 
     Args:
@@ -68,51 +102,102 @@ def read(path: str | os.PathLike[str], id: str, *, source: str = "file") -> Tran
         id: the dataset's id, for the provenance.
         source: "file" or "d4rl". A file that cpql collected says so itself, and that wins, so that it
             can't pass for D4RL under another name.
+        time_limits: see `Transitions.from_dict`, as are the following.
+        episode_limit: steps after which an episode is truncated, where the file doesn't say.
+        action_low: the actions' lower bounds in the file.
+        action_high: their upper bounds.
 
     Raises:
         DataError: the file is missing, empty, truncated, not HDF5 or doesn't hold valid transitions.
     """
     path = Path(path)
-    arrays, origin = _contents(path)
+    with opened(path) as (arrays, origin), ThreadPoolExecutor(1) as beside:
+        sha256 = beside.submit(_sha256, path)
+        details: dict[str, Any] = {}
+        if origin is not None:
+            source, id, details = origin
+        data = Transitions.from_dict(
+            arrays,
+            source=source,
+            id=id,
+            file=path.name,
+            details=details,
+            time_limits=time_limits,
+            episode_limit=episode_limit,
+            action_low=action_low,
+            action_high=action_high,
+        )
+        return dataclasses.replace(
+            data, provenance=dataclasses.replace(data.provenance, sha256=sha256.result())
+        )
+
+
+def _sha256(path: Path) -> str:
     with path.open("rb") as file:
-        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-    details: dict[str, Any] = {}
-    if origin is not None:
-        source, id, details = origin
-    return Transitions.from_dict(arrays, source=source, id=id, file=path.name, sha256=sha256, details=details)
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _contents(path: Path) -> tuple[dict[str, NDArray[Any]], tuple[str, str, dict[str, Any]] | None]:
-    """Read the known keys, and the origin that cpql wrote beside them."""
+@contextlib.contextmanager
+def opened(path: Path) -> Iterator[tuple[dict[str, h5py.Dataset], tuple[str, str, dict[str, Any]] | None]]:
+    """Open a file in D4RL's layout: its arrays, looked at but not read yet, and the origin that cpql wrote.
+
+    What is refused here costs neither time nor memory: a link to elsewhere, and an array that declares far
+    more than the file holds.
+
+    Raises:
+        DataError: it isn't such a file, or, inside the block, can't be read to its end.
+    """
     name = path.name
     if not path.exists():
-        raise DataError(f"{name}: no such file in {path.absolute().parent}: expected HDF5 in D4RL's layout")
+        found = "a symbolic link that leads nowhere" if path.is_symlink() else "no such file"
+        raise DataError(f"{name}: {found} in {path.absolute().parent}: expected HDF5 in D4RL's layout")
     if not path.is_file():
         raise DataError(f"{name}: not a file: expected HDF5 in D4RL's layout")
     if path.stat().st_size == 0:
         raise DataError(f"{name}: an empty file: expected HDF5 in D4RL's layout")
-    key = "the file"
     try:
         if not h5py.is_hdf5(path):
             raise DataError(f"{name}: not HDF5: expected HDF5 in D4RL's layout")
         with h5py.File(path, "r") as file:
-            arrays = {}
-            for key in (key for key in KEYS if key in file):
-                if not isinstance(file[key], h5py.Dataset):
-                    raise DataError(f"{name}: '{key}' is a group: expected an array")
-                arrays[key] = file[key][()]
+            arrays = {key: _dataset(file, key, name) for key in KEYS if file.get(key, getlink=True)}
             if not arrays:
                 found = ", ".join(file) or "nothing"
                 raise DataError(f"{name}: none of D4RL's arrays, only {found}: expected {', '.join(KEYS)}")
-            text = file.attrs.get(ORIGIN)
+            yield arrays, _origin(file, name)
     except (OSError, RuntimeError, KeyError) as error:
         reason = " ".join(str(error).split())
-        raise DataError(f"{name}: damaged, {key} can't be read ({reason}): expected whole HDF5") from error
+        raise DataError(f"{name}: damaged, can't be read ({reason}): expected whole HDF5") from error
+
+
+def _dataset(file: h5py.File, key: str, name: str) -> h5py.Dataset:
+    """One array of the file, and of nothing but the file."""
+    link = file.get(key, getlink=True)
+    if not isinstance(link, h5py.HardLink):
+        raise DataError(f"{name}: '{key}' is a link to elsewhere: expected an array")
+    dataset = file[key]
+    if not isinstance(dataset, h5py.Dataset):
+        raise DataError(f"{name}: '{key}' is a group: expected an array")
+    if dataset.is_virtual or dataset.external:
+        raise DataError(f"{name}: '{key}' keeps its numbers in another file: expected an array")
+    declared, held = (
+        dataset.size * dataset.dtype.itemsize if dataset.shape else 0,
+        dataset.id.get_storage_size(),
+    )
+    if len(dataset.shape or ()) > 1 and declared > UNSUSPICIOUS_BYTES and declared > MOST_EXPANSION * held:
+        raise DataError(
+            f"{name}: '{key}' declares {declared / 2**30:,.1f} GiB and holds {held / 2**20:,.1f} MiB: "
+            f"expected an array that is written"
+        )
+    return dataset
+
+
+def _origin(file: h5py.File, name: str) -> tuple[str, str, dict[str, Any]] | None:
+    text = file.attrs.get(ORIGIN)
     if text is None:
-        return arrays, None
+        return None
     try:
         origin = json.loads(text)
-        return arrays, (str(origin["source"]), str(origin["id"]), dict(origin["details"]))
+        return str(origin["source"]), str(origin["id"]), dict(origin["details"])
     except (ValueError, TypeError, KeyError) as error:
         raise DataError(f"{name}: the attribute '{ORIGIN}' is damaged: expected what cpql wrote") from error
 
@@ -154,42 +239,38 @@ def replacing(path: Path) -> Iterator[Path]:
         aside.unlink(missing_ok=True)
 
 
-def download(id: str, progress: Progress | None = None) -> Path:
-    """Fetch a dataset into the cache folder, from the first place that has it.
+def download(
+    id: str,
+    progress: Progress | None = None,
+    *,
+    path: str = "",
+    say: Callable[[str], None] = print,
+) -> Path:
+    """Fetch a dataset into the cache folder, unless it lies there already; see `download.fetch`.
 
-    The places are D4RL's host, or those in `$CPQL_D4RL_MIRROR` (folders' URLs with spaces between).
+    An own mirror is asked first: each folder in `$CPQL_D4RL_MIRROR` (URLs with spaces between) for the last
+    two parts of D4RL's URL, `FOLDER/gym_mujoco_v2/hopper_medium-v2.hdf5`, and where that is a 404 for
+    `FOLDER/hopper_medium-v2.hdf5`.
+
+    Args:
+        id: D4RL's.
+        progress: called with bytes.
+        path: of the file under D4RL's host; see `urls`. It names the file, as it does for the d4rl package.
+        say: takes the line that another process is waited for.
 
     Raises:
-        DataError: no place had it whole; says what to put where by hand.
+        DataError: no place had it whole; says what to put where by hand. Or see `download.fetch`.
     """
-    name, folder = filename(id), cache_folder()
-    path = folder / name
-    reasons = []
-    for base in os.environ.get("CPQL_D4RL_MIRROR", "").split() or URLS:
-        try:
-            url = f"{base.rstrip('/')}/{name}"
-            # The folder is made once there is something to put into it.
-            with urllib.request.urlopen(url, timeout=TIMEOUT) as response, replacing(path) as aside:
-                _receive(response, aside, name, progress)
-                try:
-                    _contents(aside)
-                except DataError as error:
-                    # It names the file aside, which is gone by the time that anyone reads this.
-                    raise ValueError(str(error).partition(": ")[2]) from error
-            return path
-        except (OSError, http.client.HTTPException, ValueError) as error:
-            reasons.append(f"{base} ({getattr(error, 'reason', None) or error or type(error).__name__})")
-    raise DataError(f"{name} can't be downloaded from {', '.join(reasons)}: put it into {folder} by hand")
+    places = urls(id, path)
+    path = "/".join(urlsplit(places[0]).path.split("/")[-2:])
+    name = path.rpartition("/")[2]
+    if not re.fullmatch(r"\w[\w.-]*", name):
+        raise DataError(f"{id}: '{places[0]}' names no file: expected one at its end, such as x.hdf5")
+    folders = [folder.rstrip("/") for folder in os.environ.get("CPQL_D4RL_MIRROR", "").split()]
+    own = [(f"{folder}/{path}", f"{folder}/{name}") for folder in folders]
+    return fetch([*own, *places], cache_folder() / name, check=_openable, progress=progress, say=say)
 
 
-def _receive(response: http.client.HTTPResponse, path: Path, name: str, progress: Progress | None) -> None:
-    total = int(response.headers.get("Content-Length") or 0)
-    done = 0
-    with path.open("wb") as file:
-        while block := response.read(1 << 20):
-            file.write(block)
-            done += len(block)
-            if progress is not None:
-                progress(f"download {name}", done, total)
-    if total and done != total:
-        raise ValueError(f"cut off after {done} of {total} bytes")
+def _openable(path: Path) -> None:
+    with opened(path):
+        pass

@@ -1,0 +1,919 @@
+"""Fetching a file, from a loopback server whose pages misbehave in every way that mirrors do."""
+
+from __future__ import annotations
+
+import builtins
+import errno
+import hashlib
+import http.server
+import itertools
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+import filelock
+import h5py  # type: ignore[import-untyped]
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from cpql.data import d4rl, download
+from cpql.data.download import fetch, recorded, verify_recorded
+from cpql.errors import ConfigError, DataError
+
+BODY = random.Random(0).randbytes(300_000)
+SHA256 = hashlib.sha256(BODY).hexdigest()
+OTHER = random.Random(1).randbytes(300_000)
+OVERLAP = 64 * 1024
+
+
+@dataclass
+class Page:
+    """What a path answers.
+
+    Attributes:
+        stop: bytes of the body after which it ends early; None sends all of it.
+        wait: set, it goes on at `stop`; None, the connection is closed there.
+        ranges: whether Range is obeyed, and `if_range` whether If-Range is.
+        said: of the whole file in Content-Range, where it lies.
+        length: whether Content-Length is sent.
+    """
+
+    content: bytes = b""
+    status: int = 200
+    headers: dict[str, str] = field(default_factory=dict)
+    stop: int | None = None
+    wait: threading.Event | None = None
+    ranges: bool = True
+    if_range: bool = True
+    said: str = ""
+    length: bool = True
+
+
+class Asked(NamedTuple):
+    """A request and its answer."""
+
+    path: str
+    range: str | None
+    if_range: str | None
+    status: int
+    promised: int
+
+
+class Server(http.server.ThreadingHTTPServer):
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.pages: dict[str, Page] = {}
+        self.asked: list[Asked] = []
+        self.came = threading.Event()
+        self.closing = threading.Event()
+        self.url = f"http://127.0.0.1:{self.server_address[1]}"
+
+    def __setitem__(self, path: str, page: Page) -> None:
+        self.pages[path] = page
+
+    def handle_error(self, *_: Any) -> None:
+        """A client that hangs up is meant to."""
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    server: Server
+
+    def do_GET(self) -> None:
+        page = self.server.pages.get(self.path, Page(b"not here", 404))
+        span, condition = self.headers["Range"], self.headers["If-Range"]
+        status, body, headers = page.status, page.content, dict(page.headers)
+        unchanged = not page.if_range or condition in (
+            None,
+            headers.get("ETag"),
+            headers.get("Last-Modified"),
+        )
+        if status == 200 and span and page.ranges and unchanged:
+            start = int(span.removeprefix("bytes=").removesuffix("-"))
+            if start >= len(body):
+                status, body = 416, b""
+            else:
+                status, total = 206, len(body)
+                body = body[start:]
+                headers["Content-Range"] = page.said or f"bytes {start}-{total - 1}/{total}"
+        self.server.asked.append(Asked(self.path, span, condition, status, len(body)))
+        self.server.came.set()
+        if page.stop == -1:
+            self.server.closing.wait(30)
+            return
+        self.send_response(status)
+        if page.length:
+            headers["Content-Length"] = str(len(body))
+        for name, value in headers.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if page.stop is None:
+            self.wfile.write(body)
+            return
+        self.wfile.write(body[: page.stop])
+        if page.wait is not None:
+            page.wait.wait(30)
+            self.wfile.write(body[page.stop :])
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+@pytest.fixture(scope="module")
+def running() -> Iterator[Server]:
+    server = Server()
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+    thread.start()
+    yield server
+    server.closing.set()
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+@pytest.fixture
+def server(running: Server, monkeypatch: pytest.MonkeyPatch) -> Server:
+    for name in ("http_proxy", "https_proxy", "all_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    running.pages.clear()
+    running.asked.clear()
+    running.came.clear()
+    return running
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "data" / "file.bin"
+
+
+@pytest.fixture
+def dead() -> Iterator[str]:
+    """A URL where nobody listens: the port is taken, but not listened at."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        yield f"http://127.0.0.1:{taken.getsockname()[1]}/file.bin"
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(entry.name for entry in folder.iterdir()) if folder.exists() else []
+
+
+def failure(*arguments: Any, **options: Any) -> str:
+    """The one line that a call ends with."""
+    with pytest.raises(DataError) as caught:
+        fetch(*arguments, **options)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def fits(path: Path) -> None:
+    if path.read_bytes() != BODY:
+        raise DataError(f"{path.name}: not the body")
+
+
+def lies_whole(path: Path) -> None:
+    assert path.read_bytes() == BODY
+    assert path.with_name("file.bin.sha256").read_text() == f"{SHA256}  file.bin\n"
+    assert names(path.parent) == ["file.bin", "file.bin.sha256"]
+
+
+def test_a_file_arrives_whole_and_is_fetched_once(server: Server, path: Path) -> None:
+    server["/file.bin"] = Page(BODY)
+    seen: list[tuple[str, int, int]] = []
+    url = f"{server.url}/file.bin"
+    assert fetch(url, str(path), progress=lambda *report: seen.append(report)) == path
+    lies_whole(path)
+    assert seen[-1] == ("download file.bin", 300_000, 300_000)
+    assert all(first[1] <= second[1] for first, second in itertools.pairwise(seen))
+    assert fetch([url], path, sha256=SHA256.upper(), check=fits) == path
+    assert len(server.asked) == 1
+
+
+def test_its_checksum_is_what_sha256sum_reads(server: Server, path: Path) -> None:
+    server["/file.bin"] = Page(BODY)
+    fetch([f"{server.url}/file.bin"], path)
+    if shutil.which("sha256sum") is None:
+        pytest.skip("no sha256sum here")
+    command = ["sha256sum", "--check", "--strict", "file.bin.sha256"]
+    assert subprocess.run(command, cwd=path.parent, capture_output=True, text=True).stdout == "file.bin: OK\n"
+
+
+def test_a_length_that_nobody_says(server: Server, path: Path) -> None:
+    server["/file.bin"] = Page(BODY, length=False)
+    seen: list[tuple[str, int, int]] = []
+    fetch([f"{server.url}/file.bin"], path, progress=lambda *report: seen.append(report))
+    lies_whole(path)
+    assert seen[-1] == ("download file.bin", 300_000, 0)
+    path.unlink()
+    path.with_name("file.bin.sha256").unlink()
+    server["/file.bin"] = Page(BODY, length=False, stop=200_000)
+    assert "not the body" in failure([f"{server.url}/file.bin"], path, check=fits)
+    assert names(path.parent) == []
+
+
+def test_the_first_mirror_is_dead_and_the_second_alive(server: Server, path: Path, dead: str) -> None:
+    server["/file.bin"] = Page(BODY)
+    fetch([dead, f"{server.url}/file.bin"], path)
+    lies_whole(path)
+
+
+@pytest.mark.parametrize(
+    ("headers", "condition"),
+    [
+        ({"ETag": '"one"'}, '"one"'),
+        ({"Last-Modified": "Mon, 23 Nov 2026 05:00:00 GMT"}, "Mon, 23 Nov 2026 05:00:00 GMT"),
+        (
+            {"ETag": 'W/"one"', "Last-Modified": "Mon, 23 Nov 2026 05:00:00 GMT"},
+            "Mon, 23 Nov 2026 05:00:00 GMT",
+        ),
+        ({}, None),
+    ],
+    ids=["etag", "date", "weak", "nothing"],
+)
+def test_a_cut_download_goes_on_where_it_was(
+    server: Server, path: Path, headers: dict[str, str], condition: str | None
+) -> None:
+    url = f"{server.url}/file.bin"
+    # Where the server names no version, only something to check the whole with makes going on safe.
+    check = None if condition else fits
+    server["/file.bin"] = Page(BODY, headers=headers, stop=200_000)
+    message = failure([url], path, check=check)
+    assert message == (
+        f"file.bin can't be downloaded from {url} (cut off after 200,000 of 300,000 bytes) (200,000 of "
+        f"300,000 bytes are kept, another call goes on from there): put file.bin into {path.parent} by hand"
+    )
+    assert names(path.parent) == [".file.bin.part", ".file.bin.part.json"]
+    server["/file.bin"] = Page(BODY, headers=headers)
+    seen: list[tuple[str, int, int]] = []
+    fetch([url], path, check=check, progress=lambda *report: seen.append(report))
+    lies_whole(path)
+    start = 200_000 - OVERLAP
+    assert server.asked[1] == Asked("/file.bin", f"bytes={start}-", condition, 206, 300_000 - start)
+    assert seen[0][1] > 200_000
+
+
+def test_without_anything_to_check_with_it_starts_anew(server: Server, path: Path) -> None:
+    url = f"{server.url}/file.bin"
+    server["/file.bin"] = Page(BODY, stop=200_000)
+    assert "are kept" not in failure([url], path)
+    assert names(path.parent.parent) == []
+    server["/file.bin"] = Page(BODY)
+    fetch([url], path)
+    lies_whole(path)
+    assert server.asked[1].range is None
+
+
+@pytest.mark.parametrize(
+    "options", [{"sha256": SHA256}, {"check": fits}, {}], ids=["sha256", "check", "neither"]
+)
+def test_another_mirror_goes_on_where_that_is_safe(
+    server: Server, path: Path, options: dict[str, Any]
+) -> None:
+    server["/a"] = Page(BODY, headers={"ETag": '"a"'}, stop=200_000)
+    server["/b"] = Page(BODY, headers={"ETag": '"b"'})
+    fetch([f"{server.url}/a", f"{server.url}/b"], path, **options)
+    lies_whole(path)
+    start = 200_000 - OVERLAP
+    if options:
+        assert server.asked[1:] == [Asked("/b", f"bytes={start}-", None, 206, 300_000 - start)]
+    else:
+        assert server.asked[1:] == [Asked("/b", None, None, 200, 300_000)]
+
+
+def test_a_part_from_two_mirrors_has_no_version(server: Server, path: Path) -> None:
+    # 200,000 bytes from a, then all that lies there again and 20,000 more from b.
+    server["/a"] = Page(BODY, headers={"ETag": '"a"'}, stop=200_000)
+    server["/b"] = Page(BODY, headers={"ETag": '"b"'}, stop=OVERLAP + 20_000)
+    assert "220,000 of 300,000 bytes are kept" in failure(
+        [f"{server.url}/a", f"{server.url}/b"], path, sha256=SHA256
+    )
+    # That a's file is still the same says nothing about what b sent.
+    server["/a"] = Page(BODY, headers={"ETag": '"a"'})
+    fetch([f"{server.url}/a"], path)
+    lies_whole(path)
+    assert server.asked[-1] == Asked("/a", None, None, 200, 300_000)
+
+
+@pytest.mark.parametrize(
+    ("content", "statuses"),
+    [
+        (BODY + b"longer", [206, 200]),
+        (BODY[:100_000], [416, 200]),
+        (OTHER, [206, 200]),
+        # Only what isn't asked for again differs: the checksum of the whole finds it.
+        (b"?" + BODY[1:], [206, 200]),
+    ],
+    ids=["longer", "shorter", "other", "other-start"],
+)
+def test_another_mirror_with_another_file_starts_anew(
+    server: Server, path: Path, content: bytes, statuses: list[int]
+) -> None:
+    server["/a"] = Page(BODY, stop=200_000)
+    server["/b"] = Page(content)
+    sha256 = hashlib.sha256(content).hexdigest()
+    fetch([f"{server.url}/a", f"{server.url}/b"], path, sha256=sha256)
+    assert path.read_bytes() == content
+    assert [asked.status for asked in server.asked[1:]] == statuses
+
+
+@pytest.mark.parametrize(
+    ("page", "statuses"),
+    [
+        (Page(OTHER, headers={"ETag": '"two"'}), [200]),
+        (Page(b"?" + BODY[1:], headers={"ETag": '"two"'}, if_range=False), [206, 200]),
+        (Page(BODY[:150_000] + OTHER[150_000:], headers={"ETag": '"one"'}), [206, 200]),
+        (Page(OTHER[:9], headers={"ETag": '"one"'}), [416, 200]),
+        (Page(OTHER, headers={"ETag": '"one"'}, ranges=False), [200]),
+        (Page(OTHER, headers={"ETag": '"one"'}, said="bytes 0-299999/300000"), [206, 200]),
+        (Page(OTHER, headers={"ETag": '"one"'}, said="nonsense"), [206, 200]),
+    ],
+    ids=["changed", "changed-unsaid", "changed-secretly", "shrunk", "no-ranges", "other-range", "no-range"],
+)
+def test_a_changed_file_or_a_server_without_ranges_starts_anew(
+    server: Server, path: Path, page: Page, statuses: list[int]
+) -> None:
+    url = f"{server.url}/file.bin"
+    server["/file.bin"] = Page(BODY, headers={"ETag": '"one"'}, stop=200_000)
+    failure([url], path)
+    server["/file.bin"] = page
+    fetch([url], path)
+    assert path.read_bytes() == page.content
+    assert names(path.parent) == ["file.bin", "file.bin.sha256"]
+    assert [asked.status for asked in server.asked[1:]] == statuses
+
+
+@pytest.mark.parametrize("note", ["", "[]", "{}", '{"url": 1, "validator": 1, "total": "many"}', "missing"])
+def test_a_part_of_which_nothing_is_known_is_of_no_use(server: Server, path: Path, note: str) -> None:
+    path.parent.mkdir()
+    path.with_name(".file.bin.part").write_bytes(OTHER[:200_000])
+    if note != "missing":
+        path.with_name(".file.bin.part.json").write_text(note)
+    server["/file.bin"] = Page(BODY)
+    fetch([f"{server.url}/file.bin"], path, check=fits)
+    lies_whole(path)
+    assert server.asked[0].range is None
+
+
+def test_a_part_that_is_complete_or_too_long(server: Server, path: Path) -> None:
+    url = f"{server.url}/file.bin"
+    server["/file.bin"] = Page(BODY, headers={"ETag": '"one"'})
+    for part, asked in {BODY: f"bytes={300_000 - OVERLAP}-", BODY + b"?": None}.items():
+        path.parent.mkdir(exist_ok=True)
+        path.with_name(".file.bin.part").write_bytes(part)
+        note = {"url": url, "validator": '"one"', "total": 300_000}
+        path.with_name(".file.bin.part.json").write_text(json.dumps(note))
+        fetch([url], path)
+        lies_whole(path)
+        assert server.asked[-1].range == asked
+        path.unlink()
+
+
+def test_a_wrong_checksum(server: Server, path: Path) -> None:
+    server["/wrong"] = Page(OTHER, headers={"ETag": '"one"'})
+    server["/right"] = Page(BODY)
+    found = hashlib.sha256(OTHER).hexdigest()
+    message = failure([f"{server.url}/wrong"], path, sha256=SHA256)
+    assert f"(SHA-256 found {found}, expected {SHA256}): put" in message
+    assert names(path.parent.parent) == []
+    fetch([f"{server.url}/wrong", f"{server.url}/right"], path, sha256=SHA256)
+    lies_whole(path)
+    with pytest.raises(ConfigError, match=r"sha256 of file.bin: found 'abc': expected 64 hexadecimal digits"):
+        fetch([], path, sha256="abc")
+
+
+@pytest.mark.parametrize(
+    ("page", "reason"),
+    [
+        (
+            Page(b"<html>Sorry</html>", headers={"Content-Type": "text/html; charset=utf-8"}),
+            "a web page, not",
+        ),
+        (Page(b"<html>Sorry</html>"), "not the body"),
+        (Page(BODY, headers={"Content-Encoding": "gzip"}), "encoded as gzip: expected the plain file"),
+        (Page(b""), "an empty file"),
+        (Page(b"", 404), "HTTP 404 Not Found"),
+        (Page(b"", 403), "HTTP 403 Forbidden"),
+        (Page(b"", 500), "HTTP 500 Internal Server Error"),
+        (Page(b"", 204), "HTTP 204 No Content"),
+        (Page(BODY, 206), "HTTP 206 without being asked"),
+        (Page(BODY, stop=100), "cut off after 100 of 300,000 bytes"),
+        (Page(b"zz\r\n", length=False, headers={"Transfer-Encoding": "chunked"}), "at 0 bytes"),
+        (Page(b"", 302, headers={"Location": "file:///etc/hostname"}), "HTTP 302"),
+        (Page(b"", 302, headers={"Location": "ftp://127.0.0.1/file.bin"}), "unknown url type: ftp"),
+    ],
+    ids=lambda value: None if isinstance(value, Page) else value,
+)
+def test_what_is_no_file_is_never_taken_for_one(server: Server, path: Path, page: Page, reason: str) -> None:
+    server["/bad"] = page
+    server["/file.bin"] = Page(BODY)
+    message = failure([f"{server.url}/bad"], path, check=fits)
+    assert message.startswith(f"file.bin can't be downloaded from {server.url}/bad (") and reason in message
+    assert message.endswith(f": put file.bin into {path.parent} by hand")
+    assert names(path.parent.parent) == []
+    fetch([f"{server.url}/bad", f"{server.url}/file.bin"], path, check=fits)
+    lies_whole(path)
+
+
+def test_a_bad_answer_leaves_the_part_alone(server: Server, path: Path) -> None:
+    server["/file.bin"] = Page(BODY, headers={"ETag": '"one"'}, stop=200_000)
+    failure([f"{server.url}/file.bin"], path, check=fits)
+    server["/page"] = Page(b"<html>Sorry</html>", headers={"Content-Type": "text/html"})
+    server["/file.bin"] = Page(BODY, headers={"ETag": '"one"'})
+    fetch([f"{server.url}/gone", f"{server.url}/page", f"{server.url}/file.bin"], path, check=fits)
+    lies_whole(path)
+    assert server.asked[-1].status == 206
+
+
+def test_a_redirection_is_followed_range_and_all(server: Server, path: Path) -> None:
+    server["/here"] = Page(b"", 302, headers={"Location": "/there"})
+    server["/there"] = Page(BODY, headers={"ETag": '"one"'}, stop=200_000)
+    failure([f"{server.url}/here"], path)
+    server["/there"] = Page(BODY, headers={"ETag": '"one"'})
+    fetch([f"{server.url}/here"], path)
+    lies_whole(path)
+    assert server.asked[-1] == Asked("/there", f"bytes={200_000 - OVERLAP}-", '"one"', 206, 100_000 + OVERLAP)
+
+
+def test_all_mirrors_and_their_reasons_are_named(server: Server, path: Path, dead: str) -> None:
+    mirrors = [dead, "file:///etc/hostname", "nonsense", f"{server.url}/gone"]
+    assert failure(mirrors, path) == (
+        f"file.bin can't be downloaded from {dead} (Connection refused), "
+        "file:///etc/hostname (expected an http or https URL), nonsense (expected an http or https URL), "
+        f"{server.url}/gone (HTTP 404 Not Found): put file.bin into {path.parent} by hand"
+    )
+    assert failure([], path) == (
+        "file.bin can't be downloaded from anywhere: no URL is known: "
+        f"put file.bin into {path.parent} by hand"
+    )
+    # This end speaks TLS, the other doesn't.
+    assert "SSL" in failure([f"{server.url.replace('http', 'https')}/file.bin"], path)
+    assert "no.such.host.invalid/f (" in failure(["http://no.such.host.invalid/f"], path)
+    assert "http://[/f (" in failure(["http://[/f"], path)
+
+
+def test_the_next_of_one_place_is_asked_after_a_404_only(server: Server, path: Path, dead: str) -> None:
+    server["/forbidden"] = Page(b"", 403)
+    server["/file.bin"] = Page(BODY)
+    first, second = f"{server.url}/forbidden", f"{server.url}/file.bin"
+    assert second not in failure([(first, second)], path)
+    assert second not in failure([(dead, second)], path)
+    fetch([(f"{server.url}/gone", second)], path)
+    lies_whole(path)
+    assert [asked.path for asked in server.asked] == ["/forbidden", "/gone", "/file.bin"]
+
+
+def within(seconds: float, *arguments: Any, **options: Any) -> str:
+    begun = time.monotonic()
+    message = failure(*arguments, **options)
+    assert time.monotonic() - begun < seconds
+    return message
+
+
+def test_a_server_that_never_answers(server: Server, path: Path) -> None:
+    server["/silent"] = Page(stop=-1)
+    server["/file.bin"] = Page(BODY)
+    mirrors = [f"{server.url}/silent", f"{server.url}/file.bin"]
+    message = within(10, mirrors[:1], path, read_timeout=0.3)
+    assert f"{server.url}/silent (no answer within 0.3 s)" in message
+    assert names(path.parent.parent) == []
+    # The second one has all the time it needs.
+    begun = time.monotonic()
+    fetch(mirrors, path, read_timeout=1.0)
+    assert 1.0 <= time.monotonic() - begun < 15
+    lies_whole(path)
+
+
+def test_a_server_that_stalls(server: Server, path: Path) -> None:
+    server["/file.bin"] = Page(BODY, stop=200_000, wait=server.closing, headers={"ETag": '"one"'})
+    message = within(10, [f"{server.url}/file.bin"], path, read_timeout=0.3)
+    assert "stalled for 0.3 s at 200,000 bytes" in message and "200,000 of 300,000 bytes are kept" in message
+    assert names(path.parent) == [".file.bin.part", ".file.bin.part.json"]
+    # Within the bytes that are asked for again, too.
+    server["/file.bin"] = Page(BODY, stop=1_000, wait=server.closing, headers={"ETag": '"one"'})
+    assert "stalled for" in within(10, [f"{server.url}/file.bin"], path, read_timeout=0.3)
+    server["/file.bin"] = Page(BODY, headers={"ETag": '"one"'})
+    fetch([f"{server.url}/file.bin"], path)
+    lies_whole(path)
+    assert [asked.status for asked in server.asked] == [200, 206, 206]
+
+
+def test_a_server_that_trickles(server: Server, path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+
+        def trickle() -> None:
+            connection, _ = listening.accept()
+            with connection:
+                connection.sendall(b"HTTP/1.0 200 OK\r\nContent-Length: 300000\r\n\r\n")
+                try:
+                    while True:
+                        connection.sendall(b"x")
+                        time.sleep(0.05)
+                except OSError:
+                    return
+
+        thread = threading.Thread(target=trickle, daemon=True)
+        thread.start()
+        url = f"http://127.0.0.1:{listening.getsockname()[1]}/file.bin"
+        assert "less than 1024 bytes a second" in within(15, [url], path, read_timeout=1.0)
+        thread.join(10)
+    assert names(path.parent.parent) == []
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems refuse at once what Linux lets wait")
+def test_a_host_that_does_not_take_connections(server: Server, path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0), backlog=0) as listening:
+        crowd = [socket.socket() for _ in range(4)]
+        for one in crowd:
+            one.setblocking(False)
+            one.connect_ex(listening.getsockname())
+        url = f"http://127.0.0.1:{listening.getsockname()[1]}/file.bin"
+        message = within(10, [url], path, connect_timeout=0.3, read_timeout=60)
+        for one in crowd:
+            one.close()
+    assert f"{url} (no connection within 0.3 s)" in message
+
+
+def test_a_disk_without_room_is_said_before_anything_is_written(
+    server: Server, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = f"{server.url}/file.bin"
+    server["/file.bin"] = Page(BODY, headers={"ETag": '"one"'})
+    usage = shutil.disk_usage(path.parent.parent)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage._replace(free=299_999))
+    assert failure([url, f"{server.url}/never-asked"], path) == (
+        f"file.bin: the disk is full: the download needs 300,000 bytes in {path.parent}, "
+        "299,999 bytes are free there"
+    )
+    assert names(path.parent.parent) == []
+    # With 200,000 bytes here already, only the rest needs room.
+    server["/file.bin"] = Page(BODY, headers={"ETag": '"one"'}, stop=200_000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage._replace(free=300_000))
+    failure([url], path)
+    server["/file.bin"] = Page(BODY, headers={"ETag": '"one"'})
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage._replace(free=99_999))
+    assert "needs 100,000 bytes" in failure([url], path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage._replace(free=100_000))
+    fetch([url], path)
+    lies_whole(path)
+
+
+@pytest.mark.parametrize(
+    ("code", "text"),
+    [
+        (errno.ENOSPC, "the disk is full: the download needs 300,000 bytes in"),
+        (errno.EDQUOT, "the disk is full: the download needs 300,000 bytes in"),
+        (errno.EIO, "can't be written in"),
+    ],
+)
+def test_a_disk_that_fills_up_or_fails(
+    server: Server, path: Path, monkeypatch: pytest.MonkeyPatch, code: int, text: str
+) -> None:
+    class Full:
+        """A file that takes 100,000 bytes."""
+
+        def __init__(self, file: IO[bytes]) -> None:
+            self.file = file
+
+        def __enter__(self) -> Full:
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            self.file.close()
+
+        def write(self, block: memoryview) -> int:
+            left = 100_000 - self.file.tell()
+            if left <= 0:
+                raise OSError(code, os.strerror(code))
+            return self.file.write(block[:left])
+
+    def full(path: Path, *arguments: Any, **options: Any) -> Full:
+        return Full(builtins.open(path, *arguments, **options))
+
+    server["/file.bin"] = Page(BODY)
+    monkeypatch.setattr(download, "open", full, raising=False)
+    message = failure([f"{server.url}/file.bin", f"{server.url}/never-asked"], path, check=fits)
+    assert message.startswith("file.bin: ") and text in message
+    assert not path.exists() and len(server.asked) == 1
+    if code != errno.EIO:
+        assert names(path.parent.parent) == []
+        assert re.search(r"[\d,]+ bytes are free there$", message)
+    monkeypatch.delattr(download, "open")
+    fetch([f"{server.url}/file.bin"], path, check=fits)
+    lies_whole(path)
+
+
+def test_a_folder_that_cannot_be(server: Server, tmp_path: Path) -> None:
+    (tmp_path / "data").write_text("a file")
+    message = failure([f"{server.url}/file.bin"], tmp_path / "data" / "file.bin")
+    assert message.startswith(f"file.bin: can't be written in {tmp_path / 'data'} (")
+    assert server.asked == []
+
+
+CHILD = """
+import sys
+from cpql.data.download import fetch
+fetch([sys.argv[1]], sys.argv[2], say=lambda line: print(line, flush=True))
+print("done", flush=True)
+"""
+
+
+def child(url: str, path: Path) -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", CHILD, url, str(path)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+
+
+def test_of_two_processes_one_downloads(server: Server, path: Path) -> None:
+    gate = threading.Event()
+    server["/file.bin"] = Page(BODY, stop=200_000, wait=gate)
+    with child(f"{server.url}/file.bin", path) as first:
+        assert server.came.wait(60)
+        with child(f"{server.url}/file.bin", path) as second:
+            assert second.stdout is not None and first.stdout is not None
+            line = second.stdout.readline()
+            assert line == "file.bin: another process is downloading it: waiting until that has ended\n"
+            assert not path.exists()
+            gate.set()
+            assert (first.stdout.read(), second.stdout.read()) == ("done\n", "done\n")
+    assert (first.returncode, second.returncode) == (0, 0)
+    assert server.asked == [Asked("/file.bin", None, None, 200, 300_000)]
+    lies_whole(path)
+
+
+def test_a_process_that_waits_outlives_the_folder(server: Server, path: Path) -> None:
+    server["/file.bin"] = Page(BODY)
+    path.parent.mkdir()
+    lock = filelock.FileLock(path.with_name(".file.bin.lock"))
+    lock.acquire()
+    with child(f"{server.url}/file.bin", path) as process:
+        assert process.stdout is not None
+        assert "another process is downloading it" in process.stdout.readline()
+        # As a download that fails here leaves things.
+        path.with_name(".file.bin.lock").unlink()
+        path.parent.rmdir()
+        lock.release()
+        assert process.stdout.read() == "done\n"
+    lies_whole(path)
+
+
+def test_a_killed_process_is_taken_over_from(server: Server, path: Path) -> None:
+    headers = {"ETag": '"one"'}
+    server["/file.bin"] = Page(BODY, headers=headers, stop=200_000, wait=server.closing)
+    part = path.with_name(".file.bin.part")
+    with child(f"{server.url}/file.bin", path) as process:
+        deadline = time.monotonic() + 60
+        while not (part.exists() and part.stat().st_size == 200_000):
+            assert time.monotonic() < deadline and process.poll() is None
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+    assert process.returncode == -signal.SIGKILL and not path.exists()
+    server["/file.bin"] = Page(BODY, headers=headers)
+    said: list[str] = []
+    fetch([f"{server.url}/file.bin"], path, say=said.append)
+    lies_whole(path)
+    assert said == [] and server.asked[-1].range == f"bytes={200_000 - OVERLAP}-"
+
+
+def test_an_interrupted_call_is_taken_over_from(server: Server, path: Path) -> None:
+    def stop(label: str, done: int, total: int) -> None:
+        if done == total:
+            raise KeyboardInterrupt
+
+    server["/file.bin"] = Page(BODY, headers={"ETag": '"one"'})
+    with pytest.raises(KeyboardInterrupt):
+        fetch([f"{server.url}/file.bin"], path, progress=stop)
+    assert names(path.parent) == [".file.bin.part", ".file.bin.part.json"]
+    fetch([f"{server.url}/file.bin"], path)
+    lies_whole(path)
+
+
+def test_a_file_that_changed_since(server: Server, path: Path) -> None:
+    url = f"{server.url}/file.bin"
+    server["/file.bin"] = Page(BODY)
+    assert recorded(path) is None and verify_recorded(path) is False
+    fetch([url], path)
+    assert recorded(path) == SHA256 and verify_recorded(path) is True and verify_recorded(path, SHA256)
+    path.write_bytes(OTHER)
+    found = hashlib.sha256(OTHER).hexdigest()
+    for look in (verify_recorded, lambda path: verify_recorded(path, found), lambda path: fetch([url], path)):
+        with pytest.raises(DataError) as caught:
+            look(path)
+        assert str(caught.value) == (
+            f"file.bin: changed since it was downloaded: SHA-256 found {found}, expected {SHA256} as in "
+            "file.bin.sha256: remove both to download it again"
+        )
+    assert path.read_bytes() == OTHER
+    # What was recorded holds for another download too, until it is removed.
+    path.unlink()
+    server["/file.bin"] = Page(OTHER)
+    assert f"SHA-256 found {found}, expected {SHA256}" in failure([url], path)
+    path.with_name("file.bin.sha256").unlink()
+    fetch([url], path)
+    assert recorded(path) == found
+
+
+@pytest.mark.parametrize("text", ["", "abc  file.bin\n", f"{SHA256}  other.bin\n", f"{SHA256}\n", "\x00\xff"])
+def test_a_damaged_record(server: Server, path: Path, text: str) -> None:
+    path.parent.mkdir()
+    path.with_name("file.bin.sha256").write_text(text)
+    for call in (recorded, verify_recorded, lambda path: fetch([f"{server.url}/file.bin"], path)):
+        with pytest.raises(DataError, match=r"^file.bin.sha256: found '.*': expected sha256sum's line for"):
+            call(path)
+    path.with_name("file.bin.sha256").write_text(f"{SHA256.upper()} *file.bin")
+    assert recorded(path) == SHA256
+    with pytest.raises(DataError, match=r"^file.bin: can't be read in"):
+        verify_recorded(path)
+
+
+def test_what_lies_there_is_the_users(server: Server, path: Path) -> None:
+    path.parent.mkdir()
+    path.write_bytes(OTHER)
+    assert fetch([], path) == path
+    found = hashlib.sha256(OTHER).hexdigest()
+    assert failure([], path, sha256=SHA256) == (
+        f"file.bin: another file lies in {path.parent}: SHA-256 found {found}, expected {SHA256}: "
+        "remove it to download it"
+    )
+    assert failure([], path, check=fits) == "file.bin: not the body"
+    assert names(path.parent) == ["file.bin"]
+    path.unlink()
+    path.mkdir()
+    assert failure([], path).startswith("file.bin: not a file in")
+    path.rmdir()
+    path.symlink_to("nowhere")
+    assert failure([], path).startswith("file.bin: not a file in")
+
+
+def test_a_proxy_of_the_environment_is_asked(
+    server: Server, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = "http://no.such.host.invalid/file.bin"
+    monkeypatch.setenv("http_proxy", server.url)
+    monkeypatch.delenv("no_proxy", raising=False)
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    server[url] = Page(BODY)
+    fetch([url], path)
+    lies_whole(path)
+    assert [asked.path for asked in server.asked] == [url]
+
+
+NAME = "hopper_medium-v2.hdf5"
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """D4RL's cache folder, which doesn't exist yet, in a world without D4RL's host."""
+    monkeypatch.setenv("D4RL_DATASET_DIR", str(tmp_path / "datasets"))
+    monkeypatch.delenv("CPQL_D4RL_MIRROR", raising=False)
+    monkeypatch.setattr(d4rl, "HOST", "http://127.0.0.1:9/")
+    monkeypatch.setattr(d4rl, "MIRROR", "http://127.0.0.1:9/mirror/")
+    return tmp_path / "datasets"
+
+
+@pytest.fixture
+def content(tmp_path: Path) -> bytes:
+    """A small file in D4RL's layout."""
+    with h5py.File(tmp_path / "source.hdf5", "w") as file:
+        file["observations"], file["actions"] = np.zeros((4000, 11)), np.zeros((4000, 3))
+    return (tmp_path / "source.hdf5").read_bytes()
+
+
+@pytest.mark.parametrize("length", [True, False], ids=["said", "unsaid"])
+def test_a_d4rl_file_arrives_from_its_urls(
+    server: Server, cache: Path, content: bytes, monkeypatch: pytest.MonkeyPatch, length: bool
+) -> None:
+    # The host has a folder for each family, its mirror has none.
+    monkeypatch.setattr(d4rl, "HOST", f"{server.url}/host/")
+    monkeypatch.setattr(d4rl, "MIRROR", f"{server.url}/mirror/")
+    server["/mirror/Ant_maze_u-maze_sparse_fixed.hdf5"] = Page(content, length=length)
+    seen: list[tuple[str, int, int]] = []
+    place = "ant_maze_v2/Ant_maze_u-maze_sparse_fixed.hdf5"
+    path = d4rl.download("antmaze-umaze-v2", lambda *report: seen.append(report), path=place)
+    assert [asked.path for asked in server.asked] == [f"/host/{place}", f"/mirror/{path.name}"]
+    assert path == cache / "Ant_maze_u-maze_sparse_fixed.hdf5" and path.read_bytes() == content
+    size = len(content)
+    assert seen[-1] == ("download Ant_maze_u-maze_sparse_fixed.hdf5", size, size if length else 0)
+    # Without a path D4RL's host is asked for the id's name.
+    server[f"/host/gym_mujoco_v2/{NAME}"] = Page(content)
+    assert d4rl.download("hopper-medium-v2") == cache / NAME
+    assert names(cache) == [path.name, f"{path.name}.sha256", NAME, f"{NAME}.sha256"]
+    with pytest.raises(DataError, match=r"x-v2: '.*/host/a/b/' names no file"):
+        d4rl.download("x-v2", path="a/b/")
+    with pytest.raises(DataError, match="isn't a D4RL id"):
+        d4rl.download("hopper")
+
+
+def test_an_own_mirror_is_asked_first(
+    server: Server, cache: Path, content: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CPQL_D4RL_MIRROR", f"{server.url}/one {server.url}/two/")
+    monkeypatch.setattr(d4rl, "HOST", f"{server.url}/d4rl/")
+    asked = [f"/one/gym_mujoco_v2/{NAME}", f"/one/{NAME}", f"/two/gym_mujoco_v2/{NAME}", f"/two/{NAME}"]
+    server[f"/d4rl/gym_mujoco_v2/{NAME}"] = Page(content)
+    for place in (f"/d4rl/gym_mujoco_v2/{NAME}", *reversed(asked)):
+        server[place] = Page(content)
+        server.asked.clear()
+        path = d4rl.download("hopper-medium-v2")
+        expected = [*asked, f"/d4rl/gym_mujoco_v2/{NAME}"]
+        assert [request.path for request in server.asked] == expected[: expected.index(place) + 1]
+        path.unlink()
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        ("page", "not HDF5"),
+        ("half", "damaged"),
+        ("none", "an empty file"),
+        ("other", "none of D4RL's arrays"),
+    ],
+)
+def test_what_is_no_d4rl_file_is_never_taken_for_one(
+    server: Server,
+    cache: Path,
+    content: bytes,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    kind: str,
+    reason: str,
+) -> None:
+    with h5py.File(tmp_path / "other.hdf5", "w") as file:
+        file["x"] = 1
+    bodies = {
+        "page": b"<html>Sorry</html>",
+        "half": content[: len(content) // 2],
+        "none": b"",
+        "other": (tmp_path / "other.hdf5").read_bytes(),
+    }
+    monkeypatch.setattr(d4rl, "HOST", f"{server.url}/")
+    url = f"{server.url}/gym_mujoco_v2/{NAME}"
+    server[f"/gym_mujoco_v2/{NAME}"] = Page(bodies[kind])
+    with pytest.raises(DataError) as caught:
+        d4rl.download("hopper-medium-v2")
+    message = str(caught.value)
+    assert message.startswith(f"{NAME} can't be downloaded from {url} ({reason}")
+    assert message.endswith(f": put {NAME} into {cache} by hand") and "\n" not in message
+    assert not cache.exists()
+
+
+@pytest.mark.parametrize("folder", ["http://127.0.0.1:9/", "nonsense", "http://no.such.host.invalid/"])
+def test_an_unreachable_own_mirror_is_one_line(
+    server: Server, cache: Path, monkeypatch: pytest.MonkeyPatch, folder: str
+) -> None:
+    monkeypatch.setenv("CPQL_D4RL_MIRROR", folder)
+    place = folder.rstrip("/")
+    with pytest.raises(DataError, match=rf"^{NAME} can't be downloaded from {place}/.*{NAME} \(.*put {NAME}"):
+        d4rl.download("hopper-medium-v2")
+    assert not cache.exists()
+
+
+PAGES = st.builds(
+    Page,
+    content=st.sampled_from([BODY, BODY, BODY, OTHER, BODY[:250_000], b"<html>"]),
+    status=st.sampled_from([200, 200, 200, 200, 404, 500]),
+    headers=st.sampled_from([{}, {"ETag": '"one"'}, {"ETag": '"two"'}, {"ETag": 'W/"one"'}]),
+    stop=st.none() | st.integers(0, 300_000),
+    ranges=st.booleans(),
+    if_range=st.booleans(),
+    length=st.sampled_from([True, True, True, False]),
+)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(calls=st.lists(st.tuples(PAGES, PAGES), min_size=1, max_size=5), checksum=st.booleans())
+def test_whatever_mirrors_do_it_is_the_right_file_or_none(
+    server: Server, calls: list[tuple[Page, Page]], checksum: bool
+) -> None:
+    options: dict[str, Any] = {"sha256": SHA256} if checksum else {"check": fits}
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "data" / "file.bin"
+        for pages in calls:
+            server["/a"], server["/b"] = pages
+            whole = any(
+                page.content == BODY and page.status == 200 and page.stop in (None, 300_000) for page in pages
+            )
+            try:
+                fetch([f"{server.url}/a", f"{server.url}/b"], path, **options)
+            except DataError:
+                assert not whole and not path.exists()
+                assert names(path.parent) in ([], [".file.bin.part", ".file.bin.part.json"])
+            else:
+                break
+        server["/a"] = Page(BODY)
+        fetch([f"{server.url}/a"], path, **options)
+        lies_whole(path)

@@ -1,0 +1,676 @@
+"""Minari: folders read right, refused clearly, written so that Minari reads them; its own references."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import sys
+import tracemalloc
+import types
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gymnasium
+import h5py  # type: ignore[import-untyped]
+import numpy as np
+import pytest
+import torch
+from gymnasium.spaces import Box
+from hypothesis import given, settings
+from numpy.typing import NDArray
+from test_npz import assert_same, datasets
+
+from cpql.data import minari, npz
+from cpql.data.transitions import Transitions
+from cpql.environments import make_task_environment
+from cpql.errors import ConfigError, DataError
+from cpql.tasks import Task
+
+ID = "mine/pendulum/mixed-v0"
+TASK = Task(
+    "hopper-medium",
+    "Hopper-v4",
+    "hopper-medium-v2",
+    -20.272305,
+    3234.3,
+    url="x/y.hdf5",
+    reset_options={"a": 1},
+)
+MAZE = Task("maze", "Maze-v0", "", None, None, observation=("achieved_goal", "observation"))
+
+
+def box(*shape: int, low: Any = -1.0, high: Any = 1.0, dtype: str = "float32") -> str:
+    return json.dumps({"type": "Box", "dtype": dtype, "shape": shape, "low": low, "high": high})
+
+
+def about(**changes: Any) -> dict[str, Any]:
+    """What Minari says of two episodes of three steps and one; a change to None leaves a key out."""
+    spec = {"id": "Pendulum-v1", "max_episode_steps": 200, "kwargs": {"g": 9.81, "render_mode": "human"}}
+    found = {
+        "total_episodes": 2,
+        "total_steps": 4,
+        "data_format": "hdf5",
+        "observation_space": box(2, dtype="float64"),
+        "action_space": box(1, low=[-1.0], high=[1.0]),
+        "env_spec": json.dumps(spec | {"entry_point": "no.such.module:Trap", "additional_wrappers": []}),
+        "dataset_id": ID,
+        "minari_version": "0.5.4",
+    }
+    return {key: value for key, value in (found | changes).items() if value is not None}
+
+
+def episodes() -> list[dict[str, Any]]:
+    """As Minari's own collector has them: float64, one observation more than steps, infos."""
+    return [
+        {
+            "observations": np.array([[0.0, 1], [2, 3], [4, 5], [6, 7]]),
+            "actions": np.array([[0.5], [-0.25], [1]]),
+            "rewards": np.array([1.0, 2, 3]),
+            "terminations": np.array([False, False, True]),
+            "truncations": np.array([False, False, False]),
+            "infos": {"secret": np.array([b"a", b"b", b"c", b"d"])},
+        },
+        {
+            "observations": np.array([[8.0, 8], [9, 9]]),
+            "actions": np.array([[0.0]]),
+            "rewards": np.array([10.0]),
+            "terminations": np.array([False]),
+            "truncations": np.array([True]),
+        },
+    ]
+
+
+def put(group: h5py.Group, content: dict[str, Any]) -> None:
+    for key, value in content.items():
+        if isinstance(value, dict):
+            put(group.create_group(key), value)
+        else:
+            group.create_dataset(key, data=value, chunks=True, maxshape=(None, *np.shape(value)[1:]))
+
+
+@pytest.fixture
+def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Minari's root, which doesn't exist yet."""
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "datasets"))
+    return tmp_path / "datasets"
+
+
+@pytest.fixture
+def make(root: Path) -> Callable[..., Path]:
+    """A maker of datasets by hand, in Minari's root; gives the data folder."""
+
+    def make(content: list[dict[str, Any]] | None = None, **changes: Any) -> Path:
+        folder = root / ID / "data"
+        folder.mkdir(parents=True, exist_ok=True)
+        with h5py.File(folder / "main_data.hdf5", "w") as file:
+            put(file, {f"episode_{k}": part for k, part in enumerate(content or episodes())})
+        (folder / "metadata.json").write_text(json.dumps(about(**changes)))
+        return folder
+
+    return make
+
+
+def official(id: str) -> Any:
+    import minari as package  # type: ignore[import-untyped]
+
+    return package.load_dataset(id)
+
+
+def test_a_dataset_is_read_by_hand_computed_rows(make: Callable[..., Path]) -> None:
+    folder = make()
+    for where in (ID, folder, str(folder.parent), Path(ID)):
+        data = minari.read(where)
+        assert_same(
+            data.to_dict(),
+            {
+                "observations": np.array([[0, 1], [2, 3], [4, 5], [8, 8]], np.float32),
+                "actions": np.array([[0.5], [-0.25], [1], [0]], np.float32),
+                "rewards": np.array([1, 2, 3, 10], np.float32),
+                "terminals": np.array([False, False, True, False]),
+                "timeouts": np.array([False, False, False, True]),
+                "next_observations": np.array([[2, 3], [4, 5], [6, 7], [9, 9]], np.float32),
+            },
+        )
+    found = data.provenance
+    assert (found.source, found.id, found.file) == ("minari", ID, "main_data.hdf5")
+    assert found.sha256 == hashlib.sha256((folder / "main_data.hdf5").read_bytes()).hexdigest()
+    assert (found.episodes, found.return_min, found.return_max) == (2, 6, 10)
+    assert found.details == {"environment": "Pendulum-v1"}
+    assert minari.read(folder, time_limits="drop").rewards.tolist() == [1, 2, 3]
+
+
+def test_an_episode_without_a_flag_was_cut(make: Callable[..., Path]) -> None:
+    content = episodes()
+    content[0]["terminations"][:] = False
+    data = minari.read(make(content))
+    assert data.terminated.tolist() == [False] * 4 and data.truncated.tolist() == [False] * 3 + [True]
+    assert data.ends.tolist() == [False, False, True, True]
+    assert data.provenance.episodes == 1
+
+
+def test_actions_are_scaled_from_the_datasets_space(make: Callable[..., Path]) -> None:
+    content = episodes()
+    content[0]["actions"] = np.array([[0.0, -2], [1, 2], [4, 0]])
+    content[1]["actions"] = np.array([[2.0, 1]])
+    data = minari.read(make(content, action_space=box(2, low=[0.0, -2.0], high=[4.0, 2.0])))
+    assert data.actions.tolist() == [[-1, -1], [-0.5, 1], [1, 0], [0, 0.5]]
+    # Without a space, as in old datasets, the environment's bounds count: the pendulum's are ±2.
+    content = episodes()
+    assert minari.read(make(content, action_space=None)).actions[:, 0].tolist() == [0.25, -0.125, 0.5, 0]
+    content[1]["actions"] = np.array([[5.0]])
+    with pytest.raises(DataError, match=r"main_data.hdf5: 'actions' reaches 5 in row 3"):
+        minari.read(make(content))
+
+
+def test_dicts_are_laid_end_to_end_in_the_tasks_order(make: Callable[..., Path]) -> None:
+    content = episodes()
+    for part in content:
+        table = part["observations"]
+        part["observations"] = {
+            "observation": table,
+            "achieved_goal": table[:, :1] * 10,
+            "inner": {"x": table},
+        }
+    spaces = {
+        "observation": json.loads(box(2)),
+        "achieved_goal": json.loads(box(1)),
+        "image": {"type": "Box"},
+    }
+    space = json.dumps({"type": "Dict", "subspaces": spaces})
+    for changes in ({"observation_space": space}, {"observation_space": None}):
+        folder = make(content, **changes)
+        data = minari.read(folder, MAZE)
+        assert data.observations.tolist() == [[0, 0, 1], [20, 2, 3], [40, 4, 5], [80, 8, 8]]
+        assert data.next_observations.tolist() == [[20, 2, 3], [40, 4, 5], [60, 6, 7], [90, 9, 9]]
+    with pytest.raises(
+        DataError, match=r"is a dict of 'achieved_goal', 'inner', 'observation': expected a task"
+    ):
+        minari.read(folder)
+    for key, text in (
+        (
+            "desired_goal",
+            r"no 'desired_goal' in 'observations', only 'achieved_goal', 'inner', 'observation'",
+        ),
+        ("inner", r"'episode_0/observations/inner' is a group: expected an array"),
+    ):
+        with pytest.raises(DataError, match=text):
+            minari.read(folder, Task("maze", "Maze-v0", "", None, None, observation=(key,)))
+    # Whoever wrote one array has laid it end to end already.
+    assert minari.read(make(), MAZE).observations.shape == (4, 2)
+
+
+def test_a_dataset_made_by_minari_reads_as_minari_reads_it(root: Path) -> None:
+    import minari as package
+    from minari.data_collector.episode_buffer import EpisodeBuffer  # type: ignore[import-untyped]
+
+    generator = np.random.default_rng(0)
+    buffers = [
+        EpisodeBuffer(
+            observations=generator.normal(size=(length + 1, 3)),
+            actions=generator.uniform(-2, 2, (length, 1)).astype(np.float32),
+            rewards=generator.normal(size=length).tolist(),
+            terminations=[False] * length,
+            truncations=[False] * (length - 1) + [True],
+            infos={"x": np.zeros(length + 1)},
+        )
+        for length in (5, 1, 8)
+    ]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # no author, no permalink, ...
+        package.create_dataset_from_buffers(
+            "D4RL/pendulum/human-v0",
+            buffers,
+            env="Pendulum-v1",
+            eval_env=gymnasium.spec("Pendulum-v1"),
+            ref_min_score=-1200.0,
+            ref_max_score=-150.0,
+        )
+    found = minari.read("D4RL/pendulum/human-v0").to_dict()
+    parts = list(official("D4RL/pendulum/human-v0").iterate_episodes())
+    expected = {
+        "observations": np.concatenate([part.observations[:-1] for part in parts]),
+        "actions": np.concatenate([part.actions for part in parts]) / 2,
+        "rewards": np.concatenate([part.rewards for part in parts]),
+        "terminals": np.concatenate([part.terminations for part in parts]),
+        "timeouts": np.concatenate([part.truncations for part in parts]),
+        "next_observations": np.concatenate([part.observations[1:] for part in parts]),
+    }
+    for key, array in expected.items():
+        if key == "actions":
+            assert np.allclose(found[key], array, rtol=0, atol=1e-7)
+        else:
+            assert np.array_equal(found[key], array.astype(found[key].dtype)), key
+    assert minari.references("D4RL/pendulum/human-v0") == (-1200, -150)
+
+
+def data_to_write() -> Transitions:
+    """Seven rows: terminated, truncated, a seam with no flag, and a cut at the end."""
+    following = np.array([[1, 0], [2, 0], [11, 0], [12, 0], [21, 0], [31, 0], [-0.0, 1e-45]], np.float32)
+    return Transitions.from_dict(
+        {
+            "observations": np.array(
+                [[0, 0], [1, 0], [10, 0], [11, 0], [20, 0], [30, 0], [31, 0]], np.float32
+            ),
+            "actions": np.array([[0.1], [1], [-1], [1 / 3], [0], [1e-9], [-0.0]], np.float32),
+            "rewards": np.arange(7, dtype=np.float32) / 3,
+            "terminals": np.array([0, 1, 0, 0, 0, 0, 0]),
+            "timeouts": np.array([0, 0, 0, 1, 0, 0, 0]),
+            "next_observations": following,
+        }
+    )
+
+
+def test_what_is_written_is_what_minari_loads(root: Path) -> None:
+    data = data_to_write()
+    folder = minari.write(data, root, id=ID, environment="Pendulum-v1")
+    assert folder == root / ID
+    assert sorted(entry.name for entry in folder.parent.iterdir()) == ["mixed-v0"]
+    assert sorted(entry.name for entry in (folder / "data").iterdir()) == ["main_data.hdf5", "metadata.json"]
+    loaded = official(ID)
+    assert (loaded.total_episodes, loaded.total_steps, loaded.id) == (4, 7, ID)
+    assert loaded.action_space == Box(-1, 1, (1,)) and loaded.observation_space == Box(-np.inf, np.inf, (2,))
+    rows, spans = data.to_dict(), [(0, 2), (2, 4), (4, 5), (5, 7)]
+    for episode, (start, stop) in zip(loaded.iterate_episodes(), spans, strict=True):
+        assert episode.observations.tobytes() == (
+            rows["observations"][start:stop].tobytes() + rows["next_observations"][stop - 1].tobytes()
+        )
+        for key in ("actions", "rewards"):
+            assert getattr(episode, key).tobytes() == rows[key][start:stop].tobytes()
+        assert episode.terminations.tolist() == rows["terminals"][start:stop].tolist()
+        assert episode.truncations.tolist() == [False] * (stop - start - 1) + [start != 0]
+        assert f"total_steps={stop - start}" in repr(episode)
+    steps = [episode["total_steps"] for episode in loaded.storage.get_episode_metadata([0, 3])]
+    assert steps == [2, 2] and "mixed-v0" in minari.metadata(ID)["dataset_id"]
+    # Actions are in [-1, 1] and the pendulum's in ±2: the environment comes back rescaled.
+    environment = loaded.recover_environment()
+    assert environment.action_space == Box(-1, 1, (1,)) and environment.spec.id == "Pendulum-v1"
+    environment.close()
+    # Ours reads cuts as cuts: the flags are the ones that were written.
+    again = minari.read(folder)
+    assert_same(again.to_dict(), rows)
+    assert torch.equal(again.ends, data.ends)
+    assert again.provenance.episodes == data.provenance.episodes == 2
+
+
+def test_rows_that_nearly_join_up_are_two_episodes_of_minaris(root: Path) -> None:
+    rows = data_to_write().to_dict()
+    rows["next_observations"][0, 0] = np.nextafter(np.float32(1), np.float32(2))
+    rows["next_observations"][2, 1] = -0.0
+    data = Transitions.from_dict(rows)
+    assert not data.ends[0] and not data.ends[2]  # rounding is no seam
+    again = minari.read(minari.write(data, root, id=ID))
+    assert official(ID).total_episodes == 6
+    assert_same(again.to_dict(), rows)
+    assert torch.equal(again.ends, data.ends)
+
+
+@given(arrays=datasets())
+@settings(max_examples=40, deadline=None)
+def test_a_round_trip_changes_no_bit(
+    tmp_path_factory: pytest.TempPathFactory, arrays: dict[str, Any]
+) -> None:
+    data = Transitions.from_dict(arrays)
+    folder = minari.write(data, tmp_path_factory.mktemp("minari"), id="x-v0")
+    again = minari.read(folder)
+    assert_same(again.to_dict(), data.to_dict())
+    assert torch.equal(again.ends, data.ends)
+    assert again.provenance.return_mean == data.provenance.return_mean
+    with h5py.File(folder / "data" / "main_data.hdf5") as file:
+        # Minari's rule: every episode ends with a flag, and none goes on after one.
+        for episode in file.values():
+            flags = episode["terminations"][:] | episode["truncations"][:]
+            assert flags[-1] and not flags[:-1].any()
+        assert sum(len(episode["rewards"]) for episode in file.values()) == len(data)
+
+
+@pytest.mark.parametrize("source", ["embedded", "d4rl"])
+def test_what_is_not_minaris_says_where_it_came_from(root: Path, source: str) -> None:
+    rows = data_to_write().to_dict()
+    data = Transitions.from_dict(rows, source=source, id="hopper-medium", details={"seed": 3})
+    found = minari.read(minari.write(data, root, id=ID)).provenance
+    if source == "embedded":
+        assert (found.source, found.id, found.details) == ("embedded", "hopper-medium", {"seed": 3})
+    else:
+        assert (found.source, found.id, found.details) == ("minari", ID, {"environment": None})
+
+
+def test_minaris_data_do_not_pass_for_d4rls_as_npz(make: Callable[..., Path], tmp_path: Path) -> None:
+    data = minari.read(make())
+    found = npz.read(npz.write(data, tmp_path / "x.npz"), "hopper-medium-v2").provenance
+    assert (found.source, found.id) == ("minari", ID)
+
+
+def test_writing_is_whole_or_not_at_all(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = data_to_write()
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(minari, "_write_episode", full)
+        with pytest.raises(DataError, match=rf"{ID}: can't be written in .*No space left"):
+            minari.write(data, root, id=ID)
+    assert [path for path in root.rglob("*") if path.is_file()] == [] and not (root / ID).exists()
+    before = minari.write(data, root, id=ID).joinpath("data/main_data.hdf5").read_bytes()
+    with pytest.raises(DataError, match=r"there is one in .* already"):
+        minari.write(data, root, id=ID)
+    assert (root / ID / "data/main_data.hdf5").read_bytes() == before
+    for bad in ("", "../x-v0", "x", "a/x-v0", "a//b/x-v0", "/abs/x-v0", "x y-v0"):
+        with pytest.raises(DataError, match="isn't a Minari id"):
+            minari.write(data, root, id=bad)
+    with pytest.raises(ConfigError, match="no environment 'Pendulum-v9'"):
+        minari.write(data, root, id="other-v0", environment="Pendulum-v9")
+    with pytest.raises(DataError, match=r"CartPole-v1: its actions are Discrete\(2\): expected a Box of 1"):
+        minari.write(data, root, id="other-v0", environment="CartPole-v1")
+    assert not (root / "other-v0").exists()
+
+
+def test_references_are_minaris_or_none(make: Callable[..., Path]) -> None:
+    make()
+    assert minari.references(ID) is None
+    make(ref_min_score=-3, ref_max_score=7.5)
+    assert minari.references(ID) == (-3, 7.5)
+    for low, high, text in (
+        (1.0, float("nan"), "a reference score of nan"),
+        ("low", 1.0, "a reference score of 'low'"),
+        (2.0, 1.0, "expected the lower first"),
+    ):
+        make(ref_min_score=low, ref_max_score=high)
+        with pytest.raises(DataError, match=text):
+            minari.references(ID)
+
+
+def test_a_task_becomes_the_datasets(make: Callable[..., Path]) -> None:
+    make()
+    found = minari.task(TASK, ID)
+    assert (found.name, found.id, found.dataset, found.minari) == ("hopper-medium", "Pendulum-v1", ID, ID)
+    # The collector's window is none of evaluation's, nor is anything of D4RL's.
+    assert (found.env_options, found.reset_options) == ({"g": 9.81, "max_episode_steps": 200}, {})
+    assert (found.random_return, found.expert_return, found.url) == (None, None, "")
+    assert found.score(100.0) is None and found.benchmark == "Minari"
+    assert (
+        found.note == f"the Minari dataset {ID} has no references: returns only, never comparable with D4RL's"
+    )
+    environment = make_task_environment(found)
+    assert environment.spec is not None and environment.spec.max_episode_steps == 200
+    environment.close()
+
+    other: dict[str, Any] = {"id": "Pendulum-v1", "kwargs": {}, "max_episode_steps": None}
+    wrappers = [{"name": "FlattenObservation"}, {"name": "RescaleAction"}]
+    spec = json.dumps(other | {"additional_wrappers": wrappers})
+    make(eval_env_spec=spec, ref_min_score=-10.0, ref_max_score=30.0)
+    found = minari.task(None, ID)
+    # The environment that Minari evaluates in wins: it made the references in it.
+    assert (found.name, found.env_options) == (ID, {})
+    assert found.score(10.0) == 50
+    assert found.note == (
+        f"data and references are the Minari dataset {ID}'s: its scores are never comparable with D4RL's; "
+        "collected through FlattenObservation, which evaluation goes without"
+    )
+
+    make(env_spec=None)
+    found = minari.task(TASK, ID)
+    assert (found.id, found.random_return) == ("Hopper-v4", None)
+    assert found.note.endswith("it doesn't say which environment it is from: Hopper-v4 is the task's")
+    with pytest.raises(DataError, match=r"no 'env_spec' in metadata.json: expected a task"):
+        minari.task(None, ID)
+    make(env_spec=json.dumps({"id": "os:Pendulum-v1"}))
+    with pytest.raises(DataError, match="names 'os:Pendulum-v1': expected a Gymnasium id"):
+        minari.task(TASK, ID)
+
+
+def test_finding(root: Path, make: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    assert minari.root() == root and minari.find(ID) is None
+    folder = make()
+    assert minari.find(ID) == folder.parent == minari.locate(ID, download=False)
+    with pytest.raises(DataError, match=r"'../x' isn't a Minari id"):
+        minari.find("../x")
+    with pytest.raises(DataError, match=r"nowhere: no such folder: expected a Minari dataset's, or an id"):
+        minari.read(root / "nowhere")
+    with pytest.raises(DataError, match=r"main_data.hdf5: not a folder"):
+        minari.read(folder / "main_data.hdf5")
+    with pytest.raises(DataError, match=r"no metadata.json in it or in its data folder"):
+        minari.read(root)
+    (root / "loop").symlink_to("loop")
+    with pytest.raises(DataError, match="loop: no such folder"):
+        minari.read(root / "loop")
+    monkeypatch.delenv("MINARI_DATASETS_PATH")
+    assert minari.root() == Path.home() / ".minari" / "datasets"
+
+
+def test_what_is_absent_is_fetched_by_the_package(
+    make: Callable[..., Path], root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked: list[tuple[str, bool]] = []
+
+    def download_dataset(id: str, force_download: bool = False) -> None:
+        asked.append((id, force_download))
+        print("\nDownloading from Farama servers...")
+        warnings.warn("We recommend you install a higher dataset version", stacklevel=2)
+        if id != ID:
+            raise ConnectionError("[Errno -2] Name or service\nnot known")
+        make()
+
+    fake = types.SimpleNamespace(download_dataset=download_dataset)
+    monkeypatch.setitem(sys.modules, "minari", fake)
+    said: list[str] = []
+    with pytest.raises(DataError) as caught:
+        minari.load(ID, download=False, say=said.append)
+    expected = f"{ID}: no such dataset in {root}: `minari download {ID}`, or put it into {root / ID / 'data'}"
+    assert str(caught.value) == expected and said == [] and asked == []
+    assert len(minari.load(ID, say=said.append)) == 4
+    assert asked == [(ID, True)] and capsys.readouterr().out == ""
+    assert said == [
+        f"downloading {ID} from Minari into {root}",
+        "warning: We recommend you install a higher dataset version",
+    ]
+    # What is here isn't fetched again; what a cut download has left is.
+    assert len(minari.load(ID, say=said.append)) == 4 and len(asked) == 1
+    (root / ID / "data" / "main_data.hdf5").unlink()
+    assert len(minari.load(ID, say=said.append)) == 4 and len(asked) == 2
+    with pytest.raises(DataError) as caught:
+        minari.load("D4RL/pen/human-v2", say=said.append)
+    message = str(caught.value)
+    assert message.startswith(
+        f"D4RL/pen/human-v2: no such dataset in {root}: `minari download D4RL/pen/human-v2`"
+    )
+    assert (
+        message.endswith("(the download failed: [Errno -2] Name or service not known)")
+        and "\n" not in message
+    )
+    monkeypatch.setitem(sys.modules, "minari", None)
+    with pytest.raises(DataError, match=r"pip install 'cpql\[minari\]' for downloads"):
+        minari.locate("D4RL/pen/human-v2", say=said.append)
+    # Neither reading nor writing needs the package.
+    minari.write(minari.read(ID), root, id="again-v0")
+
+
+def test_the_package_itself_fetches_what_is_asked_for(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from minari.storage import remotes  # type: ignore[import-untyped]
+
+    data, remote = data_to_write(), tmp_path / "remote"
+    minari.write(data, remote, id=ID)
+    storage = types.SimpleNamespace(
+        list_datasets=lambda prefix=None: [ID] if ID.startswith(prefix or "") else [],
+        get_dataset_metadata=lambda id: json.loads((remote / id / "data/metadata.json").read_text()),
+        download_dataset=lambda id, path: shutil.copytree(remote / id, path / id, dirs_exist_ok=True),
+        list_namespaces=lambda: ["mine", "mine/pendulum"],
+        download_namespace_metadata=lambda name, path: (path / name / "namespace_metadata.json").touch(),
+    )
+    monkeypatch.setitem(remotes._registry, "here", lambda: lambda name, token: storage)
+    monkeypatch.setenv("MINARI_REMOTE", "here://x")
+    said: list[str] = []
+    assert_same(minari.load(ID, say=said.append).to_dict(), data.to_dict())
+    assert said == [f"downloading {ID} from Minari into {root}"]
+    with pytest.raises(
+        DataError, match=r"other-v0: no such dataset .*Couldn't find any version for dataset other"
+    ):
+        minari.load("other-v0", say=said.append)
+
+
+def test_damaged_metadata_are_refused_in_one_line(make: Callable[..., Path]) -> None:
+    image = json.dumps({"type": "Box", "dtype": "uint8", "shape": [64, 64, 3], "low": 0, "high": 255})
+    for changes, text in (
+        ({"data_format": "arrow"}, "'data_format' is 'arrow': expected 'hdf5'"),
+        ({"total_steps": 5}, "4 steps: expected 5, as metadata.json says"),
+        (
+            {"total_steps": 3},
+            "'episode_1/rewards' has shape [1] after 3 steps: expected at least 1, and 3 in all",
+        ),
+        ({"total_episodes": 3}, "no 'episode_2': expected Minari's layout"),
+        ({"total_episodes": 1, "total_steps": 3}, "an 'episode_1': expected 1, as metadata.json says"),
+        ({"total_episodes": "2"}, "'total_episodes' is '2': expected how many there are"),
+        ({"total_steps": 10**400}, "expected how many there are"),
+        ({"total_steps": 10**10}, "10,000,000,000 steps declared, 149.0 GiB, in a file of"),
+        ({"dataset_id": "two\nlines"}, r"'dataset_id' is 'two\nlines'"),
+        (
+            {"observation_space": image},
+            "'observations' is a 'Box' of [64, 64, 3]: expected a 'Box' of one axis",
+        ),
+        ({"observation_space": '{"type": "Discrete", "n": 3}'}, "'observations' is a 'Discrete'"),
+        ({"action_space": '{"type": "Discrete", "n": 3}'}, "actions are a 'Discrete' of 'numbers'"),
+        ({"action_space": box(1, dtype="int64")}, "actions are a 'Box' of 'int64'"),
+        ({"action_space": box(1, low=[-1.0, 0.0])}, "'action_space' in metadata.json is damaged"),
+        ({"action_space": box(1, high=float("inf"))}, "actions without bounds"),
+        ({"action_space": box(1, high=1e300)}, "actions without bounds"),
+        ({"action_space": "{"}, "'action_space' in metadata.json is damaged"),
+        ({"action_space": 5}, "'action_space' in metadata.json is damaged"),
+        ({"env_spec": "[]"}, "'env_spec' in metadata.json is damaged"),
+        ({"env_spec": "{}"}, "'env_spec' in metadata.json names None"),
+        ({"action_space": None, "env_spec": None}, "neither 'action_space' nor 'env_spec'"),
+        ({"cpql_cut_episodes": [2]}, "'cpql_cut_episodes' in metadata.json is damaged"),
+        ({"cpql_origin": {"source": 1}}, "'cpql_origin' is damaged"),
+    ):
+        folder = make(**changes)
+        with pytest.raises(DataError) as caught:
+            minari.read(folder)
+        message = str(caught.value)
+        assert text in message and "\n" not in message, message
+    path = make() / "metadata.json"
+    for content, text in (
+        (path.read_bytes()[:50], "damaged"),
+        (b"\xff\xfe", "damaged"),
+        (b"[" * 100_000, "damaged"),
+        (b"[]", "holds a list: expected Minari's keys"),
+        (b" " * (17 << 20), "17,825,792 bytes long"),
+    ):
+        path.write_bytes(content)
+        with pytest.raises(DataError) as caught:
+            minari.read(path.parent)
+        message = str(caught.value)
+        assert message.startswith("mixed-v0/data/metadata.json: ") and text in message and "\n" not in message
+
+
+def test_arrays_that_do_not_fit_are_refused_by_name(make: Callable[..., Path]) -> None:
+    for key, value, text in (
+        ("observations", np.zeros((3, 2)), "'episode_0/observations' has shape [3, 2]: expected [4, 2]"),
+        ("observations", np.zeros((4, 32, 32, 3)), "images or sequences: expected a vector a step"),
+        ("observations", np.zeros(4), "discrete, or scalars: expected a vector a step"),
+        ("actions", np.zeros(3), "'episode_0/actions' has shape [3], discrete, or scalars"),
+        ("actions", np.zeros((2, 1)), "'episode_0/actions' has shape [2, 1]: expected [3, 1]"),
+        ("actions", np.zeros((3, 2)), "'episode_1/actions' has shape [1, 1]: expected [1, 2]"),
+        ("rewards", np.zeros((3, 2)), "'episode_0/rewards' has shape [3, 2] after 0 steps"),
+        ("rewards", np.zeros(0), "'episode_0/rewards' has shape [0] after 0 steps"),
+        ("rewards", {"x": np.zeros(3)}, "'episode_0/rewards' is a group: expected an array"),
+        ("rewards", np.array([b"a", b"b", b"c"]), "'episode_0/rewards' holds |S1: expected numbers"),
+        ("rewards", np.array([1, np.nan, 2]), "'rewards' holds NaN or infinity, first in row 1"),
+        ("rewards", np.array([1, 1e300, 2]), "'rewards' holds NaN or infinity, first in row 1"),
+        ("truncations", np.array([0.0, 2, 0]), "'timeouts' holds 2"),
+    ):
+        content = episodes()
+        content[0][key] = value
+        folder = make(content)
+        with pytest.raises(DataError) as caught:
+            minari.read(folder)
+        message = str(caught.value)
+        assert text in message and "main_data.hdf5: " in message and "\n" not in message, message
+
+
+def test_hostile_files_are_refused_before_they_are_read(make: Callable[..., Path], tmp_path: Path) -> None:
+    path = make() / "main_data.hdf5"
+    whole = path.read_bytes()
+    with h5py.File(tmp_path / "other.hdf5", "w") as other:
+        other["x"] = np.zeros(3)
+
+    def change(edit: Callable[[h5py.File], Any]) -> None:
+        path.write_bytes(whole)
+        with h5py.File(path, "a") as file:
+            del file["episode_0/rewards"]
+            edit(file["episode_0"])
+
+    virtual = h5py.VirtualLayout((3,), "f8")
+    virtual[:] = h5py.VirtualSource(tmp_path / "other.hdf5", "x", (3,))
+    space = h5py.string_dtype()
+    cases: list[tuple[Callable[[Any], Any], str]] = [
+        (lambda group: None, "no 'episode_0/rewards'"),
+        (
+            lambda g: g.__setitem__("rewards", h5py.ExternalLink(tmp_path / "other.hdf5", "x")),
+            "a link to elsewhere",
+        ),
+        (lambda g: g.__setitem__("rewards", h5py.SoftLink("rewards")), "is a link to elsewhere"),
+        (lambda g: g.create_virtual_dataset("rewards", virtual), "keeps its numbers in another file"),
+        (
+            lambda g: g.create_dataset("rewards", (3,), "f8", external=[(tmp_path / "raw", 0, 24)]),
+            "keeps its numbers in another file",
+        ),
+        (
+            lambda g: g.create_dataset("rewards", (3,), space),
+            "'episode_0/rewards' holds object: expected numbers",
+        ),
+        (lambda g: g.create_dataset("rewards", (10**10,), "f8"), "declares 80,000,000,000 bytes and holds 0"),
+        (
+            lambda g: g.create_dataset("rewards", (10**10,), "f8", chunks=(1000,)),
+            "80,000,000,000 bytes and holds 0",
+        ),
+        (lambda g: g.create_dataset("rewards", data=h5py.Empty("f8")), "declares 8 bytes and holds 0"),
+    ]
+    (tmp_path / "raw").write_bytes(bytes(24))
+    for edit, text in cases:
+        change(edit)
+        tracemalloc.start()
+        with pytest.raises(DataError) as caught:
+            minari.read(path.parent)
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20
+        tracemalloc.stop()
+        message = str(caught.value)
+        assert (
+            message.startswith("mixed-v0/data/main_data.hdf5: ") and text in message and "\n" not in message
+        )
+    for content, text in ((whole[: len(whole) // 2], "damaged"), (b"<html>", "damaged"), (b"", "damaged")):
+        path.write_bytes(content)
+        with pytest.raises(DataError, match=rf"^mixed-v0/data/main_data.hdf5: {text}"):
+            minari.read(path.parent)
+    path.unlink()
+    with pytest.raises(
+        DataError, match=rf"main_data.hdf5: no such file beside .*`minari download --force {ID}`"
+    ):
+        minari.read(path.parent)
+
+
+def test_zeros_that_were_compressed_are_refused_before_they_are_read(make: Callable[..., Path]) -> None:
+    steps = 9_000_000
+    part: dict[str, NDArray[Any]] = {}
+    path = make([part], total_episodes=1, total_steps=steps) / "main_data.hdf5"
+    with h5py.File(path, "a") as file:
+        group = file.require_group("episode_0")
+        for key, shape in {
+            "observations": (steps + 1, 2),
+            "actions": (steps, 1),
+            "rewards": (steps,),
+            "terminations": (steps,),
+            "truncations": (steps,),
+        }.items():
+            made = group.create_dataset(key, shape, "u1", compression="gzip", chunks=(steps // 9, *shape[1:]))
+            made[:1] = 0
+    tracemalloc.start()
+    with pytest.raises(
+        DataError, match=r"main_data.hdf5: 9,000,000 steps declared, 0.1 GiB, in a file of 0.0"
+    ):
+        minari.read(path.parent)
+    assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    tracemalloc.stop()
