@@ -16,7 +16,16 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table
 
-from cpql.config import BudgetConfig, DatasetConfig, TrainConfig, build, config_folder
+from cpql.config import (
+    BudgetConfig,
+    DatasetConfig,
+    TrainConfig,
+    build,
+    config_folder,
+    load_task,
+    task_names,
+    task_patterns,
+)
 from cpql.errors import ConfigError, CpqlError, did_you_mean
 
 __all__ = ["evaluate", "train"]
@@ -29,11 +38,25 @@ def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
+class _Shared(dict[str, Any]):
+    """A group of Hydra's store that isn't copied with it.
+
+    Hydra copies its whole store for every composition, and 75 times for a --help: seconds, with all tasks in
+    it. What it loads from the store it copies anyway.
+    """
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Shared:
+        return self
+
+
 def _register() -> None:
-    """Give Hydra the dataclasses' defaults, so that no YAML repeats them, and our interpolations."""
+    """Give Hydra the tasks, the dataclasses' defaults (so that no YAML repeats them) and our resolvers."""
     from cpql.agents import AGENTS
 
     store = ConfigStore.instance()
+    store.repo["env"] = _Shared()
+    for name in task_names():
+        store.store(group="env", name=name, node=_plain(load_task(name)))
     store.store(group="schema", name="budget", package="budget", node=_plain(BudgetConfig()))
     store.store(group="schema", name="dataset", package="dataset", node=_plain(DatasetConfig()))
     for name, agent in AGENTS.items():
@@ -41,9 +64,22 @@ def _register() -> None:
         del node["updates"]  # the budget says it
         store.store(group="schema", name=name, package="agent", node=node)
     OmegaConf.register_new_resolver("per_50k", lambda n: max(1, math.ceil(n / 50_000)), replace=True)
+    OmegaConf.register_new_resolver("choices", lambda group: ", ".join(_choices(group)), replace=True)
+    OmegaConf.register_new_resolver("tasks", lambda: "\n         ".join(task_patterns()), replace=True)
+    OmegaConf.register_new_resolver("settings", _settings, replace=True)
+
+
+def _settings(*, _root_: DictConfig) -> str:
+    """All settings as YAML for the help: what they are at present, without the tables that they come from."""
+    plain = OmegaConf.masked_copy(_root_, [str(key) for key in _root_ if key != "hydra"])
+    content = cast(dict[str, Any], OmegaConf.to_container(plain, resolve=True))
+    content["agent"].pop("published")
+    return OmegaConf.to_yaml(content).replace("$", "$$")  # Hydra fills in the help's own $NAMES afterwards
 
 
 def _choices(group: str) -> list[str]:
+    if group == "env":
+        return task_names()
     return sorted(path.stem for path in (config_folder() / group).glob("*.yaml"))
 
 
@@ -76,7 +112,9 @@ def _check_words(config_name: str, words: list[str]) -> None:
             known = set(_keys(OmegaConf.to_container(plain, resolve=False)))
             for word in words:
                 key = word.partition("=")[0]
-                if not key.startswith(("+", "~", "hydra")) and key not in known:
+                # Of an environment's own options Hydra says better what to type: a + before them.
+                free = ("+", "~", "hydra", "env.env_options.", "env.reset_options.")
+                if not key.startswith(free) and key not in known:
                     raise ConfigError(f"unknown setting {key!r}: {did_you_mean(key, known)}")
             compose(config_name, words)
     except HydraException as error:
@@ -169,21 +207,31 @@ def _evaluate(content: DictConfig) -> None:
     table = Table(title=f"{origin['agent']} on {task.name}, update {origin['step']:,}, seed {origin['seed']}")
     for column in ("", "value"):
         table.add_column(column)
-    behaviour = origin["data"]["return_mean"]
-    for name, value in (
-        (
-            "score (D4RL-normalised)",
-            f"{evaluation.score:.1f}  [{task.score(low):.1f}, {task.score(high):.1f}]",
-        ),
+    rows = [
         ("return", f"{evaluation.mean:,.1f} ± {evaluation.std:,.1f}  [{low:,.1f}, {high:,.1f}]"),
         ("episode length", f"{sum(evaluation.lengths) / len(evaluation.lengths):,.1f}"),
         ("episodes", str(len(evaluation.returns))),
-        ("behaviour's score", "unknown" if behaviour is None else f"{task.score(behaviour):.1f}"),
-        ("references", f"random {task.random_return:,.1f}, expert {task.expert_return:,.1f} (D4RL)"),
+    ]
+    behaviour = origin["data"]["return_mean"]
+    said = "unknown" if behaviour is None else f"{behaviour:,.1f}"
+    if evaluation.score is None:
+        rows += [("behaviour's return", said), ("references", "none: a return, and no score")]
+    else:
+        score = f"{evaluation.score:.1f}  [{task.score(low):.1f}, {task.score(high):.1f}]"
+        references = f"random {task.random_return:,.1f}, expert {task.expert_return:,.1f} ({task.benchmark})"
+        rows.insert(0, (f"score ({task.benchmark}-normalised)", score))
+        rows += [
+            ("behaviour's score", said if behaviour is None else f"{task.score(behaviour):.1f}"),
+            ("references", references),
+        ]
+    rows += [
         ("environment", task.id),
         ("action rule", evaluation.rule),
         ("data", f"{origin['data']['source']} {origin['data']['id']}"),
-    ):
+    ]
+    if task.note:
+        rows.append(("note", task.note))
+    for name, value in rows:
         table.add_row(name, value)
     Console().print(table)
     result = {"task": task.name, "policy": origin, **evaluation.to_dict()}

@@ -1,12 +1,13 @@
 """Configuration: YAML files composed by Hydra, checked against typed dataclasses before anything happens.
 
 A dataclass is the only place where a setting, its default and its meaning are written. `configs/` holds
-what isn't a default: tasks, budgets, and each agent's published values by task.
+what isn't a default: the table of tasks, budgets, and each agent's published values by task.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -14,9 +15,18 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from cpql.errors import ConfigError, did_you_mean
-from cpql.tasks import Task
+from cpql.tasks import Task, expand, patterns
 
-__all__ = ["BudgetConfig", "DatasetConfig", "TrainConfig", "build", "config_folder", "load_task"]
+__all__ = [
+    "BudgetConfig",
+    "DatasetConfig",
+    "TrainConfig",
+    "build",
+    "config_folder",
+    "load_task",
+    "task_names",
+    "task_patterns",
+]
 
 T = TypeVar("T")
 
@@ -28,37 +38,65 @@ def config_folder() -> Path:
     return inside if inside.is_dir() else here.parent / "configs"
 
 
+@functools.cache
+def _table() -> dict[str, Any]:
+    from omegaconf import OmegaConf
+
+    content = OmegaConf.to_container(OmegaConf.load(config_folder() / "tasks.yaml"))
+    return typing.cast(dict[str, Any], content)
+
+
+def task_names() -> list[str]:
+    """Names of all tasks, in the table's order."""
+    return list(expand(_table()))
+
+
+def task_patterns() -> list[str]:
+    """Name all tasks in one line a family, see `cpql.tasks.patterns`."""
+    return patterns(_table())
+
+
 def load_task(name: str) -> Task:
     """A task by name.
 
     Raises:
-        ConfigError: there is no such task; names the nearest.
+        ConfigError: there is no such task (names the nearest), or the table's row for it isn't right.
     """
-    from omegaconf import OmegaConf
-
-    folder = config_folder() / "env"
-    names = [path.stem for path in folder.glob("*.yaml")]
-    if name not in names:
-        raise ConfigError(f"env={name} is no task: {did_you_mean(name, names)}")
-    content = OmegaConf.load(folder / f"{name}.yaml")
-    return build(Task, typing.cast(dict[str, Any], OmegaConf.to_container(content)), f"env/{name}.yaml")
+    tasks = expand(_table())
+    if name not in tasks:
+        raise ConfigError(f"env={name} is no task: {did_you_mean(name, tasks)}")
+    return build(Task, tasks[name], f"tasks.yaml: {name}")
 
 
 @dataclass(frozen=True)
 class DatasetConfig:
-    """Which data to learn from.
+    """Which data to learn from, and what to make of them.
 
     Attributes:
-        source: `d4rl` and `embedded` are strict; `auto` tries D4RL's cache folder, a download, then embedded.
-        path: a local file in D4RL's HDF5 layout instead, strictly.
+        source: `d4rl`, `minari` and `embedded` are strict; `auto` tries D4RL's cache folder, a download, then
+            embedded.
+        path: local data instead, strictly: HDF5 or NPZ in D4RL's layout, or a Minari folder.
+        id: a D4RL or Minari id instead of the task's own.
         size: transitions to collect where the embedded source is used.
         seed: of that collection.
+        reward: what training makes of a reward, a rule of `cpql.data.transforms.REWARD_RULES`; scores always
+            count the environment's own.
+        normalise_observations: give each observation mean 0 and standard deviation 1 over the dataset; the
+            policy does the same when it acts.
+        n_step: steps of rewards in a critic's target before it bootstraps.
+        time_limits: `drop` leaves out the step at a time limit, as D4RL's `qlearning_dataset` does; `keep`
+            learns from it like from any other.
     """
 
-    source: Literal["auto", "d4rl", "embedded"] = "auto"
+    source: Literal["auto", "d4rl", "minari", "embedded"] = "auto"
     path: str | None = None
+    id: str | None = None
     size: int = 1_000_000
     seed: int = 0
+    reward: Literal["none", "normalize", "antmaze", "cql_antmaze", "iql_antmaze", "iql_locomotion"] = "none"
+    normalise_observations: bool = False
+    n_step: int = 1
+    time_limits: Literal["keep", "drop"] = "keep"
 
 
 @dataclass(frozen=True)
@@ -133,16 +171,24 @@ def build(cls: type[T], values: Mapping[str, Any], where: str) -> T:
         ConfigError: a key that doesn't exist, a value of the wrong type, or one that the class refuses;
             names the key, what was found and what was expected.
     """
-    from pydantic import TypeAdapter, ValidationError
+    from pydantic import ValidationError
 
     _refuse_unknown(cls, values, where)
     try:
-        return TypeAdapter(cls).validate_python(dict(values))
+        return typing.cast(T, _adapter(typing.cast(Any, cls)).validate_python(dict(values)))
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
         message = first["msg"].removeprefix("Value error, ")
         raise ConfigError(f"{where}: {key}: {message}, found {first['input']!r}") from None
+
+
+@functools.cache
+def _adapter(cls: type[Any]) -> Any:
+    """Pydantic's reader of a class, which takes longer to make than to use."""
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(cls)
 
 
 def _refuse_unknown(cls: type[Any], values: Mapping[str, Any], where: str) -> None:

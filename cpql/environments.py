@@ -6,10 +6,15 @@ import warnings
 from typing import Any
 
 import gymnasium
+import numpy as np
+from numpy.typing import NDArray
 
 from cpql.errors import ConfigError, did_you_mean
+from cpql.tasks import Task
 
-__all__ = ["make_environment"]
+__all__ = ["TaskEnvironment", "action_bounds", "make_environment", "make_task_environment", "widths"]
+
+ROBOTICS = ("AdroitHand", "AntMaze", "Fetch", "FrankaKitchen", "PointMaze")
 
 
 def make_environment(id: str, **options: Any) -> gymnasium.Env[Any, Any]:
@@ -19,21 +24,130 @@ def make_environment(id: str, **options: Any) -> gymnasium.Env[Any, Any]:
     the point. Every other warning passes.
 
     Args:
-        id: Gymnasium's environment id, `Hopper-v4`.
+        id: Gymnasium's environment id, `Hopper-v4`; Gymnasium-Robotics' are registered when asked for.
         **options: passed on to `gymnasium.make`.
 
     Raises:
-        ConfigError: nothing is registered under `id`, or what it needs isn't installed.
+        ConfigError: nothing is registered under `id`, it doesn't know an option, or what it needs isn't
+            installed.
     """
     if not id:
         raise ConfigError("no environment id given: expected one such as 'Hopper-v4'")
+    if id.startswith(ROBOTICS) and id not in gymnasium.registry:
+        _register_robotics(id)
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", ".*The environment .* is out of date", DeprecationWarning)
+            warnings.filterwarnings("ignore", ".*The environment .* is out of date")
             return gymnasium.make(id, **options)
     except gymnasium.error.UnregisteredEnv as error:
         hint = did_you_mean(id, gymnasium.registry)
         raise ConfigError(f"no environment '{id}' in Gymnasium: {hint}") from error
-    except (ImportError, gymnasium.error.Error) as error:
+    except (ImportError, TypeError, gymnasium.error.Error) as error:  # TypeError: options it doesn't know
         reason = " ".join(str(error).split())
         raise ConfigError(f"environment '{id}' can't be made: {reason}") from error
+
+
+def _register_robotics(id: str) -> None:
+    try:
+        import gymnasium_robotics  # type: ignore[import-untyped]
+    except ImportError:
+        raise ConfigError(f"environment '{id}' needs a package: pip install 'cpql[robotics]'") from None
+    gymnasium.register_envs(gymnasium_robotics)
+
+
+class TaskEnvironment(gymnasium.Wrapper[Any, Any, Any, Any]):
+    """An environment as a task describes it: flat observations [S], and resets with the task's options.
+
+    Args:
+        environment: as Gymnasium makes it.
+        task: `observation` names the parts of a dict observation that are laid end to end; `reset_options`
+            go into every reset.
+
+    Raises:
+        ConfigError: observations are dicts and the task names no parts, or parts that aren't there, or they
+            aren't numbers in one axis.
+    """
+
+    def __init__(self, environment: gymnasium.Env[Any, Any], task: Task) -> None:
+        super().__init__(environment)
+        self.task = task
+        space = environment.observation_space
+        if isinstance(space, gymnasium.spaces.Dict):
+            missing = [key for key in task.observation if key not in space.spaces]
+            if missing or not task.observation:
+                raise ConfigError(
+                    f"{task.id}: its observations are dicts of {', '.join(space.spaces)}: "
+                    f"expected env.observation to name some of them, found {list(task.observation)}"
+                )
+            parts = [space[key] for key in task.observation]
+        elif task.observation:
+            raise ConfigError(
+                f"{task.id}: its observations are {space}, not dicts: expected env.observation=[]"
+            )
+        else:
+            parts = [space]
+        boxes = [part for part in parts if isinstance(part, gymnasium.spaces.Box) and len(part.shape) == 1]
+        if len(boxes) != len(parts):
+            raise ConfigError(f"{task.id}: its observations are {space}: expected numbers in one axis")
+        self.observation_space = gymnasium.spaces.Box(
+            np.concatenate([box.low for box in boxes]),
+            np.concatenate([box.high for box in boxes]),
+            dtype=np.result_type(*(box.dtype for box in boxes)).type,
+        )
+
+    def _flat(self, observation: Any) -> NDArray[Any]:
+        keys = self.task.observation
+        return np.concatenate([observation[key] for key in keys]) if keys else np.asarray(observation)
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[NDArray[Any], dict[str, Any]]:
+        """Begin an episode, with the task's options and any others."""
+        # Some environments keep the dict they are given, so each gets one of its own.
+        both = {key: np.array(value) if isinstance(value, list | tuple) else value
+                for key, value in (self.task.reset_options | (options or {})).items()}  # fmt: skip
+        observation, info = self.env.reset(seed=seed, options=both or None)
+        return self._flat(observation), info
+
+    def step(self, action: Any) -> tuple[NDArray[Any], Any, bool, bool, dict[str, Any]]:
+        """Act once."""
+        observation, reward, terminated, truncated, info = self.env.step(action)
+        return self._flat(observation), reward, terminated, truncated, info
+
+
+def make_task_environment(task: Task, **options: Any) -> TaskEnvironment:
+    """Make a task's environment.
+
+    Args:
+        task: which.
+        **options: of `gymnasium.make`, besides the task's own.
+
+    Raises:
+        ConfigError: see `make_environment` and `TaskEnvironment`.
+    """
+    return TaskEnvironment(make_environment(task.id, **(task.env_options | options)), task)
+
+
+def widths(environment: gymnasium.Env[Any, Any]) -> tuple[int, int]:
+    """How many numbers an observation and an action have, S and A.
+
+    Raises:
+        ConfigError: actions aren't numbers in one axis.
+    """
+    observations, actions = environment.observation_space, environment.action_space
+    if not isinstance(actions, gymnasium.spaces.Box) or len(actions.shape) != 1:
+        raise ConfigError(f"actions are {actions}: expected a Box of one axis")
+    assert observations.shape is not None
+    return observations.shape[0], actions.shape[0]
+
+
+def action_bounds(environment: gymnasium.Env[Any, Any]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Lower and upper bounds [A] of the actions.
+
+    Raises:
+        ConfigError: there are none.
+    """
+    actions = environment.action_space
+    if not isinstance(actions, gymnasium.spaces.Box) or not actions.is_bounded():
+        raise ConfigError(f"actions are {actions}: expected a bounded Box")
+    return actions.low.astype(np.float32), actions.high.astype(np.float32)

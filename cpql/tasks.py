@@ -1,31 +1,104 @@
-"""A task: an environment to act in, the dataset to learn from, and the returns that scores refer to."""
+"""A task: an environment to act in, the dataset to learn from, and the returns that scores refer to.
+
+The tasks themselves are data: `configs/tasks.yaml` is a table of them by family, which `expand` spells out.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import itertools
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
-__all__ = ["Task"]
+__all__ = ["Task", "expand", "patterns"]
 
 
 @dataclass(frozen=True)
 class Task:
-    """One benchmark task; `configs/env/NAME.yaml` holds one as data.
+    """One benchmark task.
 
     Attributes:
         name: what the user types, `hopper-medium`.
-        id: Gymnasium's environment id for evaluation. D4RL's data came from the v2 physics, of which v4
-            is the closest living relative.
+        id: Gymnasium's environment id for evaluation. D4RL's locomotion data came from the v2 physics, of
+            which v4 is the closest living relative.
         dataset: D4RL's dataset id, `hopper-medium-v2`.
-        random_return: the return that scores 0 (D4RL's reference, undiscounted).
-        expert_return: the return that scores 100.
+        random_return: the return that scores 0 (D4RL's reference, undiscounted); None where there is none.
+        expert_return: the return that scores 100; None where there is none.
+        url: the dataset's path under D4RL's host and its mirrors, `gym_mujoco_v2/hopper_medium-v2.hdf5`.
+        minari: Minari's nearest dataset, which may be another one: `mujoco/hopper/medium-v0` has the name in
+            common with D4RL's, not the policy, the episodes or the environment's version.
+        observation: keys of a dict observation that are concatenated, in this order; empty where the
+            observation is an array.
+        env_options: keyword arguments of `gymnasium.make`.
+        reset_options: the environment's `reset(options=...)`.
+        episodes: of one evaluation in the papers.
+        note: a sentence where scores here can't be compared with D4RL's tables, and why.
+        benchmark: whose references these are; scores of two benchmarks belong in no common table.
+        transitions: rows of D4RL's file; None where that isn't known for certain.
     """
 
     name: str
     id: str
     dataset: str
-    random_return: float
-    expert_return: float
+    random_return: float | None
+    expert_return: float | None
+    url: str = ""
+    minari: str = ""
+    observation: tuple[str, ...] = ()
+    env_options: dict[str, Any] = field(default_factory=dict)
+    reset_options: dict[str, Any] = field(default_factory=dict)
+    episodes: int = 10
+    note: str = ""
+    benchmark: str = "D4RL"
+    transitions: int | None = None
 
-    def score(self, episode_return: float) -> float:
-        """D4RL's normalised score, in percent: `100 (R - R_random) / (R_expert - R_random)`."""
+    def score(self, episode_return: float) -> float | None:
+        """The normalised score, in percent: `100 (R - R_random) / (R_expert - R_random)`.
+
+        None where the task has no references.
+        """
+        if self.random_return is None or self.expert_return is None:
+            return None
         return 100.0 * (episode_return - self.random_return) / (self.expert_return - self.random_return)
+
+
+def _axes(family: Mapping[str, Any]) -> list[str]:
+    """Names of a family's lists of values, in the order of its name's braces."""
+    return re.findall(r"\{(\w+)\}", family["name"])
+
+
+def expand(table: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Spell out the table of tasks: one for each combination of a family's values.
+
+    Args:
+        table: by family, what its tasks share and, for every word in braces in its `name`, the values of
+            that word with what each of them adds. A later word's fields win over an earlier one's, and both
+            over what is shared. Texts may use the words, and `{file}` if one of the values has a `file`.
+
+    Returns:
+        Fields of `Task`, unchecked, by the task's name.
+    """
+    tasks = {}
+    for family in table.values():
+        axes = _axes(family)
+        shared = {key: value for key, value in family.items() if key not in axes}
+        for chosen in itertools.product(*(family[axis].items() for axis in axes)):
+            words = {axis: value for axis, (value, _) in zip(axes, chosen, strict=True)}
+            fields = dict(shared)
+            for _, added in chosen:
+                fields |= added
+            if "file" in fields:
+                words["file"] = fields.pop("file")
+            task = {k: v.format(**words) if isinstance(v, str) else v for k, v in fields.items()}
+            tasks[task["name"]] = task
+    return tasks
+
+
+def patterns(table: Mapping[str, Any]) -> list[str]:
+    """Name all tasks in one line a family, as a shell would expand it: `kitchen-{complete,partial,mixed}`."""
+    names = []
+    for family in table.values():
+        lists = {axis: "{" + ",".join(family[axis]) + "}" for axis in _axes(family)}
+        names.append(family["name"].format(**lists))
+    return names

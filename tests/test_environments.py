@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 
+import numpy as np
 import pytest
 
-from cpql.environments import make_environment
+from cpql.config import load_task
+from cpql.environments import action_bounds, make_environment, make_task_environment, widths
 from cpql.errors import ConfigError
 
 
@@ -40,3 +43,47 @@ def test_an_unknown_id_is_one_line_with_the_nearest(id: str, text: str) -> None:
         make_environment(id)
     assert text in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_an_unknown_option_is_one_line() -> None:
+    with pytest.raises(ConfigError, match=r"'Hopper-v4' can't be made: .*no_such_option"):
+        make_environment("Hopper-v4", no_such_option=1)
+
+
+@pytest.mark.parametrize(
+    ("name", "state_dim", "action_dim"),
+    [("antmaze-umaze-v2", 29, 8), ("maze2d-large", 4, 2), ("pen-human", 45, 24), ("ant-medium", 111, 8)],
+)
+def test_a_task_s_environment_is_as_d4rl_s_files_are(name: str, state_dim: int, action_dim: int) -> None:
+    task = load_task(name)
+    environment = make_task_environment(task)
+    assert widths(environment) == (state_dim, action_dim)
+    low, high = action_bounds(environment)
+    assert low.tolist() == [-1] * action_dim and high.tolist() == [1] * action_dim
+    observation, _ = environment.reset(seed=0)
+    assert observation.shape == (state_dim,)
+    assert environment.observation_space.contains(observation)
+    again, *_ = environment.step(environment.action_space.sample())
+    assert again.shape == (state_dim,)
+    environment.close()
+
+
+def test_a_maze_s_goal_stays_where_d4rl_has_it() -> None:
+    environment = make_task_environment(load_task("maze2d-umaze"))
+    goals = []
+    for seed in range(3):
+        environment.reset(seed=seed)
+        goals.append(tuple(environment.unwrapped.goal))  # type: ignore[attr-defined]
+    # The cell's own noise moves it a little; the cell is the same.
+    assert np.ptp(np.array(goals), axis=0).max() < 0.6
+    environment.close()
+
+
+def test_dict_observations_need_names_that_are_there() -> None:
+    maze = load_task("maze2d-umaze")
+    for keys, text in (((), "found []"), (("observaton",), "found ['observaton']")):
+        with pytest.raises(ConfigError, match=r"its observations are dicts of .*observation") as caught:
+            make_task_environment(dataclasses.replace(maze, observation=keys))
+        assert text in str(caught.value)
+    with pytest.raises(ConfigError, match=r"not dicts: expected env.observation=\[\]"):
+        make_task_environment(dataclasses.replace(load_task("hopper-medium"), observation=("observation",)))
