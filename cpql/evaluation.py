@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cpql.environments import make_environment
+from cpql.environments import make_task_environment
 from cpql.policy import Policy
 from cpql.tasks import Task
 
@@ -20,7 +20,7 @@ __all__ = ["Evaluation", "evaluate", "versions"]
 def versions() -> dict[str, str]:
     """Versions of what a score depends on."""
     found = {"python": platform.python_version()}
-    for name in ("cpql", "torch", "gymnasium", "mujoco", "numpy"):
+    for name in ("cpql", "torch", "gymnasium", "gymnasium-robotics", "mujoco", "numpy"):
         try:
             found[name] = version(name)
         except PackageNotFoundError:
@@ -57,8 +57,8 @@ class Evaluation:
         return float(np.std(self.returns, ddof=1)) if len(self.returns) > 1 else 0.0
 
     @property
-    def score(self) -> float:
-        """The mean return, normalised with the task's references, in percent."""
+    def score(self) -> float | None:
+        """The mean return, normalised with the task's references, in percent; None where it has none."""
         return self.task.score(self.mean)
 
     @property
@@ -77,7 +77,7 @@ class Evaluation:
         low, high = self.interval
         return {
             "score": self.score,
-            "score_interval": [self.task.score(low), self.task.score(high)],
+            "score_interval": None if self.score is None else [self.task.score(low), self.task.score(high)],
             "return_mean": self.mean,
             "return_std": self.std,
             "return_interval": [low, high],
@@ -88,7 +88,13 @@ class Evaluation:
             "seed": self.seed,
             "rule": self.rule,
             "environment": self.task.id,
-            "references": {"random": self.task.random_return, "expert": self.task.expert_return},
+            "environment_options": self.task.env_options | self.task.reset_options,
+            "note": self.task.note,
+            "references": {
+                "of": self.task.benchmark,
+                "random": self.task.random_return,
+                "expert": self.task.expert_return,
+            },
             "versions": versions(),
         }
 
@@ -119,7 +125,7 @@ def evaluate(
     returns, lengths = np.zeros(episodes), np.zeros(episodes, np.int64)
     for start in range(0, episodes, at_once):
         indices = range(start, min(start + at_once, episodes))
-        environments = [make_environment(task.id) for _ in indices]
+        environments = [make_task_environment(task) for _ in indices]
         observations: list[NDArray[np.float64]] = [
             environment.reset(seed=seed + index)[0]
             for environment, index in zip(environments, indices, strict=True)

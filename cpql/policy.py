@@ -33,6 +33,8 @@ class PolicyConfig:
         action_dim: width of actions.
         action_low: the environment's lower bounds.
         action_high: its upper bounds.
+        observation_mean: subtracted from observations, empty where they are taken as they are.
+        observation_std: what they are divided by then.
         actor: of the actor.
         critic_hidden: widths of the critic's layers.
         critic_layer_norm: whether the critic has LayerNorm.
@@ -53,6 +55,8 @@ class PolicyConfig:
     temperature: float
     task: Task
     origin: dict[str, Any] = field(default_factory=dict)
+    observation_mean: tuple[float, ...] = ()
+    observation_std: tuple[float, ...] = ()
 
 
 class Policy:
@@ -74,6 +78,8 @@ class Policy:
         self.generator = torch.Generator(self.device)
         self._low = np.asarray(config.action_low, np.float32)
         self._span = np.asarray(config.action_high, np.float32) - self._low
+        self._mean = torch.tensor(config.observation_mean, device=self.device)
+        self._std = torch.tensor(config.observation_std, device=self.device)
 
     def seed(self, seed: int) -> None:
         """Start the policy's noise anew."""
@@ -109,6 +115,8 @@ class Policy:
                 f"found {list(array.shape)}"
             )
         batch = torch.from_numpy(np.atleast_2d(array)).to(self.device)
+        if self.config.observation_mean:
+            batch = (batch - self._mean) / self._std
         generator = self.generator
         if deterministic:
             generator = torch.Generator(self.device).manual_seed(0)

@@ -24,22 +24,23 @@ def learning_curve(path: Path, evaluations: list[dict[str, Any]], metrics: list[
     score, values, losses = figure.subplots(1, 3)
     last = evaluations[-1]
     steps = [e["step"] for e in evaluations]
-    low, high = zip(*(e["score_interval"] for e in evaluations), strict=True)
+    scored = last["score"] is not None
+    of, behaviour = ("score", "behaviour_score") if scored else ("return_mean", "behaviour_return")
+    low, high = zip(*(e["score_interval" if scored else "return_interval"] for e in evaluations), strict=True)
     score.plot(
         steps,
-        [e["score"] for e in evaluations],
+        [e[of] for e in evaluations],
         "o-",
         color="C0",
         label=f"{last['agent']}, seed {last['training_seed']}",
     )
     score.fill_between(steps, low, high, color="C0", alpha=0.2, lw=0)
-    if last["behaviour_score"] is not None:
-        score.axhline(
-            last["behaviour_score"], color="C1", ls="--", label=f"behaviour {last['behaviour_score']:.1f}"
-        )
-    score.axhline(0, color="0.6", lw=1, label="random 0")
-    score.set_title(f"normalised score, {last['environment']}")
-    score.set_ylim(bottom=min(0.0, *low) - 2)
+    if last[behaviour] is not None:
+        score.axhline(last[behaviour], color="C1", ls="--", label=f"behaviour {last[behaviour]:.1f}")
+    if scored:
+        score.axhline(0, color="0.6", lw=1, label="random 0")
+        score.set_ylim(bottom=min(0.0, *low) - 2)
+    score.set_title(f"{'normalised score' if scored else 'return'}, {last['environment']}")
     score.legend(loc="lower right", fontsize=8)
 
     x = [row["step"] for row in metrics]

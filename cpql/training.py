@@ -22,24 +22,25 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import yaml
 from rich.console import Console
 from torch import Tensor
 
 import cpql.data
-from cpql.agents import AGENTS, Agent
+from cpql.agents import AGENTS, Agent, AgentConfig
 from cpql.checkpoint import load_training, save_checkpoint, write_text
 from cpql.config import TrainConfig, build
 from cpql.critic import TwinCritic
+from cpql.data import transforms
 from cpql.data.transitions import Transitions
-from cpql.environments import make_environment
+from cpql.environments import action_bounds, make_task_environment
 from cpql.errors import CheckpointError, ConfigError, CpqlError, did_you_mean
 from cpql.evaluation import evaluate, versions
 from cpql.logging import CSVTable, Logger, make_logger, progress
 from cpql.policy import Policy, PolicyConfig
 from cpql.report import learning_curve
+from cpql.tasks import Task
 
 __all__ = ["Interrupted", "Run", "summary", "train"]
 
@@ -53,8 +54,8 @@ class Interrupted(CpqlError):
     exit_code = 130
 
 
-def make_agent(config: TrainConfig, state_dim: int, action_dim: int, device: torch.device | str) -> Agent:
-    """The agent a configuration asks for.
+def agent_config(config: TrainConfig) -> tuple[type[Agent], AgentConfig]:
+    """The agent a configuration asks for, and its settings.
 
     Raises:
         ConfigError: unknown agent, key or value.
@@ -64,17 +65,17 @@ def make_agent(config: TrainConfig, state_dim: int, action_dim: int, device: tor
     if name not in AGENTS:
         raise ConfigError(f"agent.name={name} is no agent: {did_you_mean(str(name), AGENTS)}")
     kind = AGENTS[name]
-    agent_config = build(kind.config_class, settings, "agent")
-    agent_config = replace(agent_config, updates=config.budget.updates)
-    return kind(state_dim, action_dim, agent_config, seed=config.seed, device=device)
+    built = build(kind.config_class, settings, "agent")
+    return kind, replace(built, updates=config.budget.updates)
 
 
 def make_policy(agent: Agent, config: TrainConfig, data: Transitions) -> Policy:
     """The agent's present policy, as it is deployed: the online actor and the target critic."""
     c = agent.config
-    environment = make_environment(config.env.id)
-    space: Any = environment.action_space
+    environment = make_task_environment(config.env)
+    low, high = action_bounds(environment)
     environment.close()
+    mean, std = ((), ()) if data.normalisation is None else (tuple(x.tolist()) for x in data.normalisation)
     step = int(agent.state["step"])
     actor: Any = agent.module("actor")
     critic: TwinCritic = agent.module("critic_target").twin  # type: ignore[assignment]
@@ -88,8 +89,8 @@ def make_policy(agent: Agent, config: TrainConfig, data: Transitions) -> Policy:
     described = PolicyConfig(
         agent.state_dim,
         agent.action_dim,
-        tuple(map(float, space.low)),
-        tuple(map(float, space.high)),
+        tuple(low.tolist()),
+        tuple(high.tolist()),
         c.actor,
         c.critic_hidden,
         c.critic_layer_norm,
@@ -97,6 +98,8 @@ def make_policy(agent: Agent, config: TrainConfig, data: Transitions) -> Policy:
         c.temperature,
         config.env,
         origin,
+        mean,
+        std,
     )
     return Policy(actor, critic, described)
 
@@ -225,12 +228,8 @@ def choose_device(name: str) -> torch.device:
     )
 
 
-def load_data(config: TrainConfig, console: Console, device: torch.device) -> Transitions:
-    """The dataset on its device, checked against the environment."""
-    environment = make_environment(config.env.id)
-    state_dim = int(np.prod(environment.observation_space.shape or (1,)))
-    action_dim = int(np.prod(environment.action_space.shape or (1,)))
-    environment.close()
+def load_data(config: TrainConfig, console: Console, discount: float) -> tuple[Task, Transitions]:
+    """The dataset as the agent is to see it, and the task as the dataset has it."""
     bars: dict[str, Any] = {}
 
     def show(title: str, done: int, total: int) -> None:
@@ -243,20 +242,25 @@ def load_data(config: TrainConfig, console: Console, device: torch.device) -> Tr
 
     d = config.dataset
     try:
-        data = cpql.data.load(
+        task, data = cpql.data.load(
             config.env,
             source=d.source,
             path=d.path,
+            id=d.id,
             size=d.size,
             seed=d.seed,
+            time_limits=d.time_limits,
             progress=show,
             say=lambda line: console.print(line, style="yellow", highlight=False, soft_wrap=True),
         )
     finally:
         for context, _ in bars.values():
             context.__exit__(None, None, None)
-    data.validate_for(state_dim, action_dim)
-    return data.to(device)
+    console.print(data.provenance.line(), highlight=False, soft_wrap=True)
+    data = transforms.reward(data, d.reward)
+    if d.normalise_observations:
+        data = transforms.normalise_observations(data)
+    return task, transforms.n_step(data, d.n_step, discount)
 
 
 def train(config: TrainConfig, said: dict[str, Any], console: Console) -> dict[str, Any]:
@@ -281,16 +285,10 @@ def train(config: TrainConfig, said: dict[str, Any], console: Console) -> dict[s
         result: dict[str, Any] = json.loads((run.folder / "result.json").read_text())
         return result
     device = choose_device(config.device)
-    environment = make_environment(config.env.id)
-    agent = make_agent(
-        config,
-        int(np.prod(environment.observation_space.shape or ())),
-        int(np.prod(environment.action_space.shape or ())),
-        device,
-    )
-    environment.close()
-    data = load_data(config, console, device)
-    console.print(data.provenance.line(), highlight=False, soft_wrap=True)
+    kind, settings = agent_config(config)
+    task, data = load_data(config, console, settings.discount)
+    config, data = replace(config, env=task), data.to(device)
+    agent = kind(data.state_dim, data.action_dim, settings, seed=config.seed, device=device)
     run.create()
     logger = make_logger(
         config.logger, run.folder, f"{config.env.name}-{config.agent['name']}-{config.seed}", said
@@ -380,7 +378,10 @@ class _Training:
     def last_score(self) -> str:
         """The last evaluation, for the bar."""
         evaluations = self.run.evaluations()
-        return f"score {evaluations[-1]['score']:.1f}" if evaluations else ""
+        if not evaluations:
+            return ""
+        score, mean = evaluations[-1]["score"], evaluations[-1]["return_mean"]
+        return f"return {mean:.1f}" if score is None else f"score {score:.1f}"
 
     def evaluate(self, episodes: int) -> None:
         """Score the present policy and draw the curve."""
@@ -393,9 +394,8 @@ class _Training:
             folder / f"step_{self.step:08d}.json", json.dumps(content, indent=2, allow_nan=False) + "\n"
         )
         if self.logger is not None:
-            self.logger.log(
-                self.step, {"evaluation/score": evaluation.score, "evaluation/return": evaluation.mean}
-            )
+            score = {} if evaluation.score is None else {"evaluation/score": evaluation.score}
+            self.logger.log(self.step, {"evaluation/return": evaluation.mean, **score})
         learning_curve(self.run.folder / "learning_curve.png", self.run.evaluations(), self.metrics.rows())
 
     def provenance(self) -> dict[str, Any]:
@@ -405,6 +405,7 @@ class _Training:
             "task": self.config.env.name,
             "agent": self.config.agent["name"],
             "training_seed": self.config.seed,
+            "behaviour_return": behaviour,
             "behaviour_score": None if behaviour is None else self.config.env.score(behaviour),
             "data": self.data.provenance.to_dict(),
         }
@@ -449,11 +450,10 @@ class _Training:
         """Write the result: the last checkpoint's evaluation, with the best one's score beside it."""
         evaluations = self.run.evaluations()
         last = evaluations[-1]
-        best = max(evaluations, key=lambda e: e["score"])
+        best = max(evaluations, key=lambda e: e["return_mean"])
         result = {
             "checkpoint": "last",
-            "best_evaluation": {"step": best["step"], "score": best["score"], "episodes": best["episodes"]},
-            "random_score": 0.0,
+            "best_evaluation": {key: best[key] for key in ("step", "score", "return_mean", "episodes")},
             **last,
         }
         write_text(self.run.folder / "result.json", json.dumps(result, indent=2, allow_nan=False) + "\n")
@@ -462,14 +462,22 @@ class _Training:
 
 def summary(result: dict[str, Any], folder: str) -> str:
     """What a person wants to read at the end of a run."""
-    low, high = result["score_interval"]
-    behaviour = result["behaviour_score"]
-    lines = [
-        f"score {result['score']:.1f} (95% interval {low:.1f} to {high:.1f}; return "
-        f"{result['return_mean']:,.0f} ± {result['return_std']:,.0f} over {result['episodes']} episodes of "
-        f"{result['environment']}, last checkpoint, {result['rule']})",
-        f"behaviour {'unknown' if behaviour is None else f'{behaviour:.1f}'}   random 0.0   expert 100.0   "
-        f"(D4RL's references; data: {result['data']['source']} {result['data']['id']})",
-        f"all in {folder}: learning_curve.png, metrics.csv, result.json, checkpoints/last",
-    ]
+    returns = f"return {result['return_mean']:,.0f} ± {result['return_std']:,.0f}"
+    how = f"over {result['episodes']} episodes of {result['environment']}, last checkpoint, {result['rule']}"
+    data = f"data: {result['data']['source']} {result['data']['id']}"
+    behaviour = result["behaviour_return"]
+    if result["score"] is None:
+        beside = "unknown" if behaviour is None else f"{behaviour:,.0f}"
+        lines = [f"{returns} {how}", f"behaviour's return {beside}   ({data}, which has no reference scores)"]
+    else:
+        low, high = result["score_interval"]
+        beside = "unknown" if behaviour is None else f"{result['behaviour_score']:.1f}"
+        lines = [
+            f"score {result['score']:.1f} (95% interval {low:.1f} to {high:.1f}; {returns} {how})",
+            f"behaviour {beside}   random 0.0   expert 100.0   "
+            f"({result['references']['of']}'s references; {data})",
+        ]
+    if result["note"]:
+        lines.append(f"note: {result['note']}")
+    lines.append(f"all in {folder}: learning_curve.png, metrics.csv, result.json, checkpoints/last")
     return "\n".join(lines)

@@ -7,18 +7,19 @@ and must not load torch.
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cpql.errors import ConfigError, DataError, did_you_mean
 
 if TYPE_CHECKING:
     from cpql.data.d4rl import Progress
-    from cpql.data.transitions import Batch, Provenance, Transitions
+    from cpql.data.transitions import Batch, Provenance, TimeLimits, Transitions
     from cpql.tasks import Task
 
 __all__ = ["SOURCES", "Batch", "Provenance", "Transitions", "load"]
 
-SOURCES = ("auto", "d4rl", "embedded")
+SOURCES = ("auto", "d4rl", "minari", "embedded")
 
 
 def __getattr__(name: str) -> Any:
@@ -34,45 +35,76 @@ def load(
     *,
     source: str = "auto",
     path: str | None = None,
+    id: str | None = None,
     size: int,
     seed: int = 0,
+    time_limits: TimeLimits = "keep",
     progress: Progress | None = None,
     say: Callable[[str], None] = print,
-) -> Transitions:
+) -> tuple[Task, Transitions]:
     """Load a task's dataset, on the CPU.
 
     Args:
         task: whose dataset.
-        source: "d4rl" takes its cache folder or downloads, "embedded" collects (or takes what it
-            collected before); both strictly. "auto" is D4RL where it can be had, else embedded, and then
-            `say` hears that and why.
-        path: a file in D4RL's layout; then nothing else counts.
+        source: "d4rl" takes its cache folder or downloads, "minari" takes a local dataset or downloads,
+            "embedded" collects (or takes what it collected before); all strictly. "auto" is D4RL where it can
+            be had, else embedded, and then `say` hears that and why.
+        path: a file in D4RL's layout, HDF5 or NPZ, or the folder of a Minari dataset; then no source counts.
+        id: of the dataset, where it isn't the task's own: D4RL's or Minari's.
         size: how many transitions to collect, for the embedded source.
         seed: of the collection.
+        time_limits: "drop" leaves out the rows at a time limit, as `d4rl.qlearning_dataset` does.
         progress: called with what is being done, how much of it is done, and how much there is.
         say: takes a line for the user.
 
+    Returns:
+        The task as the data have it (Minari's name their own environment and references), and the data, as
+        wide as that environment, actions scaled from its bounds.
+
     Raises:
-        ConfigError: there is no such source.
+        ConfigError: there is no such source, or the environment can't be made.
         DataError: the data can't be had, or aren't valid.
     """
-    from cpql.data import d4rl, embedded
+    from cpql.data import d4rl, embedded, files, minari
+    from cpql.environments import action_bounds, make_task_environment, widths
 
-    if path is not None:
-        return d4rl.read(path, task.name)
     if source not in SOURCES:
         raise ConfigError(f"no dataset source '{source}': {did_you_mean(source, SOURCES)}")
-    if source == "embedded":
-        return embedded.cached(task, size, seed, progress, say)
-    found = d4rl.find(task.dataset)
-    if found is None:
+    folder = Path(path) if path is not None and Path(path).is_dir() else None
+    if folder is None and path is None and source == "minari":
+        id = id or task.minari
+        if not id:
+            raise DataError(f"{task.name}: Minari has no counterpart: expected dataset.id to name a dataset")
+        folder = minari.locate(id, say=say)
+    if folder is not None:
+        task = minari.task(task, folder)
+    environment = make_task_environment(task)
+    state_dim, action_dim = widths(environment)
+    low, high = action_bounds(environment)
+    limit = environment.spec.max_episode_steps if environment.spec else None
+    environment.close()
+    form: dict[str, Any] = {"time_limits": time_limits, "action_low": low, "action_high": high}
+    form["episode_limit"] = limit
+    if folder is not None:
+        data = minari.read(folder, task, time_limits=time_limits)
+    elif path is not None:
+        data = files.read(path, id or task.name, **form)
+        task = files.without_foreign_references(task, data)
+    elif source == "embedded":
+        data = embedded.cached(task, size, seed, progress, say)
+    else:
+        id = id or task.dataset
+        url = task.url if id == task.dataset else ""
         try:
-            found = d4rl.download(task.dataset, progress)
+            found = d4rl.find(id, url) or d4rl.download(id, progress, path=url, say=say)
         except DataError as error:
             if source == "d4rl":
                 raise
-            return _fall_back(task, size, seed, progress, say, str(error))
-    return d4rl.read(found, task.dataset, source="d4rl")
+            data = _fall_back(task, size, seed, progress, say, str(error))
+        else:
+            data = d4rl.read(found, id, source="d4rl", **form)
+    data.validate_for(state_dim, action_dim)
+    return task, data
 
 
 def _fall_back(

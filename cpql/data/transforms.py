@@ -1,0 +1,159 @@
+"""What may be done to a dataset before training: other rewards, normalised observations, n-step returns.
+
+Each takes transitions and gives new ones, whose provenance says what was done. The order is rewards,
+observations, n steps: a sum over steps is of the rewards that the agent is to see.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from cpql.data.transitions import Batch, Transitions
+from cpql.errors import ConfigError, DataError
+
+__all__ = ["REWARD_RULES", "RewardRule", "n_step", "normalise_observations", "reward"]
+
+RewardRule = Literal["none", "normalize", "antmaze", "cql_antmaze", "iql_antmaze", "iql_locomotion"]
+
+REWARD_RULES: dict[str, str] = {
+    "none": "r",
+    "normalize": "(r - mean r) / std r, over all transitions",
+    "antmaze": "2 (r - 0.25)",
+    "cql_antmaze": "4 (r - 0.5)",
+    "iql_antmaze": "r - 1",
+    "iql_locomotion": "1000 r / (highest return - lowest return), over complete episodes",
+}
+"""The rules by name, as Diffusion-QL's, Consistency-AC's and CPQL's codes name them (`reward_tune`)."""
+
+# Added to standard deviations, so that a number that never changes isn't divided by zero (as in TD3+BC).
+EPSILON = 1e-3
+
+
+def _replaced(data: Transitions, what: dict[str, Any], batch: Batch, **changes: Any) -> Transitions:
+    """The same data with other columns; `what` goes into the provenance."""
+    provenance = data.provenance
+    done = provenance.details.get("transforms", {}) | what
+    details = provenance.details | {"transforms": done}
+    table = torch.cat(
+        [
+            batch.observations,
+            batch.actions,
+            batch.next_observations,
+            batch.rewards[:, None],
+            batch.discounts[:, None],
+        ],
+        1,
+    )
+    changes["provenance"] = dataclasses.replace(provenance, details=details)
+    return dataclasses.replace(data, table=table, **changes)
+
+
+def reward(data: Transitions, rule: str) -> Transitions:
+    """Change the rewards by a rule of `REWARD_RULES`.
+
+    Returns in the provenance stay those of the environment's own rewards.
+
+    Raises:
+        ConfigError: there is no such rule.
+        DataError: the rule needs rewards or returns that differ, and they don't.
+    """
+    if rule not in REWARD_RULES:
+        raise ConfigError(f"reward={rule!r} is no rule: expected one of {', '.join(REWARD_RULES)}")
+    if rule == "none":
+        return data
+    r = data.rewards
+    if rule == "normalize":
+        std = r.std(correction=0)
+        if not std > 0:
+            raise DataError(
+                f"{_name(data)}: all rewards are {r[0]:g}: reward=normalize expects some to differ"
+            )
+        r = (r - r.mean()) / std
+    elif rule == "antmaze":
+        r = 2.0 * (r - 0.25)
+    elif rule == "cql_antmaze":
+        r = 4.0 * (r - 0.5)
+    elif rule == "iql_antmaze":
+        r = r - 1.0
+    else:
+        low, high = data.provenance.return_min, data.provenance.return_max
+        if low is None or high is None or low == high:
+            raise DataError(
+                f"{_name(data)}: {data.provenance.episodes} complete episodes, returns from {low} to {high}: "
+                "reward=iql_locomotion expects two with different returns"
+            )
+        r = r * (1000.0 / (high - low))
+    return _replaced(data, {"reward": rule}, data.columns._replace(rewards=r))
+
+
+def normalise_observations(data: Transitions) -> Transitions:
+    """Give observations mean 0 and standard deviation 1, each number of them, over all transitions.
+
+    The policy has to do the same to what it sees: `normalisation` holds the mean and the standard deviation
+    (plus 0.001) for that.
+    """
+    columns = data.columns
+    mean = columns.observations.mean(0)
+    std = columns.observations.std(0, correction=0) + EPSILON
+    return _replaced(
+        data,
+        {"normalise_observations": True},
+        columns._replace(
+            observations=(columns.observations - mean) / std,
+            next_observations=(columns.next_observations - mean) / std,
+        ),
+        normalisation=(mean, std),
+    )
+
+
+def n_step(data: Transitions, n: int, discount: float) -> Transitions:
+    """Let each transition span n steps, or as many as its episode has left.
+
+    For transition i with m steps left to span, m <= n:
+
+        reward              r_i + gamma r_{i+1} + ... + gamma^(m-1) r_{i+m-1}
+        next observation    that of row i+m-1
+        discounts           gamma^(m-1), or 0 where row i+m-1 terminated
+
+    so that `reward + gamma * discounts * V(next observation)` is the m-step target. It isn't corrected for
+    the policy that acted.
+
+    Args:
+        data: with one step each.
+        n: steps, at least 1.
+        discount: gamma.
+
+    Raises:
+        ConfigError: n is below 1, or the data span several steps already.
+    """
+    if n < 1:
+        raise ConfigError(f"n_step={n}: expected at least 1")
+    if "n_step" in data.provenance.details.get("transforms", {}):
+        raise ConfigError("n_step: the data span several steps already")
+    if n == 1:
+        return data
+    columns = data.columns
+    rows = torch.arange(len(data), device=data.device)
+    last, going = rows.clone(), torch.ones_like(data.ends)
+    rewards = columns.rewards.clone()
+    powers: Tensor = torch.ones_like(rewards)
+    for k in range(1, n):
+        ahead = (rows + k).clamp(max=len(data) - 1)
+        going = going & ~data.ends[ahead - 1] & (rows + k < len(data))
+        rewards += torch.where(going, discount**k * columns.rewards[ahead], 0.0)
+        powers = torch.where(going, discount**k, powers)
+        last = torch.where(going, ahead, last)
+    batch = columns._replace(
+        rewards=rewards,
+        next_observations=columns.next_observations[last],
+        discounts=powers * columns.discounts[last],
+    )
+    return _replaced(data, {"n_step": n}, batch, terminated=data.terminated[last])
+
+
+def _name(data: Transitions) -> str:
+    return data.provenance.file or data.provenance.id or data.provenance.source
