@@ -1,0 +1,126 @@
+"""Measure cpql on this machine, and keep the figures as data.
+
+    python scripts/benchmark.py loading       reading 2M transitions against bare h5py, and the memory
+
+Figures go into benchmarks/NAME.json, with the machine's description. Times on a busy machine mean little:
+what counts are the ratios, of things measured in turn.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+FOLDER = Path(__file__).resolve().parent.parent / "benchmarks"
+
+# Each reading is a process of its own: memory that has been used before would flatter the second one.
+READ = """
+import json, resource, sys, time
+import h5py, numpy, torch
+from pathlib import Path
+from cpql.data import d4rl
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+path, before, began = Path(sys.argv[1]), peak(), time.perf_counter()
+if sys.argv[2] == "bare":
+    with h5py.File(path) as file:
+        kept = {key: file[key][()] for key in d4rl.KEYS}
+else:
+    kept = d4rl.read(path, "benchmark")
+print(json.dumps({"seconds": time.perf_counter() - began, "bytes": peak() - before}))
+"""
+
+
+def main() -> None:
+    """Run the command line."""
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
+    commands = parser.add_subparsers(required=True, metavar="NAME")
+    command = commands.add_parser("loading", help="reading and checking a D4RL file")
+    command.add_argument("--transitions", type=int, default=2_000_000)
+    command.add_argument("--repeats", type=int, default=7)
+    command.set_defaults(run=loading)
+    options = parser.parse_args()
+    options.run(options)
+
+
+def machine() -> dict[str, Any]:
+    """What a figure depends on."""
+    from cpql.evaluation import versions
+
+    model = platform.processor() or platform.machine()
+    if Path("/proc/cpuinfo").exists():
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        model = next((line.split(": ", 1)[1] for line in lines if line.startswith("model name")), model)
+    return {"processor": model, "cores": os.cpu_count(), "system": platform.system(), "versions": versions()}
+
+
+def keep(name: str, content: dict[str, Any]) -> None:
+    """Write the figures down."""
+    from cpql.checkpoint import write_text
+
+    FOLDER.mkdir(exist_ok=True)
+    path = FOLDER / f"{name}.json"
+    write_text(path, json.dumps(content | {"machine": machine()}, indent=2) + "\n")
+    print(f"in {path.relative_to(FOLDER.parent)}")
+
+
+def loading(options: argparse.Namespace) -> None:
+    """Time bare h5py and cpql in turn, plain and compressed as D4RL's own files are."""
+    import h5py  # type: ignore[import-untyped]
+    import numpy as np
+
+    rows, random = options.transitions, np.random.default_rng(0)
+    states = random.normal(size=(rows + 1, 11)).astype(np.float32)
+    arrays = {
+        "observations": states[:-1],
+        "next_observations": states[1:],
+        "actions": random.uniform(-1, 1, (rows, 3)).astype(np.float32),
+        "rewards": random.normal(size=rows).astype(np.float32),
+        "terminals": np.zeros(rows, bool),
+        "timeouts": np.arange(rows) % 1000 == 999,
+    }
+    size = sum(array.size * 4 for array in arrays.values())
+    table: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for form, options_ in (("plain", {}), ("gzip", {"compression": "gzip", "compression_opts": 4})):
+            path = Path(folder) / f"{form}.hdf5"
+            with h5py.File(path, "w") as file:
+                for key, array in arrays.items():
+                    file.create_dataset(key, data=array, **options_)
+            figures: dict[str, list[dict[str, float]]] = {"bare": [], "cpql": []}
+            for _ in range(options.repeats):
+                for who, runs in figures.items():
+                    command = [sys.executable, "-c", READ, str(path), who]
+                    runs.append(json.loads(subprocess.check_output(command)))
+            seconds = {
+                who: statistics.median(run["seconds"] for run in runs) for who, runs in figures.items()
+            }
+            pairs = zip(figures["cpql"], figures["bare"], strict=True)
+            table[form] = {
+                "file_bytes": path.stat().st_size,
+                "seconds": seconds,
+                "ratio": statistics.median(mine["seconds"] / bare["seconds"] for mine, bare in pairs),
+                "peak_bytes": max(run["bytes"] for run in figures["cpql"]),
+                "peak_ratio": max(run["bytes"] for run in figures["cpql"]) / size,
+            }
+            print(
+                f"{form:<6} bare h5py {seconds['bare']:.2f} s, cpql {seconds['cpql']:.2f} s, ratio "
+                f"{table[form]['ratio']:.2f}; peak memory {table[form]['peak_ratio']:.2f} times the arrays' "
+                "float32 size"
+            )
+    keep("loading", {"transitions": rows, "float32_bytes": size, "repeats": options.repeats, **table})
+
+
+if __name__ == "__main__":
+    main()
