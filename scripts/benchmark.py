@@ -1,6 +1,8 @@
 """Measure cpql on this machine, and keep the figures as data.
 
-    python scripts/benchmark.py loading       reading 2M transitions against bare h5py, and the memory
+    python scripts/benchmark.py loading           reading 2M transitions against bare h5py, and the memory
+    python scripts/benchmark.py keep RUN...       keep the results of finished runs, in benchmarks/results/
+    python scripts/benchmark.py table             print those as the README's table, a row a task
 
 Figures go into benchmarks/NAME.json, with the machine's description. Times on a busy machine mean little:
 what counts are the ratios, of things measured in turn.
@@ -50,6 +52,11 @@ def main() -> None:
     command.add_argument("--transitions", type=int, default=2_000_000)
     command.add_argument("--repeats", type=int, default=7)
     command.set_defaults(run=loading)
+    command = commands.add_parser("keep", help="keep the results of finished runs as data")
+    command.add_argument("runs", type=Path, nargs="+", metavar="RUN")
+    command.set_defaults(run=keep_results)
+    command = commands.add_parser("table", help="print the results that were kept as Markdown")
+    command.set_defaults(run=lambda _: print(table()))
     options = parser.parse_args()
     options.run(options)
 
@@ -73,6 +80,59 @@ def keep(name: str, content: dict[str, Any]) -> None:
     path = FOLDER / f"{name}.json"
     write_text(path, json.dumps(content | {"machine": machine()}, indent=2) + "\n")
     print(f"in {path.relative_to(FOLDER.parent)}")
+
+
+def keep_results(options: argparse.Namespace) -> None:
+    """Keep what a run came to, how it got there, and all that it depends on."""
+    import yaml
+
+    from cpql.checkpoint import write_text
+
+    folder = FOLDER / "results"
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in options.runs:
+        said = yaml.safe_load((path / "config.yaml").read_text())
+        del said["run_dir"]  # a path of this machine
+        result = json.loads((path / "result.json").read_text())
+        evaluations = [
+            json.loads(file.read_text()) for file in sorted((path / "evaluations").glob("step_*.json"))
+        ]
+        curve = [[e["step"], e["episodes"], round(e["score"], 2)] for e in evaluations]
+        content = {"curve_of_step_episodes_score": curve, **result, "configuration": said}
+        name = f"{result['task']}-{said['agent']['name']}-seed{result['training_seed']}.json"
+        lines = (f"{json.dumps(key)}: {json.dumps(value)}" for key, value in content.items())
+        write_text(folder / name, "{\n" + ",\n".join(lines) + "\n}\n")
+        print(f"benchmarks/results/{name}: {result['score']:.1f}")
+
+
+def table() -> str:
+    """The kept results: the last checkpoint of each seed over its episodes, and the mean over seeds."""
+    results = [json.loads(path.read_text()) for path in sorted((FOLDER / "results").glob("*.json"))]
+    head = (
+        "task",
+        "agent",
+        "score, mean over seeds",
+        "spread",
+        "each seed, mean ± spread over episodes",
+        "behaviour",
+    )
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    cells: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for result in results:
+        cells.setdefault((result["task"], result["agent"]), []).append(result)
+    for (task, agent), runs in sorted(cells.items()):
+        runs = sorted(runs, key=lambda run: int(run["training_seed"]))
+        scores = [run["score"] for run in runs]
+        spread = f"{statistics.stdev(scores):.1f}" if len(scores) > 1 else ""
+        percent = [100 / (run["references"]["expert"] - run["references"]["random"]) for run in runs]
+        each = ", ".join(
+            f"{run['score']:.1f} ± {run['return_std'] * unit:.1f}"
+            for run, unit in zip(runs, percent, strict=True)
+        )
+        behaviour = f"{runs[0]['behaviour_score']:.1f}"
+        row = [task, f"`{agent}`", f"**{statistics.mean(scores):.1f}**", spread, each, behaviour]
+        lines.append(f"| {' | '.join(row)} |")
+    return "\n".join(lines)
 
 
 def loading(options: argparse.Namespace) -> None:
