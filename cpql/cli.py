@@ -225,7 +225,7 @@ def _evaluate(content: DictConfig) -> None:
             ("references", references),
         ]
     rows += [
-        ("environment", task.id),
+        ("environment", task.id or ""),
         ("action rule", evaluation.rule),
         ("data", f"{origin['data']['source']} {origin['data']['id']}"),
     ]

@@ -125,6 +125,10 @@ def make_task_environment(task: Task, **options: Any) -> TaskEnvironment:
     Raises:
         ConfigError: see `make_environment` and `TaskEnvironment`.
     """
+    if task.id is None:
+        raise ConfigError(
+            f"{task.name} has no environment: expected env.id (env_id, to evaluate) to name one"
+        )
     return TaskEnvironment(make_environment(task.id, **(task.env_options | options)), task)
 
 

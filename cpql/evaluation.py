@@ -18,13 +18,13 @@ __all__ = ["Evaluation", "evaluate", "versions"]
 
 
 def versions() -> dict[str, str]:
-    """Versions of what a score depends on."""
+    """Versions of what a score depends on, where it is installed."""
     found = {"python": platform.python_version()}
     for name in ("cpql", "torch", "gymnasium", "gymnasium-robotics", "mujoco", "numpy"):
         try:
             found[name] = version(name)
         except PackageNotFoundError:
-            found[name] = "not installed"
+            continue
     return found
 
 

@@ -9,40 +9,25 @@ from typing import Any
 __all__ = ["learning_curve"]
 
 
-def learning_curve(path: Path, evaluations: list[dict[str, Any]], metrics: list[dict[str, float]]) -> None:
-    """Draw score, values and losses over gradient steps, as a PNG.
+def learning_curve(
+    path: Path, run: dict[str, Any], evaluations: list[dict[str, Any]], metrics: list[dict[str, float]]
+) -> None:
+    """Draw score (or return, where there are no references), values and losses over gradient steps, as a PNG.
 
     Args:
         path: of the PNG; replaced in one move.
-        evaluations: of the run, in order, as in its `evaluations/`.
+        run: task, agent, seed, behaviour and data, as every result has them.
+        evaluations: of the run, in order, as in its `evaluations/`; without any their panel is left out.
         metrics: the rows of its `metrics.csv`.
     """
     from matplotlib.figure import Figure
     from matplotlib.ticker import EngFormatter
 
     figure = Figure(figsize=(11, 3.6), layout="constrained")
-    score, values, losses = figure.subplots(1, 3)
-    last = evaluations[-1]
-    steps = [e["step"] for e in evaluations]
-    scored = last["score"] is not None
-    of, behaviour = ("score", "behaviour_score") if scored else ("return_mean", "behaviour_return")
-    low, high = zip(*(e["score_interval" if scored else "return_interval"] for e in evaluations), strict=True)
-    score.plot(
-        steps,
-        [e[of] for e in evaluations],
-        "o-",
-        color="C0",
-        label=f"{last['agent']}, seed {last['training_seed']}",
-    )
-    score.fill_between(steps, low, high, color="C0", alpha=0.2, lw=0)
-    if last[behaviour] is not None:
-        score.axhline(last[behaviour], color="C1", ls="--", label=f"behaviour {last[behaviour]:.1f}")
-    if scored:
-        score.axhline(0, color="0.6", lw=1, label="random 0")
-        score.set_ylim(bottom=min(0.0, *low) - 2)
-    score.set_title(f"{'normalised score' if scored else 'return'}, {last['environment']}")
-    score.legend(loc="lower right", fontsize=8)
-
+    panels = list(figure.subplots(1, 3 if evaluations else 2))
+    if evaluations:
+        _scores(panels[0], run, evaluations)
+    values, losses = panels[-2:]
     x = [row["step"] for row in metrics]
     for axes, names, title in (
         (values, ("critic/q", "actor/q", "critic/v"), "values"),
@@ -54,18 +39,35 @@ def learning_curve(path: Path, evaluations: list[dict[str, Any]], metrics: list[
         axes.set_title(title)
         axes.legend(loc="best", fontsize=8)
     losses.set_yscale("log")
-    for axes in (score, values, losses):
+    for axes in panels:
         axes.set_xlabel("updates")
         axes.xaxis.set_major_formatter(EngFormatter())
         axes.grid(alpha=0.25)
         axes.set_xlim(left=0)
-    source = (
-        "self-collected data, not D4RL" if last["data"]["source"] == "embedded" else last["data"]["source"]
-    )
-    figure.suptitle(f"{last['agent']} on {last['task']} ({source})", fontsize=11)
+    source = run["data"]["source"]
+    source = "self-collected data, not D4RL" if source == "embedded" else source
+    figure.suptitle(f"{run['agent']} on {run['task']} ({source})", fontsize=11)
     aside = path.with_name(f".{path.stem}.{os.getpid()}.png")
     try:
         figure.savefig(aside, dpi=110)
         os.replace(aside, path)
     finally:
         aside.unlink(missing_ok=True)
+
+
+def _scores(axes: Any, run: dict[str, Any], evaluations: list[dict[str, Any]]) -> None:
+    steps = [e["step"] for e in evaluations]
+    scored = evaluations[-1]["score"] is not None
+    of, behaviour = ("score", "behaviour_score") if scored else ("return_mean", "behaviour_return")
+    interval = "score_interval" if scored else "return_interval"
+    low, high = zip(*(e[interval] for e in evaluations), strict=True)
+    label = f"{run['agent']}, seed {run['training_seed']}"
+    axes.plot(steps, [e[of] for e in evaluations], "o-", color="C0", label=label)
+    axes.fill_between(steps, low, high, color="C0", alpha=0.2, lw=0)
+    if run[behaviour] is not None:
+        axes.axhline(run[behaviour], color="C1", ls="--", label=f"behaviour {run[behaviour]:.1f}")
+    if scored:
+        axes.axhline(0, color="0.6", lw=1, label="random 0")
+        axes.set_ylim(bottom=min(0.0, *low) - 2)
+    axes.set_title(f"{'normalised score' if scored else 'return'}, {evaluations[-1]['environment']}")
+    axes.legend(loc="lower right", fontsize=8)

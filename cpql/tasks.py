@@ -21,7 +21,8 @@ class Task:
     Attributes:
         name: what the user types, `hopper-medium`.
         id: Gymnasium's environment id for evaluation. D4RL's locomotion data came from the v2 physics, of
-            which v4 is the closest living relative.
+            which v4 is the closest living relative. None where nothing is to be evaluated: then actions are
+            taken for [-1, 1] and observations for as wide as the data's.
         dataset: D4RL's dataset id, `hopper-medium-v2`.
         random_return: the return that scores 0 (D4RL's reference, undiscounted); None where there is none.
         expert_return: the return that scores 100; None where there is none.
@@ -39,7 +40,7 @@ class Task:
     """
 
     name: str
-    id: str
+    id: str | None
     dataset: str
     random_return: float | None
     expert_return: float | None

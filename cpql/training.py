@@ -22,6 +22,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import yaml
 from rich.console import Console
@@ -72,9 +73,11 @@ def agent_config(config: TrainConfig) -> tuple[type[Agent], AgentConfig]:
 def make_policy(agent: Agent, config: TrainConfig, data: Transitions) -> Policy:
     """The agent's present policy, as it is deployed: the online actor and the target critic."""
     c = agent.config
-    environment = make_task_environment(config.env)
-    low, high = action_bounds(environment)
-    environment.close()
+    low, high = -np.ones(agent.action_dim, np.float32), np.ones(agent.action_dim, np.float32)
+    if config.env.id is not None:
+        environment = make_task_environment(config.env)
+        low, high = action_bounds(environment)
+        environment.close()
     mean, std = ((), ()) if data.normalisation is None else (tuple(x.tolist()) for x in data.normalisation)
     step = int(agent.state["step"])
     actor: Any = agent.module("actor")
@@ -384,7 +387,14 @@ class _Training:
         return f"return {mean:.1f}" if score is None else f"score {score:.1f}"
 
     def evaluate(self, episodes: int) -> None:
-        """Score the present policy and draw the curve."""
+        """Score the present policy, where there is an environment to score it in, and draw the curve."""
+        if self.config.env.id is not None:
+            self.play(episodes)
+        path = self.run.folder / "learning_curve.png"
+        learning_curve(path, self.provenance(), self.run.evaluations(), self.metrics.rows())
+
+    def play(self, episodes: int) -> None:
+        """Score the present policy and keep the result."""
         policy = make_policy(self.agent, self.config, self.data)
         evaluation = evaluate(policy, self.config.env, episodes, seed=self.config.seed + 100)
         folder = self.run.folder / "evaluations"
@@ -396,7 +406,6 @@ class _Training:
         if self.logger is not None:
             score = {} if evaluation.score is None else {"evaluation/score": evaluation.score}
             self.logger.log(self.step, {"evaluation/return": evaluation.mean, **score})
-        learning_curve(self.run.folder / "learning_curve.png", self.run.evaluations(), self.metrics.rows())
 
     def provenance(self) -> dict[str, Any]:
         """What every result file says about where it came from."""
@@ -449,19 +458,24 @@ class _Training:
     def finish(self, seconds: float) -> dict[str, Any]:
         """Write the result: the last checkpoint's evaluation, with the best one's score beside it."""
         evaluations = self.run.evaluations()
-        last = evaluations[-1]
-        best = max(evaluations, key=lambda e: e["return_mean"])
-        result = {
-            "checkpoint": "last",
-            "best_evaluation": {key: best[key] for key in ("step", "score", "return_mean", "episodes")},
-            **last,
-        }
+        result: dict[str, Any] = {"checkpoint": "last", "evaluated": bool(evaluations)}
+        if evaluations:
+            best = max(evaluations, key=lambda e: e["return_mean"])
+            result["best_evaluation"] = {k: best[k] for k in ("step", "score", "return_mean", "episodes")}
+            result |= evaluations[-1]
+        else:
+            result |= {"step": self.step, **self.provenance(), "note": self.config.env.note}
+            result["versions"] = versions()
         write_text(self.run.folder / "result.json", json.dumps(result, indent=2, allow_nan=False) + "\n")
         return result
 
 
 def summary(result: dict[str, Any], folder: str) -> str:
     """What a person wants to read at the end of a run."""
+    where = f"all in {folder}: learning_curve.png, metrics.csv, result.json, checkpoints/last"
+    if not result["evaluated"]:
+        lines = [f"trained and not evaluated: {result['task']} has no environment here (env.id=null)"]
+        return "\n".join([*lines, *([f"note: {result['note']}"] if result["note"] else []), where])
     returns = f"return {result['return_mean']:,.0f} ± {result['return_std']:,.0f}"
     how = f"over {result['episodes']} episodes of {result['environment']}, last checkpoint, {result['rule']}"
     data = f"data: {result['data']['source']} {result['data']['id']}"
@@ -479,5 +493,4 @@ def summary(result: dict[str, Any], folder: str) -> str:
         ]
     if result["note"]:
         lines.append(f"note: {result['note']}")
-    lines.append(f"all in {folder}: learning_curve.png, metrics.csv, result.json, checkpoints/last")
-    return "\n".join(lines)
+    return "\n".join([*lines, where])

@@ -265,6 +265,7 @@ def test_locomotion_is_as_wide_as_d4rl_s(
 ) -> None:
     monkeypatch.chdir(tmp_path)  # MuJoCo leaves its log where it runs
     task = load_task(f"{name}-random")
+    assert task.id is not None
     environment = make_environment(task.id, **task.env_options)
     environment.action_space.seed(0)
     observation, _ = environment.reset(seed=0, options=task.reset_options)

@@ -7,10 +7,12 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 from typing import Any
 
+import h5py  # type: ignore[import-untyped]
 import numpy as np
 import pytest
 import torch
@@ -22,8 +24,9 @@ from cpql.checkpoint import load_training, save_checkpoint
 from cpql.config import BudgetConfig, DatasetConfig, TrainConfig, build, load_task
 from cpql.data import d4rl
 from cpql.errors import CheckpointError, ConfigError, CpqlError
+from cpql.evaluation import evaluate
 from cpql.policy import Policy
-from cpql.training import Interrupted, Run, train
+from cpql.training import Interrupted, Run, summary, train
 
 AGENTS: dict[str, dict[str, Any]] = {
     "cpql": {"name": "cpql"},
@@ -51,15 +54,15 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def settings(path: Path, run_dir: Path, agent: str = "cpql", **changes: Any) -> TrainConfig:
     little: dict[str, Any] = {"actor": {"hidden": [16, 16]}, "critic_hidden": [16, 16], "batch_size": 8}
-    return TrainConfig(
+    config = TrainConfig(
         env=load_task("hopper-medium"),
         agent={**little, **AGENTS[agent]},
         dataset=DatasetConfig(path=str(path)),
         budget=BudgetConfig("test", 40, 4, 20, 10, 2, 3, keep=2),
         run_dir=str(run_dir),
         compile=False,
-        **changes,
     )
+    return replace(config, **changes)
 
 
 def run(config: TrainConfig, **said: Any) -> tuple[dict[str, Any], str]:
@@ -166,7 +169,7 @@ def test_what_a_run_leaves(dataset: Path, tmp_path: Path) -> None:
     assert result["environment"] == "Hopper-v4"
     assert result["data"]["source"] == "file"
     assert result["data"]["sha256"]
-    assert {"torch", "gymnasium", "mujoco", "numpy", "cpql", "python"} == set(result["versions"])
+    assert {"torch", "gymnasium", "mujoco", "numpy", "cpql", "python"} <= set(result["versions"])
     assert len((folder / "metrics.csv").read_text().splitlines()) == 1 + 10
     assert "training 40/40" in text
     assert "\x1b" not in text
@@ -194,6 +197,72 @@ def test_policy_of_a_run(dataset: Path, tmp_path: Path) -> None:
         policy.predict(np.zeros(4))
     for path in ("checkpoints/last", "checkpoints/last/policy", "checkpoints/step_00000030"):
         Policy.load(tmp_path / "run" / path)
+
+
+def test_what_is_done_to_the_data_reaches_the_agent_and_the_policy(dataset: Path, tmp_path: Path) -> None:
+    chosen = DatasetConfig(path=str(dataset), reward="normalize", normalise_observations=True, n_step=3)
+    config = settings(dataset, tmp_path / "run", dataset=chosen)
+    _, data = training.load_data(config, Console(file=StringIO()), 0.9)
+    # Whole triples of an episode of 20; the file's rewards, normalised, discounted.
+    with h5py.File(dataset) as file:
+        raw, states = file["rewards"][:], file["observations"][:]
+    r = (raw - raw.mean()) / raw.std()
+    np.testing.assert_allclose(
+        data.rewards[:3], [r[i] + 0.9 * r[i + 1] + 0.81 * r[i + 2] for i in range(3)], rtol=1e-4
+    )
+    mean, std = states.mean(0), states.std(0) + 1e-3
+    np.testing.assert_allclose(data.observations, (states - mean) / std, rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(data.next_observations[0], (states[3] - mean) / std, rtol=1e-3, atol=1e-4)
+    assert data.columns.discounts[0].item() == pytest.approx(0.81)
+
+    result, _ = run(config)
+    assert result["data"]["details"]["transforms"] == {
+        "reward": "normalize",
+        "normalise_observations": True,
+        "n_step": 3,
+    }
+    policy = Policy.load(tmp_path / "run")
+    np.testing.assert_allclose(policy.config.observation_mean, mean, rtol=1e-4, atol=1e-6)
+    seen = torch.from_numpy(((states[:5] - mean) / std).astype(np.float32))
+    low, high = np.array(policy.config.action_low), np.array(policy.config.action_high)
+    expected = low + (
+        policy.actor.sample(seen, noise=torch.zeros(policy.actor.noise_shape(seen))).numpy() + 1
+    ) / 2 * (high - low)
+    np.testing.assert_allclose(policy.predict(states[:5], deterministic=True)[0], expected, atol=1e-4)
+
+
+def test_without_references_there_are_returns_and_no_scores(dataset: Path, tmp_path: Path) -> None:
+    task = replace(load_task("hopper-medium"), random_return=None, expert_return=None, note="No references.")
+    result, text = run(settings(dataset, tmp_path / "run", env=task))
+    assert result["score"] is None and result["score_interval"] is None
+    assert result["best_evaluation"]["return_mean"] >= result["return_mean"] > 0
+    line = summary(result, "run")
+    assert line.startswith("return ") and "score 0" not in line and "note: No references." in line
+    assert "which has no reference scores" in line and "return " in text
+
+
+def test_without_an_environment_training_goes_on_and_says_so(dataset: Path, tmp_path: Path) -> None:
+    task = replace(load_task("kitchen-mixed"), id=None)
+    result, _ = run(settings(dataset, tmp_path / "run", env=task))
+    assert result["evaluated"] is False and result["step"] == 40 and "mujoco below 3.12" in result["note"]
+    assert "trained and not evaluated: kitchen-mixed has no environment here" in summary(result, "run")
+    assert (tmp_path / "run" / "learning_curve.png").exists()
+    policy = Policy.load(tmp_path / "run")
+    assert policy.config.action_high == (1, 1, 1) and policy.predict(np.zeros(11))[0].shape == (3,)
+    with pytest.raises(ConfigError, match="kitchen-mixed has no environment"):
+        evaluate(policy, policy.config.task, 1)
+
+
+def test_policies_of_before_still_load(dataset: Path, tmp_path: Path) -> None:
+    """Their tasks had five fields, and no observations were normalised."""
+    run(settings(dataset, tmp_path / "run"))
+    folder = tmp_path / "run" / "checkpoints" / "last" / "policy"
+    content = json.loads((folder / "config.json").read_text())
+    names = ("name", "id", "dataset", "random_return", "expert_return")
+    content["task"] = {name: content["task"][name] for name in names}
+    del content["observation_mean"], content["observation_std"]
+    (folder / "config.json").write_text(json.dumps(content))
+    assert Policy.load(folder).config.task.score(3234.3) == pytest.approx(100)
 
 
 def test_a_run_is_never_overwritten(dataset: Path, tmp_path: Path) -> None:
@@ -232,7 +301,7 @@ def test_wrong_widths_are_refused_and_nothing_is_written(tmp_path: Path) -> None
     path = tmp_path / "walker.hdf5"
     arrays = {"observations": np.zeros((9, 17)), "actions": np.zeros((9, 6)), "rewards": np.zeros(9)}
     d4rl.write(path, {**arrays, "terminals": np.arange(9) == 8, "timeouts": np.zeros(9, bool)}, {})
-    with pytest.raises(CpqlError, match=r"walker.hdf5.*17.*11"):
+    with pytest.raises(CpqlError, match=r"walker.hdf5: 'actions' is 6 wide: expected 3"):
         run(settings(path, tmp_path / "run"))
     assert not (tmp_path / "run").exists()
 

@@ -195,7 +195,7 @@ def test_actions_are_scaled_from_the_bounds_they_have() -> None:
     assert made.actions[:4].tolist() == [[-1, -1], [1, 1], [0, 0], [0.5, 0.5]]
     with pytest.raises(DataError, match="reaches 10 in row 1: expected the environment's bounds"):
         Transitions.from_dict(data, action_low=-2, action_high=5)
-    with pytest.raises(DataError, match="bounds of 3 actions: expected 2"):
+    with pytest.raises(DataError, match="'actions' is 2 wide: expected 3, as their bounds are"):
         Transitions.from_dict(data, action_low=[-2, 0, 0], action_high=10)
     with pytest.raises(DataError, match="expected finite bounds, lower below upper"):
         Transitions.from_dict(data, action_low=1, action_high=-1)

@@ -59,7 +59,8 @@ def load(
 
     Returns:
         The task as the data have it (Minari's name their own environment and references), and the data, as
-        wide as that environment, actions scaled from its bounds.
+        wide as that environment, actions scaled from its bounds. A task without an environment takes data of
+        any width, actions in [-1, 1].
 
     Raises:
         ConfigError: there is no such source, or the environment can't be made.
@@ -78,13 +79,14 @@ def load(
         folder = minari.locate(id, say=say)
     if folder is not None:
         task = minari.task(task, folder)
-    environment = make_task_environment(task)
-    state_dim, action_dim = widths(environment)
-    low, high = action_bounds(environment)
-    limit = environment.spec.max_episode_steps if environment.spec else None
-    environment.close()
-    form: dict[str, Any] = {"time_limits": time_limits, "action_low": low, "action_high": high}
-    form["episode_limit"] = limit
+    form: dict[str, Any] = {"time_limits": time_limits}
+    expected = None
+    if task.id is not None:
+        environment = make_task_environment(task)
+        expected = widths(environment)
+        form["action_low"], form["action_high"] = action_bounds(environment)
+        form["episode_limit"] = environment.spec.max_episode_steps if environment.spec else None
+        environment.close()
     if folder is not None:
         data = minari.read(folder, task, time_limits=time_limits)
     elif path is not None:
@@ -103,7 +105,8 @@ def load(
             data = _fall_back(task, size, seed, progress, say, str(error))
         else:
             data = d4rl.read(found, id, source="d4rl", **form)
-    data.validate_for(state_dim, action_dim)
+    if expected is not None:
+        data.validate_for(*expected)
     return task, data
 
 

@@ -459,9 +459,7 @@ def _bounds(low: ArrayLike, high: ArrayLike, width: int, where: str) -> NDArray[
     both = [np.asarray(low, np.float32), np.asarray(high, np.float32)]
     for bound in both:
         if bound.shape not in ((), (width,)):
-            raise DataError(
-                f"{where}: bounds of {bound.size} actions: expected {width}, as wide as 'actions'"
-            )
+            raise DataError(f"{where}: 'actions' is {width} wide: expected {bound.size}, as their bounds are")
     stacked = np.stack([np.broadcast_to(bound, (width,)) for bound in both])
     if not (np.isfinite(stacked).all() and (stacked[0] < stacked[1]).all()):
         raise DataError(
