@@ -24,7 +24,7 @@ from torch import Tensor
 from cpql.errors import CheckpointError
 from cpql.policy import Policy
 
-__all__ = ["load_training", "save_checkpoint", "write_text"]
+__all__ = ["load_training", "save_checkpoint", "saved_steps", "write_text"]
 
 
 def write_text(path: Path, text: str) -> None:
@@ -74,19 +74,22 @@ def save_checkpoint(
     return final
 
 
-def load_training(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read the training state of the run's last checkpoint.
+def saved_steps(folder: Path) -> list[int]:
+    """Steps of the checkpoints that are there, ascending."""
+    return sorted(int(path.name.removeprefix("step_")) for path in folder.glob("step_*"))
+
+
+def load_training(folder: Path, step: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read the training state of a checkpoint.
 
     Raises:
         CheckpointError: there is none, or it is broken.
     """
-    last = folder / "last" / "training"
-    if not last.is_dir():
-        raise CheckpointError(f"{folder}: no checkpoint to resume from")
+    path = folder / f"step_{step:08d}" / "training"
     try:
-        return load_file(last / "state.safetensors"), json.loads((last / "state.json").read_text())
+        return load_file(path / "state.safetensors"), json.loads((path / "state.json").read_text())
     except Exception as error:
-        raise CheckpointError(f"{last}: no readable training state: {error}") from error
+        raise CheckpointError(f"{path}: no readable training state: {error}") from error
 
 
 @contextmanager

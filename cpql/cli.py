@@ -164,17 +164,55 @@ def _task(function: Callable[[DictConfig], None]) -> Callable[[DictConfig], None
     return run
 
 
+def _members(content: DictConfig) -> list[tuple[TrainConfig, dict[str, Any]]]:
+    """The runs that a command asks for: one, or one for each of `seeds` and of a list of rates.
+
+    Raises:
+        ConfigError: lists of different lengths, or a setting that isn't valid.
+    """
+    from cpql.training import BY_MEMBER
+
+    lists = {f"agent.{name}": OmegaConf.select(content, f"agent.{name}") for name in BY_MEMBER}
+    lists = {key: list(value) for key, value in lists.items() if OmegaConf.is_list(value)}
+    if content.seeds is not None:
+        if not OmegaConf.is_list(content.seeds):
+            raise ConfigError(f"seeds={content.seeds}: expected a list, such as [0,1,2,3]; seed takes one")
+        lists["seed"] = list(content.seeds)
+    count = len(next(iter(lists.values()))) if lists else 1
+    for key, values in lists.items():
+        if len(values) != count or not values:
+            raise ConfigError(f"{key}={values}: {len(values)} values: expected {count}, one for each member")
+    members = []
+    for k in range(count):
+        own = content.copy()
+        for key, values in lists.items():
+            OmegaConf.update(own, key, values[k])
+        said = cast(dict[str, Any], OmegaConf.to_container(own, resolve=True))
+        del said["seeds"]
+        said["agent"].pop("published", None)
+        members.append((build(TrainConfig, said, "configuration"), said))
+    if len({config.run_dir for config, _ in members}) == count:
+        return members
+    named = []
+    for k, (config, said) in enumerate(members):
+        what = [f"{key.removeprefix('agent.')}{values[k]}" for key, values in lists.items()]
+        said["run_dir"] = f"{config.run_dir}-{'-'.join(what)}"
+        named.append((dataclasses.replace(config, run_dir=said["run_dir"]), said))
+    if len({config.run_dir for config, _ in named}) < count:
+        raise ConfigError(f"two members are alike: {', '.join(f'{k}={v}' for k, v in lists.items())}")
+    return named
+
+
 @_task
 def _train(content: DictConfig) -> None:
-    said = cast(dict[str, Any], OmegaConf.to_container(content, resolve=True))
-    said["agent"].pop("published", None)
-    config = build(TrainConfig, said, "configuration")
-    from cpql.training import summary
-    from cpql.training import train as run
+    from cpql.runs import group_summary
+    from cpql.training import train_group
 
+    members = _members(content)
     console = Console(soft_wrap=True)
-    result = run(config, said, console)
-    console.print(summary(result, config.run_dir), highlight=False)
+    results = train_group(members, console)
+    folders = [config.run_dir for config, _ in members]
+    console.print(group_summary(results, folders), highlight=False)
 
 
 @_task

@@ -46,11 +46,12 @@ class Network:
         self.initial = torch.cat([p.detach().reshape(*members, -1) for p in parameters.values()], -1)
         self._skeleton = _Methods(module).to("meta").requires_grad_(False)
 
-    def unflatten(self, weights: Tensor) -> dict[str, Tensor]:
-        """Views of the flat weights [*members, P] by parameter name."""
+    def unflatten(self, weights: Tensor, members: tuple[int, ...] | None = None) -> dict[str, Tensor]:
+        """Views of the flat weights [*members, P] by parameter name; `members` where they have others."""
         parts = torch.split(weights, self.sizes, -1)
+        members = self.members if members is None else members
         return {
-            name: part.view(*self.members, *shape)
+            name: part.view(*members, *shape)
             for name, part, shape in zip(self.names, parts, self.shapes, strict=True)
         }
 
@@ -65,17 +66,23 @@ class Network:
 
 
 def value_and_grad(loss: LossFunction, weights: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """Loss, its gradient in the weights, and its metrics.
+    """Loss [*members], its gradient in the weights [*members, P], and its metrics.
 
-    The loss is summed over members, whose gradients don't touch each other. Inside `torch.compile` the
-    functional transform is what traces as one graph; outside, plain autograd has less overhead.
+    The gradient is that of the sum over members, whose gradients don't touch each other. Inside
+    `torch.compile` the functional transform is what traces as one graph; outside, plain autograd has less
+    overhead.
     """
     if torch.compiler.is_compiling():
-        gradient, (value, metrics) = torch.func.grad_and_value(loss, has_aux=True)(weights)
+
+        def summed(weights: Tensor) -> tuple[Tensor, tuple[Tensor, dict[str, Tensor]]]:
+            value, metrics = loss(weights)
+            return value.sum(), (value, metrics)
+
+        gradient, (_, (value, metrics)) = torch.func.grad_and_value(summed, has_aux=True)(weights)
     else:
         leaf = weights.detach().requires_grad_()
         value, metrics = loss(leaf)
-        (gradient,) = torch.autograd.grad(value, leaf)
+        (gradient,) = torch.autograd.grad(value.sum(), leaf)
     return value.detach(), gradient, {name: metric.detach() for name, metric in metrics.items()}
 
 

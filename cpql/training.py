@@ -1,52 +1,42 @@
-"""The training loop, and what a run's folder holds.
-
-runs/hopper-medium/cpql/full/seed0/
-    config.yaml             everything the run was told
-    metrics.csv             losses and values, means over each interval
-    timing.csv              seconds and updates a second
-    evaluations/            one JSON file each, with its provenance
-    checkpoints/            see `cpql.checkpoint`
-    learning_curve.png
-    result.json             written when the run is finished
-"""
+"""The training loop: one seed, or several as members of one program, each with a run's folder of its own."""
 
 from __future__ import annotations
 
-import json
 import math
 import signal
+import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import yaml
 from rich.console import Console
 from torch import Tensor
 
 import cpql.data
 from cpql.agents import AGENTS, Agent, AgentConfig
-from cpql.checkpoint import load_training, save_checkpoint, write_text
 from cpql.config import TrainConfig, build
 from cpql.critic import TwinCritic
 from cpql.data import transforms
 from cpql.data.transitions import Transitions
 from cpql.environments import action_bounds, make_task_environment
 from cpql.errors import CheckpointError, ConfigError, CpqlError, did_you_mean
-from cpql.evaluation import evaluate, versions
-from cpql.logging import CSVTable, Logger, make_logger, progress
+from cpql.evaluation import versions
+from cpql.logging import progress
 from cpql.policy import Policy, PolicyConfig
-from cpql.report import learning_curve
+from cpql.runs import Run
 from cpql.tasks import Task
 
-__all__ = ["Interrupted", "Run", "summary", "train"]
+__all__ = ["BY_MEMBER", "Interrupted", "train", "train_group"]
 
-# What a resumed run may change: none of it touches the course of training.
-FREE = ("device", "threads", "compile", "logger", "resume", "traceback", "run_dir")
+BY_MEMBER = ("actor_lr", "critic_lr", "eta")
+"""The agent's settings that may differ between the members of a group, besides the seed."""
+
+# What one program's members may differ in.
+OWN = ("seed", "run_dir", "agent")
 
 
 class Interrupted(CpqlError):
@@ -70,8 +60,8 @@ def agent_config(config: TrainConfig) -> tuple[type[Agent], AgentConfig]:
     return kind, replace(built, updates=config.budget.updates)
 
 
-def make_policy(agent: Agent, config: TrainConfig, data: Transitions) -> Policy:
-    """The agent's present policy, as it is deployed: the online actor and the target critic."""
+def make_policy(agent: Agent, config: TrainConfig, data: Transitions, member: int = 0) -> Policy:
+    """A member's present policy, as it is deployed: the online actor and the target critic."""
     c = agent.config
     low, high = -np.ones(agent.action_dim, np.float32), np.ones(agent.action_dim, np.float32)
     if config.env.id is not None:
@@ -80,8 +70,8 @@ def make_policy(agent: Agent, config: TrainConfig, data: Transitions) -> Policy:
         environment.close()
     mean, std = ((), ()) if data.normalisation is None else (tuple(x.tolist()) for x in data.normalisation)
     step = int(agent.state["step"])
-    actor: Any = agent.module("actor")
-    critic: TwinCritic = agent.module("critic_target").twin  # type: ignore[assignment]
+    actor: Any = agent.module("actor", member)
+    critic: TwinCritic = agent.module("critic_target", member).twin  # type: ignore[assignment]
     origin = {
         "agent": config.agent["name"],
         "step": step,
@@ -107,76 +97,11 @@ def make_policy(agent: Agent, config: TrainConfig, data: Transitions) -> Policy:
     return Policy(actor, critic, described)
 
 
-class Run:
-    """A run's folder: created once, never overwritten, resumed only as what it was.
-
-    Args:
-        config: of the run.
-        said: the configuration as plain values, to be kept in `config.yaml`.
-
-    Raises:
-        CheckpointError: the folder holds a run already, or holds none to resume, or another one.
-    """
-
-    def __init__(self, config: TrainConfig, said: dict[str, Any]) -> None:
-        self.folder = Path(config.run_dir)
-        self.config_file = self.folder / "config.yaml"
-        self.said = said
-        if self.config_file.exists() and not config.resume:
-            raise CheckpointError(
-                f"{self.folder} already holds a run: go on with it by resume=true, or name another folder "
-                f"by run_dir={self.folder}-2"
-            )
-        if not self.config_file.exists() and config.resume:
-            raise CheckpointError(f"{self.folder} holds no run to resume (no config.yaml)")
-        if config.resume:
-            before = yaml.safe_load(self.config_file.read_text())
-            for key in sorted((before.keys() | said.keys()) - set(FREE)):
-                if before.get(key) != said.get(key):
-                    raise CheckpointError(
-                        f"{self.config_file}: {_difference(key, before.get(key), said.get(key))}"
-                    )
-
-    def create(self) -> None:
-        """Make the folder, once everything that can be checked beforehand has been."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        if not self.config_file.exists():
-            write_text(self.config_file, yaml.safe_dump(self.said, sort_keys=False))
-
-    @property
-    def checkpoints(self) -> Path:
-        """The folder of checkpoints."""
-        return self.folder / "checkpoints"
-
-    @property
-    def finished(self) -> bool:
-        """Whether the run has come to its end."""
-        return (self.folder / "result.json").exists()
-
-    def evaluations(self) -> list[dict[str, Any]]:
-        """All evaluations so far, in order."""
-        files = sorted((self.folder / "evaluations").glob("step_*.json"))
-        return [json.loads(file.read_text()) for file in files]
-
-    def forget_after(self, step: int) -> None:
-        """Drop what was written after the checkpoint that training goes on from."""
-        for file in (self.folder / "evaluations").glob("step_*.json"):
-            if int(file.stem.removeprefix("step_")) > step:
-                file.unlink()
-
-
-def _difference(key: str, before: Any, now: Any) -> str:
-    if isinstance(before, dict) and isinstance(now, dict):
-        for inner in sorted(before.keys() | now.keys()):
-            if before.get(inner) != now.get(inner):
-                return _difference(f"{key}.{inner}", before.get(inner), now.get(inner))
-    return f"the run was started with {key}={before}, not {now}; resume it with the same settings"
-
-
 class Means:
-    """Means of metrics over an interval, kept on the device."""
+    """Means of metrics over an interval, kept on the device; `members` is the agent's."""
 
-    def __init__(self) -> None:
+    def __init__(self, members: tuple[int, ...]) -> None:
+        self.members = members
         self.sums: dict[str, Tensor] = {}
         self.count = 0
 
@@ -186,13 +111,15 @@ class Means:
             for name, value in metrics.items():
                 self.sums[name] += value
         else:
-            self.sums = {name: value.clone() for name, value in metrics.items()}
+            self.sums = {name: value.expand(self.members).clone() for name, value in metrics.items()}
         self.count += 1
 
-    def take(self) -> dict[str, float]:
-        """The means, fetched in one transfer; counting starts anew."""
-        values = (torch.stack([v.float().mean() for v in self.sums.values()]) / self.count).tolist()
-        means = dict(zip(self.sums, values, strict=True))
+    def take(self) -> list[dict[str, float]]:
+        """The means of each member, fetched in one transfer; counting starts anew."""
+        values = torch.stack([value.float() for value in self.sums.values()], -1) / self.count
+        means = [
+            dict(zip(self.sums, row, strict=True)) for row in values.reshape(-1, len(self.sums)).tolist()
+        ]
         self.sums, self.count = {}, 0
         return means
 
@@ -281,74 +208,141 @@ def train(config: TrainConfig, said: dict[str, Any], console: Console) -> dict[s
         Interrupted: the user stopped it; everything is saved.
         CpqlError: anything else the user can mend.
     """
+    return train_group([(config, said)], console)[0]
+
+
+def train_group(
+    members: Sequence[tuple[TrainConfig, dict[str, Any]]], console: Console
+) -> list[dict[str, Any]]:
+    """Train several runs as members of one program.
+
+    Member k is, up to rounding, the run that its configuration alone would be, and its folder is an ordinary
+    run's: `resume` takes it alone or in a group. A member that diverges is left as it was last saved, the
+    others go on.
+
+    Args:
+        members: configuration of each run, and the same as plain values. They may differ in seed, folder and
+            `BY_MEMBER`.
+        console: where people look.
+
+    Returns:
+        What each `result.json` holds.
+
+    Raises:
+        Interrupted: the user stopped it; everything is saved.
+        CpqlError: anything else the user can mend; also, when the others are finished, that one diverged.
+    """
+    config = members[0][0]
     if config.threads:
         torch.set_num_threads(config.threads)
-    run = Run(config, said)
-    if run.finished:
-        result: dict[str, Any] = json.loads((run.folder / "result.json").read_text())
-        return result
+    runs = [Run(own, said) for own, said in members]
+    if all(run.finished for run in runs):
+        return [run.result() for run in runs]
     device = choose_device(config.device)
-    kind, settings = agent_config(config)
+    kind, settings = _settings_of_all([run.config for run in runs])
     task, data = load_data(config, console, settings.discount)
-    config, data = replace(config, env=task), data.to(device)
-    agent = kind(data.state_dim, data.action_dim, settings, seed=config.seed, device=device)
-    run.create()
-    logger = make_logger(
-        config.logger, run.folder, f"{config.env.name}-{config.agent['name']}-{config.seed}", said
-    )
-    try:
-        return _Training(config, run, agent, data, logger, console).run_to_end()
-    finally:
-        if logger is not None:
-            logger.close()
+    seeds = [run.config.seed for run in runs]
+    seed: int | list[int] = seeds if len(seeds) > 1 else seeds[0]
+    agent = kind(data.state_dim, data.action_dim, settings, seed=seed, device=device)
+    return _Training(runs, task, agent, data.to(device), console).run_to_end()
+
+
+def _settings_of_all(configs: Sequence[TrainConfig]) -> tuple[type[Agent], AgentConfig]:
+    """One agent's settings for all members, with a tuple where they differ.
+
+    Raises:
+        ConfigError: they differ in what they may not.
+    """
+    chosen = [agent_config(config) for config in configs]
+    kind, first = chosen[0]
+    rest = {name: getattr(configs[0], name) for name in vars(configs[0]) if name not in OWN}
+    for config, (other, settings) in zip(configs, chosen, strict=True):
+        same = {name: getattr(first, name) for name in BY_MEMBER}
+        if other is not kind or replace(settings, **same) != first:
+            raise ConfigError(
+                f"members may differ in {', '.join(BY_MEMBER)}, not in other settings of the agent"
+            )
+        if any(getattr(config, name) != value for name, value in rest.items()):
+            raise ConfigError(
+                "members may differ in seed, run_dir and the agent's rates, not in other settings"
+            )
+    every = {name: tuple(getattr(settings, name) for _, settings in chosen) for name in BY_MEMBER}
+    differing: dict[str, Any] = {name: values for name, values in every.items() if len(set(values)) > 1}
+    return kind, replace(first, **differing)
+
+
+def _common_step(runs: Sequence[Run]) -> int:
+    """The last step that all runs can go on from.
+
+    Raises:
+        CheckpointError: it would be the beginning, and some have gone on.
+    """
+    step = max(set.intersection(*(run.steps() for run in runs)))
+    ahead = [run for run in runs if max(run.steps()) > 0]
+    if step == 0 and ahead:
+        where = ", ".join(f"{run.folder} at {max(run.steps()):,}" for run in runs)
+        raise CheckpointError(f"no checkpoint that all members have ({where}): resume them one by one")
+    return step
 
 
 class _Training:
-    """One run under way."""
+    """One program under way, and the runs that are its members."""
 
     def __init__(
-        self,
-        config: TrainConfig,
-        run: Run,
-        agent: Agent,
-        data: Transitions,
-        logger: Logger | None,
-        console: Console,
+        self, runs: Sequence[Run], task: Task, agent: Agent, data: Transitions, console: Console
     ) -> None:
-        self.config, self.run, self.agent, self.data = config, run, agent, data
-        self.logger, self.console = logger, console
-        self.generator = torch.Generator(data.device).manual_seed(config.seed)
-        self.means = Means()
-        self.step = 0
-        if config.resume and (run.checkpoints / "last").is_dir():
+        self.runs, self.agent, self.data, self.console = runs, agent, data, console
+        self.config = replace(runs[0].config, env=task)
+        self.generators = [torch.Generator(data.device).manual_seed(run.config.seed) for run in runs]
+        self.means = Means(agent.members)
+        self.diverged: dict[int, CpqlError] = {}
+        self.step = _common_step(runs)
+        if self.step:
             self.restore()
-        run.forget_after(self.step)
-        self.metrics = CSVTable(run.folder / "metrics.csv", self.step)
-        self.timing = CSVTable(run.folder / "timing.csv", self.step)
+        for run in runs:
+            run.begin(self.step, task, data.provenance)
 
-    def run_to_end(self) -> dict[str, Any]:
+    def run_to_end(self) -> list[dict[str, Any]]:
         """Train what is left, evaluating and saving on the way."""
+        try:
+            self.loop()
+            results = [run.finish(self.step) for _, run in self.going()]
+            if self.diverged:
+                raise next(iter(self.diverged.values()))
+            return results
+        finally:
+            for run in self.runs:
+                run.close()
+
+    def going(self) -> list[tuple[int, Run]]:
+        """The members that haven't diverged, by number."""
+        return [(k, run) for k, run in enumerate(self.runs) if k not in self.diverged]
+
+    def loop(self) -> None:
+        """All updates."""
         budget, agent = self.config.budget, self.agent
         update = agent.update
         if self.config.compile:
             self.console.print("compiling the update: the first step takes a minute or two", highlight=False)
             update = torch.compile(update, fullgraph=True)
-        began, text, first = time.monotonic(), self.last_score(), self.step
+        # A single run has no member axis.
+        draws = self.generators if agent.members else self.generators[0]
+        began, text, first = time.monotonic(), self.last_scores(), self.step
         with (
             _stop_signal() as stopped,
             progress(self.console, "training", budget.updates, self.step) as bar,
         ):
             while self.step < budget.updates:
                 self.step += 1
-                batch = self.data.sample(agent.config.batch_size, self.generator)
-                self.means.add(update(batch, agent.draw(self.generator)))
+                batch = self.data.sample(agent.config.batch_size, draws)
+                self.means.add(update(batch, agent.draw(draws)))
                 done = self.step == budget.updates
                 if self.step % budget.log_every == 0 or done:
-                    figures = self.log(time.monotonic() - began, self.step - first)
-                    q, imitation = figures["critic/q"], figures["actor/imitation"]
-                    text = f"Q {q:.1f}  imitation {imitation:.3f}  {self.last_score()}"
+                    text = self.log(time.monotonic() - began, self.step - first)
                 if self.step % budget.evaluate_every == 0 or done:
-                    self.evaluate(budget.final_episodes if done else budget.episodes)
+                    for k, run in self.going():
+                        policy = make_policy(agent, self.of(run), self.data, k)
+                        run.evaluate(self.step, policy, budget.final_episodes if done else budget.episodes)
                 if self.step % budget.save_every == 0 or done:
                     self.save()
                 bar.update(self.step, text)
@@ -356,141 +350,76 @@ class _Training:
                     self.save()
                     raise Interrupted(
                         f"stopped after {self.step:,} of {budget.updates:,} updates, all saved in "
-                        f"{self.run.folder}; go on with the same command and resume=true"
+                        f"{', '.join(str(run.folder) for run in self.runs)}; go on with the same command and "
+                        "resume=true"
                     )
-        return self.finish(time.monotonic() - began)
 
-    def log(self, seconds: float, updates: int) -> dict[str, float]:
-        """Write the interval's means."""
-        figures = self.means.take()
-        for name, value in figures.items():
-            if not math.isfinite(value):
-                last = self.run.checkpoints / "last"
-                raise CpqlError(
-                    f"{name} is {value} at update {self.step}: training diverged. A smaller agent.eta "
-                    f"or actor_lr usually helps; the last checkpoint is {last if last.exists() else 'none'}"
-                )
-        self.metrics.log(self.step, figures)
-        self.timing.log(
-            self.step, {"seconds": round(seconds, 2), "updates_per_second": round(updates / seconds, 1)}
-        )
-        if self.logger is not None:
-            self.logger.log(self.step, figures)
-        return figures
+    def of(self, run: Run) -> TrainConfig:
+        """A member's configuration, with the task as the data have it."""
+        return replace(run.config, env=self.config.env)
 
-    def last_score(self) -> str:
-        """The last evaluation, for the bar."""
-        evaluations = self.run.evaluations()
-        if not evaluations:
+    def log(self, seconds: float, updates: int) -> str:
+        """Write the interval's means, and say them in short: over the members that haven't diverged."""
+        means = self.means.take()
+        for k, run in self.going():
+            wrong = next((name for name, value in means[k].items() if not math.isfinite(value)), None)
+            if wrong is None:
+                run.log(self.step, means[k], seconds, updates)
+                continue
+            last = run.checkpoints / "last"
+            where, there = (
+                f" in {run.folder}" if self.agent.members else "",
+                last if last.exists() else "none",
+            )
+            error = CpqlError(
+                f"{wrong} is {means[k][wrong]} at update {self.step}: training diverged{where}. A smaller "
+                f"agent.eta or actor_lr usually helps; the last checkpoint is {there}"
+            )
+            if len(self.going()) == 1:
+                raise error
+            self.diverged[k] = error
+            self.console.print(str(error), style="red", highlight=False, soft_wrap=True)
+        going = [means[k] for k, _ in self.going()]
+        q, imitation = (statistics.fmean(m[name] for m in going) for name in ("critic/q", "actor/imitation"))
+        return f"Q {q:.1f}  imitation {imitation:.3f}  {self.last_scores()}"
+
+    def last_scores(self) -> str:
+        """The last evaluations, for the bar."""
+        last = [evaluations[-1] for _, run in self.going() if (evaluations := run.evaluations())]
+        if not last:
             return ""
-        score, mean = evaluations[-1]["score"], evaluations[-1]["return_mean"]
-        return f"return {mean:.1f}" if score is None else f"score {score:.1f}"
-
-    def evaluate(self, episodes: int) -> None:
-        """Score the present policy, where there is an environment to score it in, and draw the curve."""
-        if self.config.env.id is not None:
-            self.play(episodes)
-        path = self.run.folder / "learning_curve.png"
-        learning_curve(path, self.provenance(), self.run.evaluations(), self.metrics.rows())
-
-    def play(self, episodes: int) -> None:
-        """Score the present policy and keep the result."""
-        policy = make_policy(self.agent, self.config, self.data)
-        evaluation = evaluate(policy, self.config.env, episodes, seed=self.config.seed + 100)
-        folder = self.run.folder / "evaluations"
-        folder.mkdir(exist_ok=True)
-        content = {"step": self.step, **self.provenance(), **evaluation.to_dict()}
-        write_text(
-            folder / f"step_{self.step:08d}.json", json.dumps(content, indent=2, allow_nan=False) + "\n"
-        )
-        if self.logger is not None:
-            score = {} if evaluation.score is None else {"evaluation/score": evaluation.score}
-            self.logger.log(self.step, {"evaluation/return": evaluation.mean, **score})
-
-    def provenance(self) -> dict[str, Any]:
-        """What every result file says about where it came from."""
-        behaviour = self.data.provenance.return_mean
-        return {
-            "task": self.config.env.name,
-            "agent": self.config.agent["name"],
-            "training_seed": self.config.seed,
-            "behaviour_return": behaviour,
-            "behaviour_score": None if behaviour is None else self.config.env.score(behaviour),
-            "data": self.data.provenance.to_dict(),
-        }
+        scored = last[0]["score"] is not None
+        values = [f"{e['score' if scored else 'return_mean']:.1f}" for e in last]
+        return f"{'score' if scored else 'return'} {' '.join(values)}"
 
     def save(self) -> None:
-        """Write a checkpoint that training can go on from."""
-        tensors = {f"agent.{name}": tensor for name, tensor in self.agent.state_dict().items()}
-        tensors["generator"] = self.generator.get_state()
-        tensors |= {f"means.{name}": tensor for name, tensor in self.means.sums.items()}
-        save_checkpoint(
-            self.run.checkpoints,
-            self.step,
-            make_policy(self.agent, self.config, self.data),
-            tensors,
-            {"means_count": self.means.count, "data_sha256": self.data.provenance.sha256},
-            self.config.budget.keep,
-        )
+        """Write a checkpoint of every member that training can go on from, alone or in a group."""
+        for k, run in self.going():
+            tensors = {f"agent.{name}": tensor for name, tensor in self.agent.state_dict(k).items()}
+            tensors["generator"] = self.generators[k].get_state()
+            tensors["means_count"] = torch.tensor(self.means.count)
+            sums = self.means.sums.items()
+            tensors |= {f"means.{name}": value[k] if self.agent.members else value for name, value in sums}
+            run.save(self.step, make_policy(self.agent, self.of(run), self.data, k), tensors)
 
     def restore(self) -> None:
-        """Take up the last checkpoint."""
-        tensors, state = load_training(self.run.checkpoints)
-        if state["data_sha256"] != self.data.provenance.sha256:
-            raise CheckpointError(
-                f"{self.run.folder}: the run learnt from a dataset with SHA-256 {state['data_sha256']}, "
-                f"this one has {self.data.provenance.sha256}"
-            )
-        try:
-            self.agent.load_state_dict(
-                {k.removeprefix("agent."): v for k, v in tensors.items() if k.startswith("agent.")}
-            )
-        except ValueError as error:
-            raise CheckpointError(f"{self.run.checkpoints / 'last'}: {error}") from error
-        self.generator.set_state(tensors["generator"])
-        self.means.sums = {
-            k.removeprefix("means."): v.to(self.data.device)
-            for k, v in tensors.items()
-            if k.startswith("means.")
-        }
-        self.means.count, self.step = state["means_count"], state["step"]
+        """Take up the last checkpoint that all members have."""
+        sums: list[dict[str, Tensor]] = []
+        for k, run in enumerate(self.runs):
+            tensors = run.restore(self.step, self.data.provenance.sha256)
 
-    def finish(self, seconds: float) -> dict[str, Any]:
-        """Write the result: the last checkpoint's evaluation, with the best one's score beside it."""
-        evaluations = self.run.evaluations()
-        result: dict[str, Any] = {"checkpoint": "last", "evaluated": bool(evaluations)}
-        if evaluations:
-            best = max(evaluations, key=lambda e: e["return_mean"])
-            result["best_evaluation"] = {k: best[k] for k in ("step", "score", "return_mean", "episodes")}
-            result |= evaluations[-1]
-        else:
-            result |= {"step": self.step, **self.provenance(), "note": self.config.env.note}
-            result["versions"] = versions()
-        write_text(self.run.folder / "result.json", json.dumps(result, indent=2, allow_nan=False) + "\n")
-        return result
+            def named(prefix: str, tensors: dict[str, Tensor] = tensors) -> dict[str, Tensor]:
+                return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
 
-
-def summary(result: dict[str, Any], folder: str) -> str:
-    """What a person wants to read at the end of a run."""
-    where = f"all in {folder}: learning_curve.png, metrics.csv, result.json, checkpoints/last"
-    if not result["evaluated"]:
-        lines = [f"trained and not evaluated: {result['task']} has no environment here (env.id=null)"]
-        return "\n".join([*lines, *([f"note: {result['note']}"] if result["note"] else []), where])
-    returns = f"return {result['return_mean']:,.0f} ± {result['return_std']:,.0f}"
-    how = f"over {result['episodes']} episodes of {result['environment']}, last checkpoint, {result['rule']}"
-    data = f"data: {result['data']['source']} {result['data']['id']}"
-    behaviour = result["behaviour_return"]
-    if result["score"] is None:
-        beside = "unknown" if behaviour is None else f"{behaviour:,.0f}"
-        lines = [f"{returns} {how}", f"behaviour's return {beside}   ({data}, which has no reference scores)"]
-    else:
-        low, high = result["score_interval"]
-        beside = "unknown" if behaviour is None else f"{result['behaviour_score']:.1f}"
-        lines = [
-            f"score {result['score']:.1f} (95% interval {low:.1f} to {high:.1f}; {returns} {how})",
-            f"behaviour {beside}   random 0.0   expert 100.0   "
-            f"({result['references']['of']}'s references; {data})",
-        ]
-    if result["note"]:
-        lines.append(f"note: {result['note']}")
-    return "\n".join([*lines, where])
+            try:
+                self.agent.load_state_dict(named("agent."), k)
+                self.generators[k].set_state(tensors["generator"])
+                self.means.count = int(tensors["means_count"])
+            except (ValueError, KeyError) as error:
+                raise CheckpointError(f"{run.checkpoints}, step {self.step}: {error}") from error
+            sums.append({name: value.to(self.data.device) for name, value in named("means.").items()})
+        self.means.sums = (
+            {name: torch.stack([each[name] for each in sums]) for name in sums[0]}
+            if self.agent.members
+            else sums[0]
+        )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -67,7 +67,7 @@ def make_agent(request: pytest.FixtureRequest) -> Callable[..., Agent]:
     """A maker of small agents, for every algorithm and its named options."""
     kind, config = CONFIGS[request.param]
 
-    def make(seed: int = 0, **changes: Any) -> Agent:
+    def make(seed: int | Sequence[int] = 0, **changes: Any) -> Agent:
         return kind(4, 2, small(config, **changes), seed=seed)
 
     return make

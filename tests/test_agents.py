@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from conftest import CONFIGS, small
 from cpql.actor import ConsistencyActor
 from cpql.agents import CPQL, Agent, ConsistencyAC, ConsistencyACConfig, CPQLConfig, TargetConfig
 from cpql.data.transitions import Batch, Transitions
+from cpql.errors import ConfigError
 
 Maker = Callable[..., Agent]
 
@@ -99,13 +101,15 @@ def test_act_and_modules(make_agent: Maker) -> None:
     )
 
 
-@pytest.mark.parametrize("name", ["cpql", "cpiql", "consistency_ac"])
+@pytest.mark.parametrize("name", ["cpql", "cpiql", "consistency_ac", "group"])
 def test_compiled_is_one_graph_and_equals_eager(name: str, data: Transitions) -> None:
-    kind, config = CONFIGS[name]
-    eager, compiled = kind(4, 2, small(config)), kind(4, 2, small(config))
+    kind, config = CONFIGS["cpql" if name == "group" else name]
+    seed: int | tuple[int, ...] = (0, 1) if name == "group" else 0
+    eager, compiled = (kind(4, 2, small(config), seed=seed) for _ in range(2))
     torch._dynamo.reset()
     update = torch.compile(compiled.update, fullgraph=True)
-    generator = torch.Generator().manual_seed(0)
+    each = [torch.Generator().manual_seed(k) for k in range(2)]
+    generator = each if name == "group" else each[0]
     for step in range(20):
         batch, noise = data.sample(16, generator), eager.draw(generator)
         expected = eager.update(batch, noise)
@@ -113,6 +117,85 @@ def test_compiled_is_one_graph_and_equals_eager(name: str, data: Transitions) ->
             found = update(batch, noise)
         for key, value in expected.items():
             torch.testing.assert_close(found[key], value, rtol=1e-4, atol=1e-4, msg=f"{key} at {step}")
+
+
+def group_run(agent: Agent, data: Transitions, updates: int, seeds: tuple[int, ...]) -> list[dict[str, Any]]:
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    lines = []
+    for _ in range(updates):
+        batches = [data.sample(agent.config.batch_size, generator) for generator in generators]
+        batch = Batch(*(torch.stack(columns) for columns in zip(*batches, strict=True)))
+        metrics = agent.update(batch, agent.draw(generators))
+        lines.append({k: v.expand(len(seeds)).tolist() for k, v in metrics.items()})
+    return lines
+
+
+def test_a_member_of_a_group_trains_as_it_would_alone(make_agent: Maker, data: Transitions) -> None:
+    seeds = (3, 0, 7)
+    group = make_agent(seed=seeds)
+    singles = [make_agent(seed=seed) for seed in seeds]
+    for member, single in enumerate(singles):
+        for name, tensor in single.state_dict().items():
+            assert torch.equal(tensor, group.state_dict(member)[name]), name
+    lines = group_run(group, data, 30, seeds)
+    for member, (single, seed) in enumerate(zip(singles, seeds, strict=True)):
+        for found, expected in zip(lines, run(single, data, 30, seed), strict=True):
+            for name, value in expected.items():
+                assert found[name][member] == pytest.approx(value, rel=1e-3, abs=1e-4), name
+        for name in ("actor", "actor_target", "critic", "critic_target"):
+            torch.testing.assert_close(
+                group.state_dict(member)[name], single.state_dict()[name], rtol=1e-4, atol=1e-4
+            )
+    with pytest.raises(ValueError, match="a group of agents doesn't act"):
+        group.act(torch.zeros(2, 4))
+
+
+def test_a_member_that_diverges_leaves_the_others_alone(make_agent: Maker, data: Transitions) -> None:
+    whole, broken = make_agent(seed=(0, 1)), make_agent(seed=(0, 1))
+    for name in ("actor", "critic"):
+        broken.state[name][1] = torch.nan
+    expected, found = group_run(whole, data, 4, (0, 1)), group_run(broken, data, 4, (0, 1))
+    for a, b in zip(expected, found, strict=True):
+        assert all(a[name][0] == b[name][0] for name in a)
+        assert not np.isfinite(b["critic/loss"][1])
+    assert torch.equal(whole.state["actor"][0], broken.state["actor"][0])
+
+
+def test_members_may_differ_in_rates_and_in_eta(data: Transitions) -> None:
+    config = small(CPQLConfig(eta=(0.0, 2.0), actor_lr=(1e-3, 3e-4), critic_lr=(1e-4, 1e-3)))
+    group = CPQL(4, 2, config, seed=(5, 5))
+    group_run(group, data, 20, (5, 5))
+    for member, (eta, actor, critic) in enumerate(((0.0, 1e-3, 1e-4), (2.0, 3e-4, 1e-3))):
+        single = CPQL(4, 2, replace(config, eta=eta, actor_lr=actor, critic_lr=critic), seed=5)
+        run(single, data, 20, 5)
+        for name in ("actor", "critic"):
+            torch.testing.assert_close(
+                group.state_dict(member)[name], single.state_dict()[name], rtol=1e-4, atol=1e-4
+            )
+    with pytest.raises(ConfigError, match=r"eta=\[1.0, 2.0\]: 2 values: expected one, or 3, by member"):
+        CPQL(4, 2, small(CPQLConfig(eta=(1.0, 2.0))), seed=(0, 1, 2))
+
+
+def test_a_member_goes_on_alone_and_back_in_a_group(make_agent: Maker, data: Transitions) -> None:
+    group, again, alone = make_agent(seed=(1, 2)), make_agent(seed=(8, 9)), make_agent(seed=4)
+    group_run(group, data, 3, (1, 2))
+    alone.load_state_dict({k: v.clone() for k, v in group.state_dict(1).items()})
+    assert torch.equal(alone.state["critic"], group.state["critic"][1]) and alone.state["step"] == 3
+    for member in (0, 1):
+        again.load_state_dict({k: v.clone() for k, v in group.state_dict(member).items()}, member)
+    for name, tensor in group.state.items():
+        assert torch.equal(tensor, again.state[name]), name
+    states = torch.randn(5, 4)
+    noise = torch.randn(alone.steps, 5, 2)
+    actor, critic = group.module("actor", 1), group.module("critic", 1)
+    assert isinstance(actor, ConsistencyActor)
+    expected = alone.actor(alone.state["actor"], "sample", states, noise=noise)
+    torch.testing.assert_close(actor.sample(states, noise=noise), expected)
+    actions = torch.zeros(5, 2)
+    torch.testing.assert_close(
+        critic.q(states, actions),  # type: ignore[operator]
+        alone.critic(alone.state["critic"], "q", states, actions),
+    )
 
 
 def filled(state: float = 0.0, reward: float = 0.0, terminated: float = 0.0, size: int = 16) -> Batch:
@@ -183,7 +266,7 @@ def test_q_normalisation_and_backups(data: Transitions) -> None:
     many = CPQL(4, 2, small(CPQLConfig(), max_q_backup=10))
     noise = many.draw(torch.Generator().manual_seed(1))
     one = CPQL(4, 2, small(CPQLConfig()))
-    first = {**noise, "next_action": noise["next_action"][:, :, 0]}
+    first = {**noise, "next_action": noise["next_action"][:, ::10]}
     assert (many.bellman_target(batch, noise) >= one.bellman_target(batch, first) - 1e-6).all()
 
 

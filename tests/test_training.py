@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import threading
 from collections.abc import Iterator
@@ -26,7 +27,8 @@ from cpql.data import d4rl
 from cpql.errors import CheckpointError, ConfigError, CpqlError
 from cpql.evaluation import evaluate
 from cpql.policy import Policy
-from cpql.training import Interrupted, Run, summary, train
+from cpql.runs import Run, summary
+from cpql.training import Interrupted, train, train_group
 
 AGENTS: dict[str, dict[str, Any]] = {
     "cpql": {"name": "cpql"},
@@ -123,6 +125,86 @@ def test_interrupted_and_resumed_equals_uninterrupted(
         run(settings(dataset, tmp_path / "parts", agent))
     run(settings(dataset, tmp_path / "parts", agent, resume=True))
     assert everything(tmp_path / "parts") == everything(tmp_path / "whole")
+
+
+def run_group(folder: Path, dataset: Path, seeds: tuple[int, ...], **changes: Any) -> list[dict[str, Any]]:
+    members = []
+    for seed in seeds:
+        config = settings(dataset, folder / f"seed{seed}", seed=seed, **changes)
+        members.append((config, {"seed": seed, "agent": config.agent, "resume": config.resume}))
+    return train_group(members, Console(file=StringIO(), width=200))
+
+
+def test_members_of_a_group_are_ordinary_runs(dataset: Path, tmp_path: Path, interrupt_at: Any) -> None:
+    results = run_group(tmp_path / "group", dataset, (0, 1))
+    for seed in (0, 1):
+        run(settings(dataset, tmp_path / f"alone{seed}", seed=seed))
+        alone, member = everything(tmp_path / f"alone{seed}"), everything(tmp_path / "group" / f"seed{seed}")
+        assert alone.keys() == member.keys()
+        assert results[seed] == member["result.json"] and results[seed]["training_seed"] == seed
+        tables = [np.loadtxt(text["metrics"].splitlines()[1:], delimiter=",") for text in (alone, member)]
+        np.testing.assert_allclose(tables[0], tables[1], rtol=1e-3, atol=1e-4)
+        assert (tmp_path / "group" / f"seed{seed}" / "learning_curve.png").exists()
+    # Interrupted and resumed, in a group: to the bit.
+    interrupt_at(23, ctrl_c)
+    with pytest.raises(Interrupted, match=r"stopped after 23 of 40 updates.*seed0, .*seed1"):
+        run_group(tmp_path / "parts", dataset, (0, 1))
+    run_group(tmp_path / "parts", dataset, (0, 1), resume=True)
+    for seed in (0, 1):
+        parts, whole = (everything(tmp_path / name / f"seed{seed}") for name in ("parts", "group"))
+        assert parts == whole
+
+
+def test_a_member_is_resumed_alone_and_a_group_from_the_last_common_step(
+    dataset: Path, tmp_path: Path, interrupt_at: Any
+) -> None:
+    everything_kept = BudgetConfig("test", 40, 4, 20, 10, 2, 3, keep=0)
+    interrupt_at(25, ctrl_c)
+    with pytest.raises(Interrupted):
+        run_group(tmp_path, dataset, (0, 1), budget=everything_kept)
+    alone = settings(dataset, tmp_path / "seed1", seed=1, resume=True, budget=everything_kept)
+    result, _ = run(alone)
+    assert result["step"] == 40 and Policy.load(tmp_path / "seed1").config.origin["seed"] == 1
+    # Member 1 is ahead now: both go on from 25.
+    results = run_group(tmp_path, dataset, (0, 1), resume=True, budget=everything_kept)
+    assert [r["step"] for r in results] == [40, 40]
+    (tmp_path / "seed0" / "result.json").unlink()
+    for step in (10, 20, 25, 30, 40):
+        shutil.rmtree(tmp_path / "seed0" / "checkpoints" / f"step_{step:08d}")
+    with pytest.raises(CheckpointError, match=r"seed0 at 0, .*seed1 at 40\): resume them one by one"):
+        run_group(tmp_path, dataset, (0, 1), resume=True, budget=everything_kept)
+    for seed in (0, 1):
+        steps = [
+            line.split(",")[0] for line in (tmp_path / f"seed{seed}" / "metrics.csv").read_text().split()
+        ]
+        assert steps == ["step", *map(str, range(4, 41, 4))]
+
+
+def test_a_member_that_diverges_is_named_and_the_others_finish(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = training.Means.take
+
+    def take(self: Any) -> list[dict[str, float]]:
+        means = original(self)
+        return [means[0], {**means[1], "actor/loss": float("nan")}]
+
+    monkeypatch.setattr(training.Means, "take", take)
+    with pytest.raises(CpqlError, match=r"actor/loss is nan at update 4: training diverged in .*seed1"):
+        run_group(tmp_path, dataset, (0, 1))
+    assert (tmp_path / "seed0" / "result.json").exists()
+    assert not (tmp_path / "seed1" / "result.json").exists()
+
+
+def test_members_may_differ_only_in_what_one_program_can_hold(dataset: Path, tmp_path: Path) -> None:
+    one, other = (settings(dataset, tmp_path / name) for name in "ab")
+    for changed, text in (
+        (replace(other, agent={**other.agent, "discount": 0.9}), "not in other settings of the agent"),
+        (replace(other, device="cuda"), "not in other settings"),
+    ):
+        with pytest.raises(ConfigError, match=text):
+            train_group([(one, {}), (changed, {})], Console(file=StringIO()))
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("step", [5, 17, 29])
@@ -326,7 +408,7 @@ def test_broken_checkpoints(dataset: Path, tmp_path: Path) -> None:
         Policy.load(tmp_path / "run")
     (last / "training" / "state.safetensors").write_bytes(b"no")
     with pytest.raises(CheckpointError, match="no readable training state"):
-        load_training(last.parent)
+        load_training(last.parent, 40)
     with pytest.raises(CheckpointError, match="does not exist"):
         Policy.load(tmp_path / "nowhere")
     with pytest.raises(CheckpointError, match="holds no policy"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, ClassVar, Literal
@@ -13,9 +14,10 @@ from torch import Tensor, nn
 from cpql.actor import ActorConfig, ConsistencyActor, choose
 from cpql.critic import TwinCritic, ValueFunction
 from cpql.data.transitions import Batch
+from cpql.errors import ConfigError
 from cpql.optimisation import Network, adam, clip_gradient, value_and_grad
 
-__all__ = ["Agent", "AgentConfig", "TargetConfig"]
+__all__ = ["Agent", "AgentConfig", "TargetConfig", "steps_first"]
 
 Metrics = dict[str, Tensor]
 Noise = dict[str, Tensor]
@@ -46,7 +48,8 @@ class AgentConfig:
         updates: gradient steps of the whole training, over which schedules run.
         batch_size: transitions an update.
         discount: gamma.
-        actor_lr: Adam's rate for the actor.
+        actor_lr: Adam's rate for the actor. In a group of agents this, `critic_lr` and `eta` may be one for
+            each member.
         critic_lr: Adam's rate for the critic.
         lr_decay: `cosine` lets both rates fall to zero over the whole training. (Both official codes step
             their cosine at the wrong pace: it does nothing in Consistency-AC and oscillates in CPQL.)
@@ -71,11 +74,11 @@ class AgentConfig:
     updates: int = 2_000_000
     batch_size: int = 256
     discount: float = 0.99
-    actor_lr: float = 3e-4
-    critic_lr: float = 3e-4
+    actor_lr: float | tuple[float, ...] = 3e-4
+    critic_lr: float | tuple[float, ...] = 3e-4
     lr_decay: Literal["none", "cosine"] = "none"
     max_grad_norm: float = 10.0
-    eta: float = 1.0
+    eta: float | tuple[float, ...] = 1.0
     eta_warmup: int = 0
     critic_hidden: tuple[int, ...] = (256, 256, 256)
     critic_layer_norm: bool = False
@@ -87,22 +90,29 @@ class AgentConfig:
     temperature: float = 1.0
 
 
+def steps_first(noise: Tensor) -> Tensor:
+    """A sampler's noise [*members, steps, B, A] as it takes it, [steps, *members, B, A]."""
+    return noise.movedim(-3, 0)
+
+
 class Critic(nn.Module):
     """The critic's networks, which share an optimiser: Q and, where an agent wants one, V."""
 
-    def __init__(self, state_dim: int, action_dim: int, config: AgentConfig, value: bool) -> None:
+    def __init__(
+        self, state_dim: int, action_dim: int, config: AgentConfig, value: bool, members: tuple[int, ...] = ()
+    ) -> None:
         super().__init__()
         widths, norm = config.critic_hidden, config.critic_layer_norm
-        self.twin = TwinCritic(state_dim, action_dim, widths, layer_norm=norm)
-        self.value = ValueFunction(state_dim, widths, layer_norm=norm) if value else None
+        self.twin = TwinCritic(state_dim, action_dim, widths, layer_norm=norm, members=members)
+        self.value = ValueFunction(state_dim, widths, layer_norm=norm, members=members) if value else None
 
     def q(self, state: Tensor, action: Tensor) -> Tensor:
-        """Both values [2, B] of state-action pairs."""
+        """Both values [*members, 2, B] of state-action pairs."""
         q: Tensor = self.twin(state, action)
         return q
 
     def v(self, state: Tensor) -> Tensor:
-        """Values [B] of states."""
+        """Values [*members, B] of states."""
         assert self.value is not None
         v: Tensor = self.value(state)
         return v
@@ -116,12 +126,19 @@ class Agent:
     data, so `torch.compile(agent.update, fullgraph=True)` gives one graph. A subclass is one algorithm: it
     gives `critic_loss` and `actor_loss`.
 
+    A group of agents is one agent with a member axis M in front of weights, batches, noise and metrics:
+    `[*members, ...]` below is `[M, ...]` for a group and `[...]` for a single agent. Members share nothing
+    but the program: losses are summed over them, so that each has its own gradient, norm and Adam.
+
     Args:
         state_dim: width S of states.
         action_dim: width A of actions.
         config: settings; also of the subclass's own kind.
-        seed: of the initial weights.
+        seed: of the initial weights; several make a group, whose member k starts as the agent of seed k.
         device: where everything lives.
+
+    Raises:
+        ConfigError: settings by member that aren't as many as the members.
     """
 
     config_class: ClassVar[type[AgentConfig]] = AgentConfig
@@ -132,20 +149,27 @@ class Agent:
         action_dim: int,
         config: AgentConfig | None = None,
         *,
-        seed: int = 0,
+        seed: int | Sequence[int] = 0,
         device: torch.device | str = "cpu",
     ) -> None:
         self.state_dim, self.action_dim = state_dim, action_dim
         self.config = config if config is not None else self.config_class()
+        self.members: tuple[int, ...] = () if isinstance(seed, int) else (len(seed),)
+        self._by_member = {
+            name: self._of_members(name, torch.device(device)) for name in ("actor_lr", "critic_lr", "eta")
+        }
+        initial = []
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            actor = ConsistencyActor(state_dim, action_dim, self.config.actor)
-            critic = Critic(state_dim, action_dim, self.config, self.has_value)
-        self.steps = actor.steps
-        self.actor, self.critic = Network(actor), Network(critic)
+            for one in [seed] if isinstance(seed, int) else seed:
+                torch.manual_seed(one)
+                initial.append([Network(module).initial for module in self._modules()])
+            self.actor, self.critic = (
+                Network(module, self.members) for module in self._modules(self.members)
+            )
+        self.steps = 1 + len(self.config.actor.refinements)
         self.state: dict[str, Tensor] = {"step": torch.zeros((), device=device)}
-        for name, network in (("actor", self.actor), ("critic", self.critic)):
-            weights = network.initial.to(device)
+        for name, each in zip(("actor", "critic"), zip(*initial, strict=True), strict=True):
+            weights = (torch.stack(each) if self.members else each[0]).to(device)
             self.state |= {
                 name: weights.clone(),
                 f"{name}_target": weights.clone(),
@@ -153,14 +177,29 @@ class Agent:
                 f"{name}_square": torch.zeros_like(weights),
             }
 
+    def _modules(self, members: tuple[int, ...] = ()) -> tuple[ConsistencyActor, Critic]:
+        actor = ConsistencyActor(self.state_dim, self.action_dim, self.config.actor, members=members)
+        return actor, Critic(self.state_dim, self.action_dim, self.config, self.has_value, members)
+
+    def _of_members(self, name: str, device: torch.device) -> float | Tensor:
+        value = getattr(self.config, name)
+        if isinstance(value, int | float):
+            return value
+        if (len(value),) != self.members:
+            count = self.members[0] if self.members else 1
+            raise ConfigError(
+                f"{name}={list(value)}: {len(value)} values: expected one, or {count}, by member"
+            )
+        return torch.tensor(value, device=device)
+
     # The algorithm: what a subclass writes.
 
     def critic_loss(self, critic: Tensor, batch: Batch, noise: Noise) -> tuple[Tensor, Metrics]:
-        """The critic's loss, as a function of its flat weights."""
+        """The critic's loss [*members], as a function of its flat weights."""
         raise NotImplementedError
 
     def actor_loss(self, actor: Tensor, batch: Batch, noise: Noise) -> tuple[Tensor, Metrics]:
-        """The actor's loss, as a function of its flat weights."""
+        """The actor's loss [*members], as a function of its flat weights."""
         raise NotImplementedError
 
     @property
@@ -177,21 +216,24 @@ class Agent:
 
     @property
     def eta(self) -> float | Tensor:
-        """The present weight of the policy's Q-loss."""
-        c = self.config
-        return c.eta * (self.state["step"] / c.eta_warmup).clamp(max=1.0) if c.eta_warmup else c.eta
+        """The present weight of the policy's Q-loss, one or [*members]."""
+        eta, warmup = self._by_member["eta"], self.config.eta_warmup
+        return eta * (self.state["step"] / warmup).clamp(max=1.0) if warmup else eta
 
-    def draw(self, generator: torch.Generator) -> Noise:
-        """All the noise of one update."""
+    def draw(self, generator: torch.Generator | Sequence[torch.Generator]) -> Noise:
+        """All the noise of one update; for a group from a generator each, as its members alone would draw."""
+        if not isinstance(generator, torch.Generator):
+            drawn = [self.draw(one) for one in generator]
+            return {name: torch.stack([noise[name] for noise in drawn]) for name in drawn[0]}
         c = self.config
         batch, device = c.batch_size, self.state["step"].device
-        backups = (batch, c.max_q_backup) if c.max_q_backup else (batch,)
+        backups = batch * max(1, c.max_q_backup)
 
         def normal(*shape: int) -> Tensor:
             return torch.randn(shape, generator=generator, device=device)
 
         return {
-            "next_action": normal(self.steps, *backups, self.action_dim),
+            "next_action": normal(self.steps, backups, self.action_dim),
             "action": normal(self.steps, batch, self.action_dim),
             "z": normal(batch, self.action_dim),
             "u": torch.rand(batch, generator=generator, device=device),
@@ -199,21 +241,21 @@ class Agent:
         }
 
     def bellman_target(self, batch: Batch, noise: Noise) -> Tensor:
-        """`r + gamma (1 - d) min_i Q'_i(s', a')`, [B], without gradient; 1 - d is `batch.discounts`.
+        """`r + gamma (1 - d) min_i Q'_i(s', a')`, [*members, B], without gradient.
 
-        With `max_q_backup` each target critic's maximum over several a' stands for its value (Kumar et al.
-        2019, as Diffusion-QL uses it).
+        1 - d is `batch.discounts`. With `max_q_backup` each target critic's maximum over several a' stands
+        for its value (Kumar et al. 2019, as Diffusion-QL uses it).
         """
         c, s = self.config, self.state
         weights = s["actor_target"] if c.backup_actor == "target" else s["actor"]
         next_state = batch.next_observations
         if c.max_q_backup:
-            next_state = next_state.unsqueeze(-2).expand(*next_state.shape[:-1], c.max_q_backup, -1)
-        next_action = self.actor(weights, "sample", next_state, noise=noise["next_action"])
+            next_state = next_state.repeat_interleave(c.max_q_backup, -2)
+        next_action = self.actor(weights, "sample", next_state, noise=steps_first(noise["next_action"]))
         next_q: Tensor = self.critic(s["critic_target"], "q", next_state, next_action)
         if c.max_q_backup:
-            next_q = next_q.amax(-1)
-        return (batch.rewards + c.discount * batch.discounts * next_q.amin(0)).detach()
+            next_q = next_q.unflatten(-1, (-1, c.max_q_backup)).amax(-1)  # type: ignore[no-untyped-call]
+        return (batch.rewards + c.discount * batch.discounts * next_q.amin(-2)).detach()
 
     def q_loss(self, actor: Tensor, batch: Batch, noise: Noise) -> tuple[Tensor, Metrics]:
         """`-mean Q_i(s, pi(s)) / stop_gradient(mean |Q_j(s, pi(s))|)`, i and j the two critics by a coin.
@@ -221,11 +263,11 @@ class Agent:
         The denominator makes eta mean the same on every task. Both official codes take it from the other
         critic at the policy's actions, as Diffusion-QL does; CPQL's paper writes Q on the data.
         """
-        action = self.actor(actor, "sample", batch.observations, noise=noise["action"])
+        action = self.actor(actor, "sample", batch.observations, noise=steps_first(noise["action"]))
         q = self.critic(self.state["critic"], "q", batch.observations, action)
-        first = noise["coin"] == 0
-        q_i, q_j = torch.where(first, q[0], q[1]), torch.where(first, q[1], q[0])
-        return -q_i.mean() / q_j.abs().mean().detach(), {"actor/q": q.mean()}
+        first, (q_1, q_2) = (noise["coin"] == 0).unsqueeze(-1), q.unbind(-2)
+        q_i, q_j = torch.where(first, q_1, q_2), torch.where(first, q_2, q_1)
+        return -q_i.mean(-1) / q_j.abs().mean(-1).detach(), {"actor/q": q.mean((-2, -1))}
 
     def imitation_loss(
         self, actor: Tensor, batch: Batch, noise: Noise, progress: Tensor
@@ -246,7 +288,7 @@ class Agent:
             z=noise["z"],
             u=noise["u"],
         )
-        return loss.mean(), {f"actor/{name}": value for name, value in metrics.items()}
+        return loss.mean(-1), {f"actor/{name}": value for name, value in metrics.items()}
 
     # The update.
 
@@ -254,21 +296,20 @@ class Agent:
         """One gradient step of the critic, one of the actor, and the targets' moves.
 
         Args:
-            batch: transitions.
+            batch: transitions, [*members, B, ...].
             noise: from `draw`.
 
         Returns:
-            Metrics, tensors on the device.
+            Metrics [*members], tensors on the device.
         """
         c, s = self.config, self.state
         scale = 0.5 * (1.0 + torch.cos(math.pi * self.progress)) if c.lr_decay == "cosine" else 1.0
         metrics: Metrics = {}
-        for name, function, rate in (
-            ("critic", self.critic_loss, c.critic_lr),
-            ("actor", self.actor_loss, c.actor_lr),
-        ):
+        for name, function in (("critic", self.critic_loss), ("actor", self.actor_loss)):
             loss, gradient, more = value_and_grad(partial(function, batch=batch, noise=noise), s[name])
             gradient, norm = clip_gradient(gradient, c.max_grad_norm)
+            rate = self._by_member[f"{name}_lr"]
+            rate = rate.unsqueeze(-1) if isinstance(rate, Tensor) else rate
             adam(s[name], gradient, s[f"{name}_mean"], s[f"{name}_square"], s["step"] + 1, rate * scale)
             metrics |= {f"{name}/loss": loss, f"{name}/grad_norm": norm, **more}
         s["step"].add_(1)
@@ -279,19 +320,26 @@ class Agent:
 
     # The outside.
 
-    def module(self, name: str) -> nn.Module:
+    def module(self, name: str, member: int = 0) -> nn.Module:
         """A copy of a network as an ordinary module: `actor`, `actor_target`, `critic`, `critic_target`."""
-        network = self.actor if name.startswith("actor") else self.critic
-        module: nn.Module
-        if name.startswith("actor"):
-            module = ConsistencyActor(self.state_dim, self.action_dim, self.config.actor)
-        else:
-            module = Critic(self.state_dim, self.action_dim, self.config, self.has_value)
-        module.load_state_dict({k: v.clone() for k, v in network.unflatten(self.state[name]).items()})
-        return module.to(self.state[name].device)
+        which = 0 if name.startswith("actor") else 1
+        weights = self.state_dict(member)[name]
+        with torch.random.fork_rng(devices=[]):
+            module: nn.Module = self._modules()[which]
+        parts = (self.actor, self.critic)[which].unflatten(weights, ())
+        module.load_state_dict({k: v.clone() for k, v in parts.items()})
+        return module.to(weights.device)
 
     def act(self, state: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Actions [B, A] in [-1, 1] for states [B, S], by the configured candidates rule."""
+        """Actions [B, A] in [-1, 1] for states [B, S], by the configured candidates rule.
+
+        Raises:
+            ValueError: it is a group; each member's `module`s act by themselves.
+        """
+        if self.members:
+            raise ValueError(
+                "a group of agents doesn't act: make a member's actor with module('actor', member)"
+            )
         return choose(
             lambda s: self.actor(self.state["actor"], "sample", s, generator=generator),
             lambda s, a: self.critic(self.state["critic_target"], "q", s, a),
@@ -301,11 +349,16 @@ class Agent:
             generator=generator,
         )
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """Everything that training changes: weights, targets, moments, step."""
-        return dict(self.state)
+    def state_dict(self, member: int = 0) -> dict[str, Tensor]:
+        """Everything that training changes, of one member: weights, targets, moments, step.
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+        What a single agent of that seed would give: a member can go on alone, and a single agent in a group.
+        """
+        if not self.members:
+            return dict(self.state)
+        return {name: tensor if name == "step" else tensor[member] for name, tensor in self.state.items()}
+
+    def load_state_dict(self, state: dict[str, Any], member: int = 0) -> None:
         """Take over what `state_dict` gave, in place.
 
         Raises:
@@ -313,7 +366,7 @@ class Agent:
         """
         if state.keys() != self.state.keys():
             raise ValueError(f"expected the tensors {sorted(self.state)}, found {sorted(state)}")
-        for name, tensor in self.state.items():
+        for name, tensor in self.state_dict(member).items():
             if tensor.shape != state[name].shape:
                 raise ValueError(
                     f"{name}: expected shape {list(tensor.shape)}, found {list(state[name].shape)}"

@@ -55,9 +55,10 @@ class ConsistencyAC(Agent):
         """Squared Bellman error of both critics."""
         target = self.bellman_target(batch, noise)
         if self.config.q_normalisation:
-            target = target / (target.std() + 1e-6)
+            target = target / (target.std(-1, keepdim=True) + 1e-6)
         q = self.critic(critic, "q", batch.observations, batch.actions)
-        return (q - target).square().mean(-1).sum(), {"critic/q": q.mean(), "critic/target": target.mean()}
+        loss = (q - target.unsqueeze(-2)).square().mean(-1).sum(-1)
+        return loss, {"critic/q": q.mean((-2, -1)), "critic/target": target.mean(-1)}
 
     def actor_loss(self, actor: Tensor, batch: Batch, noise: Noise) -> tuple[Tensor, Metrics]:
         """`L_CT + eta L_Q`."""

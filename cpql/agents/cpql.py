@@ -61,18 +61,18 @@ class CPQL(Agent):
         q = self.critic(critic, "q", batch.observations, batch.actions)
         if self.config.critic == "q":
             target = self.bellman_target(batch, noise)
-            metrics = {"critic/q": q.mean(), "critic/target": target.mean()}
-            return (q - target).square().mean(-1).sum(), metrics
+            metrics = {"critic/q": q.mean((-2, -1)), "critic/target": target.mean(-1)}
+            return (q - target.unsqueeze(-2)).square().mean(-1).sum(-1), metrics
 
         next_v = self.critic(critic, "v", batch.next_observations).detach()
         target = batch.rewards + self.config.discount * batch.discounts * next_v
         of = self.state["critic_target"] if self.config.expectile_q == "target" else critic
-        best = self.critic(of, "q", batch.observations, batch.actions).amin(0).detach()
+        best = self.critic(of, "q", batch.observations, batch.actions).amin(-2).detach()
         advantage = best - self.critic(critic, "v", batch.observations)
         weight = torch.abs(self.config.expectile - (advantage < 0).float())
-        v_loss = (weight * advantage.square()).mean()
-        q_loss = (q - target).square().mean(-1).sum()
-        metrics = {"critic/q": q.mean(), "critic/v": next_v.mean(), "critic/v_loss": v_loss}
+        v_loss = (weight * advantage.square()).mean(-1)
+        q_loss = (q - target.unsqueeze(-2)).square().mean(-1).sum(-1)
+        metrics = {"critic/q": q.mean((-2, -1)), "critic/v": next_v.mean(-1), "critic/v_loss": v_loss}
         return q_loss + v_loss, metrics
 
     def actor_loss(self, actor: Tensor, batch: Batch, noise: Noise) -> tuple[Tensor, Metrics]:

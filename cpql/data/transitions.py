@@ -30,7 +30,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
@@ -189,17 +189,22 @@ class Transitions:
         flags = {name: getattr(self, name).to(device) for name in ("terminated", "truncated", "ends")}
         return dataclasses.replace(self, table=table, **flags)
 
-    def sample(self, batch_size: int, generator: torch.Generator, members: tuple[int, ...] = ()) -> Batch:
+    def sample(self, batch_size: int, generator: torch.Generator | Sequence[torch.Generator]) -> Batch:
         """Draw uniformly, with replacement, on the device.
 
         Args:
             batch_size: B.
-            generator: on the same device as the data.
-            members: leading axes; each member gets a batch of its own.
+            generator: on the same device as the data; from several, each member of a group draws its own
+                batch, and the result has a leading axis for them.
         """
-        shape = (*members, batch_size)
-        rows = torch.randint(len(self), shape, generator=generator, device=self.device)
-        return self._split(self.table.index_select(0, rows.flatten()).view(*shape, -1))
+        if isinstance(generator, torch.Generator):
+            rows = torch.randint(len(self), (batch_size,), generator=generator, device=self.device)
+        else:
+            draw = [
+                torch.randint(len(self), (batch_size,), generator=g, device=self.device) for g in generator
+            ]
+            rows = torch.stack(draw)
+        return self._split(self.table.index_select(0, rows.flatten()).view(*rows.shape, -1))
 
     def validate_for(self, state_dim: int, action_dim: int) -> None:
         """Check the widths against an environment's.
