@@ -178,7 +178,8 @@ def build(cls: type[T], values: Mapping[str, Any], where: str) -> T:
         return typing.cast(T, _adapter(typing.cast(Any, cls)).validate_python(dict(values)))
     except ValidationError as error:
         first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"])
+        # pydantic puts the tried one of several types behind the key
+        key = ".".join(str(part) for part in first["loc"] if part not in ("float", "tuple[float, ...]"))
         message = first["msg"].removeprefix("Value error, ")
         raise ConfigError(f"{where}: {key}: {message}, found {first['input']!r}") from None
 

@@ -55,10 +55,10 @@ def left(folder: Path) -> set[str]:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["seeds=3"], r"seeds=3: expected a list, such as \[0,1,2,3\]"),
+        (["seeds=3"], "seeds=3: expected a list, such as [0,1,2,3]"),
         (
             ["seeds=[1,2,3]", "agent.eta=[0.5,1]"],
-            r"seed=\[1, 2, 3\]: 3 values: expected 2, one for each member",
+            "seed=[1, 2, 3]: 3 values: expected 2, one for each member",
         ),
         (["env=hopper-medum"], r"env=hopper-medum does not exist: did you mean hopper-medium"),
         (["agent=cpq"], "agent=cpq does not exist: did you mean cpql"),
