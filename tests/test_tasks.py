@@ -10,14 +10,14 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import pytest
 from hydra import compose, initialize_config_dir
 from hypothesis import given
 from hypothesis import strategies as st
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import DictConfig, open_dict
 
 from cpql import cli
 from cpql.config import TrainConfig, build, config_folder, load_task, task_names, task_patterns
@@ -285,9 +285,8 @@ Composed = Callable[[str, str], TrainConfig]
 
 
 def built(content: DictConfig) -> TrainConfig:
-    said = cast(dict[str, Any], OmegaConf.to_container(content, resolve=True))
-    said["agent"].pop("published")
-    return build(TrainConfig, said, "configuration")
+    ((config, _),) = cli._members(content)
+    return config
 
 
 @pytest.fixture(scope="module")
