@@ -138,6 +138,8 @@ class TrainConfig:
         logger: where metrics go besides CSV.
         seed: of weights, data order and noise.
         device: `auto` takes a GPU where there is one.
+        precision: of the update's matrix products: `fp32`; `bf16`, faster where the processor has units for
+            it, with weights, optimiser and losses in fp32; `tf32`, which only a GPU has.
         threads: CPU threads of PyTorch; 0 leaves its own choice.
         compile: fuse the update into one program: a minute to build, then more than twice as fast on a CPU.
         run_dir: the run's folder; never overwritten.
@@ -152,6 +154,7 @@ class TrainConfig:
     logger: Literal["csv", "tensorboard", "wandb"] = "csv"
     seed: int = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    precision: Literal["fp32", "bf16", "tf32"] = "fp32"
     threads: int = 1
     compile: bool = True
     run_dir: str = "runs/run"

@@ -239,11 +239,16 @@ def train_group(
     if all(run.finished for run in runs):
         return [run.result() for run in runs]
     device = choose_device(config.device)
+    if config.precision == "tf32" and device.type != "cuda":
+        raise ConfigError("precision=tf32: only a CUDA device has it; use precision=fp32 or precision=bf16")
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high" if config.precision == "tf32" else "highest")
     kind, settings = _settings_of_all([run.config for run in runs])
     task, data = load_data(config, console, settings.discount)
     seeds = [run.config.seed for run in runs]
     seed: int | list[int] = seeds if len(seeds) > 1 else seeds[0]
-    agent = kind(data.state_dim, data.action_dim, settings, seed=seed, device=device)
+    product = torch.bfloat16 if config.precision == "bf16" else None
+    agent = kind(data.state_dim, data.action_dim, settings, seed=seed, device=device, product=product)
     return _Training(runs, task, agent, data.to(device), console).run_to_end()
 
 

@@ -67,8 +67,8 @@ def make_agent(request: pytest.FixtureRequest) -> Callable[..., Agent]:
     """A maker of small agents, for every algorithm and its named options."""
     kind, config = CONFIGS[request.param]
 
-    def make(seed: int | Sequence[int] = 0, **changes: Any) -> Agent:
-        return kind(4, 2, small(config, **changes), seed=seed)
+    def make(seed: int | Sequence[int] = 0, product: torch.dtype | None = None, **changes: Any) -> Agent:
+        return kind(4, 2, small(config, **changes), seed=seed, product=product)
 
     return make
 

@@ -150,6 +150,23 @@ def test_a_member_of_a_group_trains_as_it_would_alone(make_agent: Maker, data: T
         group.act(torch.zeros(2, 4))
 
 
+def test_bf16_products_are_near_and_everything_else_is_float32(make_agent: Maker, data: Transitions) -> None:
+    plain, coarse = make_agent(), make_agent(product=torch.bfloat16)
+    first = [run(agent, data, 1)[0] for agent in (plain, coarse)]
+    assert first[0] != first[1]
+    for name, value in first[0].items():
+        assert first[1][name] == pytest.approx(value, rel=0.15, abs=0.15), name
+    lines = run(coarse, data, 50, seed=1)
+    assert all(np.isfinite(list(line.values())).all() for line in lines)
+    assert {tensor.dtype for tensor in coarse.state_dict().values()} == {torch.float32}
+    actor = coarse.module("actor")
+    state, noise = torch.randn(3, 4), torch.randn(coarse.steps, 3, 2)
+    assert isinstance(actor, ConsistencyActor)
+    # What is deployed computes in float32.
+    exact = actor.double().sample(state.double(), noise=noise.double())
+    torch.testing.assert_close(actor.float().sample(state, noise=noise).double(), exact, rtol=1e-4, atol=1e-4)
+
+
 def test_a_member_that_diverges_leaves_the_others_alone(make_agent: Maker, data: Transitions) -> None:
     whole, broken = make_agent(seed=(0, 1)), make_agent(seed=(0, 1))
     for name in ("actor", "critic"):

@@ -15,6 +15,7 @@ from cpql.actor import ActorConfig, ConsistencyActor, choose
 from cpql.critic import TwinCritic, ValueFunction
 from cpql.data.transitions import Batch
 from cpql.errors import ConfigError
+from cpql.networks import set_product
 from cpql.optimisation import Network, adam, clip_gradient, value_and_grad
 
 __all__ = ["Agent", "AgentConfig", "TargetConfig", "steps_first"]
@@ -136,6 +137,8 @@ class Agent:
         config: settings; also of the subclass's own kind.
         seed: of the initial weights; several make a group, whose member k starts as the agent of seed k.
         device: where everything lives.
+        product: `torch.bfloat16` takes the update's matrix products in it. Weights, optimiser and losses stay
+            float32, and `module` gives ordinary modules.
 
     Raises:
         ConfigError: settings by member that aren't as many as the members.
@@ -151,6 +154,7 @@ class Agent:
         *,
         seed: int | Sequence[int] = 0,
         device: torch.device | str = "cpu",
+        product: torch.dtype | None = None,
     ) -> None:
         self.state_dim, self.action_dim = state_dim, action_dim
         self.config = config if config is not None else self.config_class()
@@ -163,9 +167,10 @@ class Agent:
             for one in [seed] if isinstance(seed, int) else seed:
                 torch.manual_seed(one)
                 initial.append([Network(module).initial for module in self._modules()])
-            self.actor, self.critic = (
-                Network(module, self.members) for module in self._modules(self.members)
-            )
+            modules = self._modules(self.members)
+        for module in modules:
+            set_product(module, product)
+        self.actor, self.critic = (Network(module, self.members) for module in modules)
         self.steps = 1 + len(self.config.actor.refinements)
         self.state: dict[str, Tensor] = {"step": torch.zeros((), device=device)}
         for name, each in zip(("actor", "critic"), zip(*initial, strict=True), strict=True):
