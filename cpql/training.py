@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+import os
 import signal
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -21,6 +22,7 @@ from cpql.agents import AGENTS, Agent, AgentConfig
 from cpql.config import TrainConfig, build
 from cpql.critic import TwinCritic
 from cpql.data import transforms
+from cpql.data.embedded import cache_folder
 from cpql.data.transitions import Transitions
 from cpql.environments import action_bounds, make_task_environment
 from cpql.errors import CheckpointError, ConfigError, CpqlError, did_you_mean
@@ -328,7 +330,10 @@ class _Training:
         budget, agent = self.config.budget, self.agent
         update = agent.update
         if self.config.compile:
-            self.console.print("compiling the update: the first step takes a minute or two", highlight=False)
+            self.console.print(
+                "compiling the update: a minute or two, seconds where it was compiled before", highlight=False
+            )
+            os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder() / "compiled"))
             update = torch.compile(update, fullgraph=True)
         # A single run has no member axis.
         draws = self.generators if agent.members else self.generators[0]
@@ -336,11 +341,15 @@ class _Training:
         with (
             _stop_signal() as stopped,
             progress(self.console, "training", budget.updates, self.step) as bar,
+            ExitStack() as stack,
         ):
             while self.step < budget.updates:
                 self.step += 1
                 batch = self.data.sample(agent.config.batch_size, draws)
                 self.means.add(update(batch, agent.draw(draws)))
+                if self.config.compile and self.step == first + 1:
+                    # One program for the whole run: a second one would mean that something depends on data.
+                    stack.enter_context(torch.compiler.set_stance("fail_on_recompile"))
                 done = self.step == budget.updates
                 if self.step % budget.log_every == 0 or done:
                     text = self.log(time.monotonic() - began, self.step - first)
