@@ -1,10 +1,13 @@
 """Make embedded datasets, and the behaviours that they are collected with.
 
     python scripts/collect.py dataset hopper-medium --size 1000000 --seed 0
+    python scripts/collect.py dataset pen-human --policy random --size 20000 --out pen-random.hdf5
     python scripts/collect.py train Hopper-v4 --out runs/hopper_s0 --steps 1000000
     python scripts/collect.py card runs/hopper_s0 --out cpql/data/behaviours/hopper
 
-`dataset` is what training does by itself where D4RL can't be had; here it can go to a file of your own.
+`dataset` is what training does by itself where D4RL can't be had; here it can go to a file of your own. With
+`--policy random` it takes uniform random actions, in any task's environment, and the file says so: something
+to try a task with (`train.py env=pen-human dataset.path=pen-random.hdf5`), and never D4RL's data.
 `train` and `card` made the behaviours that cpql ships: SAC by sbx (pip install 'cpql[behaviours]'), with a
 snapshot every 5,000 steps; the expert is the best, medium the one at a third of the expert's return.
 """
@@ -16,7 +19,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cpql.errors import CpqlError
+from cpql.errors import ConfigError, CpqlError
 
 if TYPE_CHECKING:
     from cpql.tasks import Task
@@ -48,10 +51,13 @@ def parser() -> argparse.ArgumentParser:
         sub.set_defaults(run=run)
         return sub
 
-    sub = command("dataset", dataset, "collect a dataset with the behaviours that cpql ships")
+    sub = command("dataset", dataset, "collect a dataset with the behaviours that cpql ships, or at random")
     sub.add_argument("task", help="a task's name: hopper-medium")
     sub.add_argument("--size", type=whole, default=1_000_000, help="transitions (default: %(default)s)")
     sub.add_argument("--seed", type=int, default=0, help="same seed, same rows (default: %(default)s)")
+    sub.add_argument(
+        "--policy", choices=("random",), help="act at random, not by the task's recipe; needs --out"
+    )
     sub.add_argument("--out", type=Path, help="HDF5 file in D4RL's layout (default: cpql's cache)")
 
     sub = command("train", train, "train SAC with sbx, keeping snapshots; hours on a CPU")
@@ -121,11 +127,15 @@ def dataset(options: argparse.Namespace) -> None:
 
     task = find_task(options.task)
     if options.out is None:
+        if options.policy is not None:
+            raise ConfigError(
+                f"--policy={options.policy}: expected --out as well, a file for what it collects"
+            )
         data = embedded.cached(
             task, options.size, options.seed, show, lambda line: print(line, file=sys.stderr)
         )
     else:
-        data = embedded.save(task, options.size, options.seed, options.out, show)
+        data = embedded.save(task, options.size, options.seed, options.out, show, policy=options.policy)
     print(data.provenance.line())
     print(f"in {options.out or embedded.cache_folder() / (data.provenance.file or '')}")
 

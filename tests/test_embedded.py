@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -11,13 +12,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import h5py  # type: ignore[import-untyped]
 import numpy as np
 import pytest
 import safetensors.numpy
 import torch
 
 from cpql import data
-from cpql.data import embedded
+from cpql.data import d4rl, embedded
 from cpql.data.behaviour import Behaviour, Episodes, play, rollout
 from cpql.errors import ConfigError, CpqlError, DataError
 from cpql.tasks import Task
@@ -25,6 +27,11 @@ from cpql.tasks import Task
 
 def task(kind: str = "medium") -> Task:
     return Task(f"hopper-{kind}", "Hopper-v4", f"hopper-{kind}-v2", -20.272305, 3234.3)
+
+
+def plain(id: str) -> Task:
+    """A task that is its environment and nothing else."""
+    return Task(id, id, id, None, None)
 
 
 def behaviour(seed: int, states: int = 11, actions: int = 3) -> Behaviour:
@@ -52,7 +59,8 @@ def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("CPQL_BEHAVIOURS", str(tmp_path / "behaviours"))
     monkeypatch.setenv("CPQL_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("D4RL_DATASET_DIR", str(tmp_path / "d4rl"))
-    monkeypatch.setenv("CPQL_D4RL_MIRROR", "http://127.0.0.1:9/")
+    monkeypatch.setattr(d4rl, "HOST", "http://127.0.0.1:9/")
+    monkeypatch.setattr(d4rl, "MIRROR", "http://127.0.0.1:9/mirror/")
     monkeypatch.setenv("no_proxy", "*")
     monkeypatch.setattr(embedded, "CHUNK_STEPS", 20)
     return folder
@@ -80,14 +88,14 @@ def test_the_rows_do_not_depend_on_the_number_of_workers() -> None:
     seen: list[tuple[str, int, int]] = []
     one = embedded.collect(task("medium-expert"), 90, 5, workers=1)
     two = embedded.collect(task("medium-expert"), 90, 5, lambda *report: seen.append(report), workers=2)
-    assert torch.equal(one._table, two._table) and torch.equal(one.ends, two.ends)
+    assert torch.equal(one.table, two.table) and torch.equal(one.ends, two.ends)
     assert seen[-1] == ("collect hopper-medium-expert", 90, 90) and len(seen) == 4
     assert "OMP_NUM_THREADS" not in os.environ or os.environ["OMP_NUM_THREADS"] != ""
 
 
 def test_the_seed_decides(calls: list[int]) -> None:
     one, same, other = (embedded.collect(task(), 60, seed) for seed in (1, 1, 2))
-    assert torch.equal(one._table, same._table)
+    assert torch.equal(one.table, same.table)
     assert not torch.equal(one.observations, other.observations)
     assert calls == [3, 3, 3]
 
@@ -122,7 +130,7 @@ def test_medium_replay_mixes_the_way_up_in_equal_shares(calls: list[int]) -> Non
     assert [entry["step"] for entry in details["behaviours"]["snapshots"]] == [10, 20, 30]
     assert (details["environment"], details["seed"]) == ("Hopper-v4", 0)
     assert set(details["versions"]) == {"gymnasium", "mujoco", "numpy"}
-    alone = rollout("Hopper-v4", behaviour(10), 20, np.random.SeedSequence(0).spawn(4)[1])
+    alone = rollout(task("medium-replay"), behaviour(10), 20, np.random.SeedSequence(0).spawn(4)[1])
     assert torch.equal(made.actions[20:40], torch.from_numpy(alone["actions"]))
     json.dumps(made.provenance.to_dict(), allow_nan=False)
 
@@ -130,11 +138,11 @@ def test_medium_replay_mixes_the_way_up_in_equal_shares(calls: list[int]) -> Non
 def test_a_cached_dataset_is_read_and_not_collected(calls: list[int], tmp_path: Path) -> None:
     first = embedded.cached(task(), 60, 0)
     again = embedded.cached(task(), 60, 0)
-    assert calls == [3] and torch.equal(first._table, again._table)
+    assert calls == [3] and torch.equal(first.table, again.table)
     assert first.provenance == again.provenance
     assert (first.provenance.source, first.provenance.id) == ("embedded", "hopper-medium")
     direct = embedded.collect(task(), 60, 0)
-    assert torch.equal(direct._table, first._table) and torch.equal(direct.ends, first.ends)
+    assert torch.equal(direct.table, first.table) and torch.equal(direct.ends, first.ends)
     assert direct.provenance.return_mean == first.provenance.return_mean
     embedded.cached(task(), 60, 1)
     embedded.cached(task(), 80, 0)
@@ -156,7 +164,7 @@ def test_a_corrupt_cache_is_collected_again_with_a_warning(calls: list[int], tmp
     path.write_bytes(path.read_bytes()[:3000])
     said: list[str] = []
     again = embedded.cached(task(), 60, 0, say=said.append)
-    assert calls == [3, 3] and torch.equal(first._table, again._table)
+    assert calls == [3, 3] and torch.equal(first.table, again.table)
     assert len(said) == 1 and said[0].startswith(f"warning: {path.name}: ")
     assert again.provenance.sha256 == first.provenance.sha256
     assert list((tmp_path / "cache").iterdir()) == [path]
@@ -165,19 +173,20 @@ def test_a_corrupt_cache_is_collected_again_with_a_warning(calls: list[int], tmp
 def test_an_embedded_file_cannot_pass_for_d4rl(calls: list[int], tmp_path: Path) -> None:
     path = tmp_path / "d4rl" / "hopper_medium-v2.hdf5"
     embedded.save(task(), 20, 0, path)
-    provenance = data.load(task(), source="d4rl", size=1).provenance
+    provenance = data.load(task(), source="d4rl", size=1)[1].provenance
     assert provenance.source == "embedded" and "not D4RL" in provenance.line()
 
 
 def test_auto_falls_back_loudly_and_says_why(calls: list[int]) -> None:
     said: list[str] = []
-    made = data.load(task(), size=20, say=said.append)
+    _, made = data.load(task(), size=20, say=said.append)
     assert made.provenance.source == "embedded"
     assert (
         len(said) == 1 and "self-collected" in said[0] and "not D4RL" in said[0] and "127.0.0.1:9" in said[0]
     )
     assert "127.0.0.1:9" in made.provenance.details["fallback"]
-    assert "fallback" not in data.load(task(), size=20, source="embedded", say=said.append).provenance.details
+    _, strictly = data.load(task(), size=20, source="embedded", say=said.append)
+    assert "fallback" not in strictly.provenance.details
     assert len(said) == 1
 
 
@@ -258,17 +267,17 @@ def test_networks_that_do_not_fit_are_refused(change: dict[str, Any], text: str)
     with pytest.raises(DataError, match=text):
         Behaviour.from_tensors({key: value for key, value in tensors.items() if value is not None})
     with pytest.raises(DataError, match="Hopper-v4: a behaviour of widths 5 and 3: expected 11 and 3"):
-        play("Hopper-v4", behaviour(0, states=5), 1, np.random.SeedSequence(0), sampled=True)
+        play(task(), behaviour(0, states=5), 1, np.random.SeedSequence(0), sampled=True)
 
 
 def test_discrete_actions_are_refused() -> None:
-    with pytest.raises(DataError, match="CartPole-v1: its actions are Discrete"):
-        rollout("CartPole-v1", None, 1, np.random.SeedSequence(0))
+    with pytest.raises(ConfigError, match="actions are Discrete"):
+        rollout(plain("CartPole-v1"), None, 1, np.random.SeedSequence(0))
 
 
 def test_actions_reach_the_environments_bounds() -> None:
     """Pendulum's bounds are ±2; stored actions stay in [-1, 1]."""
-    made = rollout("Pendulum-v1", None, 250, np.random.SeedSequence(0))
+    made = rollout(plain("Pendulum-v1"), None, 250, np.random.SeedSequence(0))
     assert np.abs(made["actions"]).max() <= 1
     assert np.flatnonzero(made["timeouts"]).tolist() == [199] and not made["terminals"].any()
     speed, angle = (
@@ -277,6 +286,46 @@ def test_actions_reach_the_environments_bounds() -> None:
     )
     cost = angle**2 + 0.1 * speed**2 + 0.001 * (2 * made["actions"][:, 0]) ** 2
     assert made["rewards"] == pytest.approx(-cost, abs=1e-4)
+
+
+def test_a_files_actions_are_in_the_environments_bounds(calls: list[int], tmp_path: Path) -> None:
+    made = embedded.save(plain("Pendulum-v1"), 250, 0, tmp_path / "mine.hdf5", policy="random")
+    with h5py.File(tmp_path / "mine.hdf5") as file:
+        actions, rewards = file["actions"][:, 0], file["rewards"][:]
+        x, y, speed = file["observations"][:].T
+    assert 1.9 < np.abs(actions).max() <= 2
+    cost = np.arctan2(y, x) ** 2 + 0.1 * speed**2 + 0.001 * actions**2
+    assert rewards == pytest.approx(-cost, abs=1e-4)
+    assert made.actions[:, 0].numpy() == pytest.approx(actions / 2, abs=1e-6)
+    assert d4rl.read(tmp_path / "mine.hdf5", "", action_low=-2, action_high=2).table.equal(made.table)
+    with pytest.raises(DataError, match="'actions' reaches"):
+        d4rl.read(tmp_path / "mine.hdf5", "")
+
+
+def test_random_actions_say_so_wherever_they_go(
+    folders: Path, calls: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CPQL_BEHAVIOURS", str(folders / "nowhere"))
+    made = embedded.save(task("human"), 40, 0, tmp_path / "hopper_human-v2.hdf5", policy="random")
+    read = d4rl.read(tmp_path / "hopper_human-v2.hdf5", "hopper-human-v2", source="d4rl")
+    for provenance in (made.provenance, read.provenance):
+        assert (provenance.source, provenance.id) == ("embedded", "hopper-human with random actions")
+        assert "self-collected, not D4RL" in provenance.line()
+        assert provenance.details["recipe"] == ["random"]
+        assert provenance.details["action_rule"] == "uniform in [-1, 1]"
+    # A task's own recipe of that name collects the same rows.
+    assert torch.equal(embedded.collect(task("random"), 40, 0).table, made.table)
+    with pytest.raises(ConfigError, match="policy='expert' is none: expected 'random'"):
+        embedded.prepare(task(), 40, 0, "expert")  # type: ignore[arg-type]
+
+
+def test_other_options_of_the_environment_are_another_dataset(calls: list[int]) -> None:
+    short = dataclasses.replace(task("random"), env_options={"max_episode_steps": 3})
+    made, usual = embedded.cached(short, 20, 0), embedded.cached(task("random"), 20, 0)
+    assert calls == [1, 1]
+    assert torch.equal(made.truncated.nonzero().flatten(), torch.arange(2, 20, 3))
+    assert made.provenance.details["environment_options"] == {"max_episode_steps": 3}
+    assert not usual.truncated.any() and "environment_options" not in usual.provenance.details
 
 
 def test_workers_import_neither_torch_nor_h5py() -> None:

@@ -22,14 +22,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import gymnasium
 import numpy as np
 import safetensors
 import safetensors.numpy
 from numpy.typing import NDArray
 
-from cpql.environments import make_environment
+from cpql.environments import action_bounds, make_task_environment, widths
 from cpql.errors import DataError
+from cpql.tasks import Task
 
 __all__ = ["Behaviour", "Episodes", "play", "rollout"]
 
@@ -162,31 +162,24 @@ class Episodes:
 
 
 class _Actor:
-    """One behaviour in one environment: actions in [-1, 1] outside, in the environment's bounds inside."""
+    """A behaviour in a task's environment: actions in [-1, 1] outside, in the environment's bounds inside."""
 
     def __init__(
-        self, id: str, behaviour: Behaviour | None, seed: np.random.SeedSequence, sampled: bool
+        self, task: Task, behaviour: Behaviour | None, seed: np.random.SeedSequence, sampled: bool
     ) -> None:
         # The checker wraps every step, and looks at the environment rather than at what is done with it.
-        self.environment = make_environment(id, disable_env_checker=True)
-        actions, observations = self.environment.action_space, self.environment.observation_space
-        if (
-            not isinstance(actions, gymnasium.spaces.Box)
-            or len(actions.shape) != 1
-            or not actions.is_bounded()
+        self.environment = make_task_environment(task, disable_env_checker=True)
+        self.state_dim, self.action_dim = widths(self.environment)
+        if behaviour is not None and (behaviour.state_dim, behaviour.action_dim) != (
+            self.state_dim,
+            self.action_dim,
         ):
-            raise DataError(f"{id}: its actions are {actions}: expected a bounded Box of one axis")
-        if not isinstance(observations, gymnasium.spaces.Box) or len(observations.shape) != 1:
-            raise DataError(f"{id}: its observations are {observations}: expected a Box of one axis")
-        self.state_dim, self.action_dim = observations.shape[0], actions.shape[0]
-        widths = (self.state_dim, self.action_dim)
-        if behaviour is not None and (behaviour.state_dim, behaviour.action_dim) != widths:
             raise DataError(
-                f"{id}: a behaviour of widths {behaviour.state_dim} and {behaviour.action_dim}: "
-                f"expected {widths[0]} and {widths[1]}"
+                f"{task.id}: a behaviour of widths {behaviour.state_dim} and {behaviour.action_dim}: "
+                f"expected {self.state_dim} and {self.action_dim}"
             )
-        self.low = actions.low.astype(np.float32)
-        self.half = (actions.high.astype(np.float32) - self.low) / 2
+        self.low, high = action_bounds(self.environment)
+        self.half = (high - self.low) / 2
         self.behaviour = behaviour
         self.sampled = sampled
         self.seed = int(seed.generate_state(1)[0])
@@ -211,12 +204,15 @@ class _Actor:
 
 
 def rollout(
-    id: str, behaviour: Behaviour | None, steps: int, seed: np.random.SeedSequence
+    task: Task, behaviour: Behaviour | None, steps: int, seed: np.random.SeedSequence
 ) -> dict[str, NDArray[Any]]:
     """Collect `steps` transitions in D4RL's layout, episode after episode, the last one cut without a flag.
 
+    Rewards and flags are the environment's own. One that ends where the task is solved (antmaze, kitchen) has
+    a terminal there; at the time limit the clock wins, as in D4RL's files.
+
     Args:
-        id: the environment's id.
+        task: what to act in: its environment, observations laid end to end, resets with its options.
         behaviour: whose sampled actions to take; None for uniform ones.
         steps: N, how many transitions.
         seed: of the environment and the actions. The same seed gives the same rows.
@@ -225,7 +221,7 @@ def rollout(
         observations [N, S], actions [N, A], next_observations [N, S], rewards [N] as float32; terminals
         [N] and timeouts [N] as bool, never both in one row.
     """
-    actor = _Actor(id, behaviour, seed, sampled=True)
+    actor = _Actor(task, behaviour, seed, sampled=True)
     observations = np.empty((steps, actor.state_dim), np.float32)
     next_observations = np.empty((steps, actor.state_dim), np.float32)
     actions = np.empty((steps, actor.action_dim), np.float32)
@@ -254,10 +250,10 @@ def rollout(
 
 
 def play(
-    id: str, behaviour: Behaviour | None, episodes: int, seed: np.random.SeedSequence, sampled: bool
+    task: Task, behaviour: Behaviour | None, episodes: int, seed: np.random.SeedSequence, sampled: bool
 ) -> Episodes:
     """Play whole episodes, with sampled actions or with the distribution's mode."""
-    actor = _Actor(id, behaviour, seed, sampled)
+    actor = _Actor(task, behaviour, seed, sampled)
     returns, lengths = np.zeros(episodes), np.zeros(episodes, np.int64)
     for episode in range(episodes):
         state, over = actor.reset(), False

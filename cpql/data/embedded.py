@@ -4,6 +4,9 @@ cpql ships small behaviour policies, snapshots of one SAC run, and follows D4RL'
 is the snapshot at a third of the expert's return, medium-replay mixes the snapshots on the way there.
 What comes out has D4RL's form, not its rows: never put the two in one table.
 
+For tasks without behaviours there are uniform random actions (`policy="random"`): no stand-in for anyone's
+data, but enough to see a task run from its environment to a score.
+
 A behaviour folder (`behaviours/hopper/`) holds `card.json`, which says what the snapshots are and how well
 they do, and one `step-0010000.safetensors` each (`cpql.data.behaviour` describes the format).
 """
@@ -22,7 +25,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import safetensors.numpy
@@ -32,7 +35,7 @@ from cpql.data import d4rl
 from cpql.data.behaviour import Behaviour, Episodes, play, rollout
 from cpql.data.d4rl import Progress
 from cpql.data.transitions import Transitions
-from cpql.environments import make_environment
+from cpql.environments import ROBOTICS, action_bounds, make_environment, make_task_environment
 from cpql.errors import ConfigError, DataError, did_you_mean
 from cpql.tasks import Task
 
@@ -41,6 +44,7 @@ __all__ = [
     "RECIPES",
     "Part",
     "Plan",
+    "Policy",
     "behaviours_folder",
     "cache_folder",
     "cached",
@@ -67,6 +71,9 @@ HYPERPARAMETERS: dict[str, Any] = {
     "buffer_size": 1_000_000,
 }
 """What `train_behaviour` gives to sbx's SAC; the rest is sbx's default."""
+
+Policy = Literal["random"]
+"""Whose actions to take, rather than those of the recipe that a dataset's name stands for."""
 
 ACTION_RULE = "sampled from the tanh-squashed Gaussian, as D4RL did"
 
@@ -104,9 +111,10 @@ class Part(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """All that a dataset follows from."""
+    """All that a dataset follows from; `id` is what it is called."""
 
     task: Task
+    id: str
     size: int
     seed: int
     parts: tuple[Part, ...]
@@ -122,6 +130,7 @@ class Plan(NamedTuple):
             self.size,
             self.seed,
             self.details["versions"],
+            *filter(None, (self.task.observation, self.task.env_options, self.task.reset_options)),
         ]
         weights = [part.behaviour.sha256 if part.behaviour else part.role for part in self.parts]
         key = hashlib.sha256(json.dumps([facts, weights]).encode()).hexdigest()[:16]
@@ -151,9 +160,30 @@ def collect(
     return _made(plan, _gather(plan, progress, workers))
 
 
-def save(task: Task, size: int, seed: int, path: Path, progress: Progress | None = None) -> Transitions:
-    """Collect a dataset into a file in D4RL's layout, which says that it is embedded, and read it back."""
-    plan = prepare(task, size, seed)
+def save(
+    task: Task,
+    size: int,
+    seed: int,
+    path: Path,
+    progress: Progress | None = None,
+    *,
+    policy: Policy | None = None,
+) -> Transitions:
+    """Collect a dataset into a file in D4RL's layout, which says that it is embedded, and read it back.
+
+    Args:
+        task: see `collect`, as are the following.
+        size: how many transitions.
+        seed: the same seed gives the same rows.
+        path: the file, whose actions are in the environment's bounds, as D4RL's are. One there is replaced.
+        progress: called as chunks come in.
+        policy: "random" takes uniform random actions, in any task's environment; None the task's recipe.
+
+    Raises:
+        DataError: there are no behaviours for the task, they are damaged, or the file can't be written.
+        ConfigError: there is no such policy, or the environment can't be made.
+    """
+    plan = prepare(task, size, seed, policy)
     return _save(plan, _gather(plan, progress, None), path)
 
 
@@ -172,7 +202,7 @@ def cached(
     path = plan.path()
     if path.exists():
         try:
-            data = d4rl.read(path, task.name)
+            data = _read(plan, path)
             if data.provenance.source != "embedded" or len(data) != size:
                 raise DataError(f"{path.name}: holds something else: expected {size} embedded transitions")
             return data
@@ -189,29 +219,39 @@ def cached(
 
 
 def _made(plan: Plan, arrays: dict[str, NDArray[Any]]) -> Transitions:
-    return Transitions.from_dict(arrays, source="embedded", id=plan.task.name, details=plan.details)
+    return Transitions.from_dict(arrays, source="embedded", id=plan.id, details=plan.details)
 
 
 def _save(plan: Plan, arrays: dict[str, NDArray[Any]], path: Path) -> Transitions:
-    origin = json.dumps({"source": "embedded", "id": plan.task.name, "details": plan.details})
+    origin = json.dumps({"source": "embedded", "id": plan.id, "details": plan.details})
+    low, high = _bounds(plan.task)
+    if (low != -1).any() or (high != 1).any():
+        arrays = arrays | {"actions": low + (arrays["actions"] + 1) * ((high - low) / 2)}
     d4rl.write(path, arrays, {d4rl.ORIGIN: origin})
-    return d4rl.read(path, plan.task.name)
+    return _read(plan, path)
 
 
-def prepare(task: Task, size: int, seed: int) -> Plan:
+def _read(plan: Plan, path: Path) -> Transitions:
+    low, high = _bounds(plan.task)
+    return d4rl.read(path, plan.id, action_low=low, action_high=high)
+
+
+def _bounds(task: Task) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    environment = make_task_environment(task)
+    environment.close()
+    return action_bounds(environment)
+
+
+def prepare(task: Task, size: int, seed: int, policy: Policy | None = None) -> Plan:
     """Look up the recipe and read the behaviours that it needs, without collecting anything.
 
     Raises:
         DataError: there are no behaviours for the task, or they are damaged.
+        ConfigError: there is no such policy.
     """
-    match = re.fullmatch(
-        r"(.+?)-(" + "|".join(sorted(RECIPES, key=len, reverse=True)) + r")(-v\d+)?", task.dataset
-    )
-    if match is None:
-        raise DataError(
-            f"no embedded recipe for '{task.dataset}': expected NAME-KIND, KIND one of {', '.join(RECIPES)}"
-        )
-    name, kind = match[1], match[2]
+    if policy not in (None, "random"):
+        raise ConfigError(f"policy={policy!r} is none: expected 'random', or None for the task's recipe")
+    name, kind = _recipe(task) if policy is None else ("", "random")
     parts: list[Part] = []
     card: dict[str, Any] = {}
     if kind != "random":
@@ -238,15 +278,30 @@ def prepare(task: Task, size: int, seed: int) -> Plan:
             f"{task.dataset}: a size of {size}: expected at least {len(parts)}, one for each behaviour"
         )
     used = [snapshot for snapshot in card.get("snapshots", []) if snapshot["role"] in RECIPES[kind]]
-    details = {
+    robotics = ("gymnasium-robotics",) if (task.id or "").startswith(ROBOTICS) else ()
+    details: dict[str, Any] = {
         "environment": task.id,
         "seed": seed,
         "recipe": [part.role if part.step is None else f"{part.role} at step {part.step}" for part in parts],
         "action_rule": ACTION_RULE if kind != "random" else "uniform in [-1, 1]",
-        "versions": _versions("gymnasium", "mujoco", "numpy"),
+        "versions": _versions("gymnasium", *robotics, "mujoco", "numpy"),
         "behaviours": {key: value for key, value in card.items() if key != "snapshots"} | {"snapshots": used},
     }
-    return Plan(task, size, seed, tuple(parts), details)
+    if task.env_options or task.reset_options:
+        details["environment_options"] = task.env_options | task.reset_options
+    id = task.name if policy is None else f"{task.name} with {policy} actions"
+    return Plan(task, id, size, seed, tuple(parts), details)
+
+
+def _recipe(task: Task) -> tuple[str, str]:
+    """Which behaviours and which recipe a dataset's name stands for."""
+    kinds = "|".join(sorted(RECIPES, key=len, reverse=True))
+    match = re.fullmatch(rf"(.+?)-({kinds})(-v\d+)?", task.dataset)
+    if match is None:
+        raise DataError(
+            f"no embedded recipe for '{task.dataset}': expected NAME-KIND, KIND one of {', '.join(RECIPES)}"
+        )
+    return match[1], match[2]
 
 
 def _read_card(folder: Path) -> dict[str, Any]:
@@ -292,10 +347,10 @@ def _gather(plan: Plan, progress: Progress | None, workers: int | None) -> dict[
         jobs += [(part.behaviour, steps) for steps in _shares(share, chunks)]
     seeds = np.random.SeedSequence(plan.seed).spawn(len(jobs))
     arguments = [
-        (plan.task.id, behaviour, steps, child) for (behaviour, steps), child in zip(jobs, seeds, strict=True)
+        (plan.task, behaviour, steps, child) for (behaviour, steps), child in zip(jobs, seeds, strict=True)
     ]
     # Here, so that a bad id is one line from this process and not a trace from a worker.
-    make_environment(plan.task.id).close()
+    make_task_environment(plan.task).close()
 
     def report(done: Sequence[int]) -> None:
         if progress is not None:
@@ -480,7 +535,8 @@ def make_card(
     if "environment" not in facts:
         raise DataError(f"{snapshots.name}: no training.json: expected one, or an environment to be named")
     id = str(facts["environment"])
-    make_environment(id).close()
+    task = Task(name=id, id=id, dataset=id, random_return=None, expert_return=None)
+    make_task_environment(task).close()
 
     found = {
         int(path.stem[5:]): path
@@ -507,7 +563,9 @@ def make_card(
                 progress(label, len(done), len(chosen))
 
         seeds = [np.random.SeedSequence((evaluation_seed, step, sampled, count)) for step in chosen]
-        arguments = [(id, behaviours[step], count, s, sampled) for step, s in zip(chosen, seeds, strict=True)]
+        arguments = [
+            (task, behaviours[step], count, s, sampled) for step, s in zip(chosen, seeds, strict=True)
+        ]
         return dict(zip(chosen, _in_workers(play, arguments, workers, report), strict=True))
 
     first = {s: e.summary() for s, e in evaluate(steps, first_episodes, True, "evaluate all").items()}
