@@ -9,6 +9,7 @@ extras = {
     "tensorboard": ["tensorboard>=2.15"],
     "minari": ["minari[hdf5,hf]>=0.5.4"],
     "robotics": ["gymnasium-robotics>=1.3"],
+    "export": ["onnx>=1.17", "onnxruntime>=1.20", "onnxscript>=0.3"],
     "behaviours": ["sbx-rl>=0.20"],
 }
 
@@ -46,6 +47,7 @@ setup(
             *extras["wandb"],
             *extras["tensorboard"],
             *extras["robotics"],
+            *extras["export"],
             "hypothesis>=6.100",
             "mypy>=1.15",
             "pytest>=8",

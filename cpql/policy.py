@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from cpql.actor import ActorConfig, ConsistencyActor, choose
 from cpql.config import build
 from cpql.critic import TwinCritic
 from cpql.errors import CheckpointError
+from cpql.export import FoldedActor, fold
 from cpql.tasks import Task
 
 __all__ = ["Policy", "PolicyConfig", "find_policy"]
@@ -85,7 +87,11 @@ class Policy:
         """Start the policy's noise anew."""
         self.generator.manual_seed(seed)
 
-    @torch.no_grad()
+    @cached_property
+    def folded(self) -> FoldedActor:
+        """The actor as a few numpy products, `cpql.export.fold`."""
+        return fold(self)
+
     def predict(
         self,
         observation: ArrayLike,
@@ -114,6 +120,16 @@ class Policy:
                 f"observation: expected shape [{self.config.state_dim}] or [B, {self.config.state_dim}], "
                 f"found {list(array.shape)}"
             )
+        if array.ndim == 1 and self.candidates == 1 and self.device.type == "cpu":
+            # One observation is small work: in numpy it takes a fifth of the time that modules take.
+            shape = (self.actor.steps, self.config.action_dim)
+            noise = torch.zeros(shape) if deterministic else torch.randn(shape, generator=self.generator)
+            action: NDArray[np.float32] = self.folded(array, noise.numpy())
+            return action, None
+        with torch.no_grad():
+            return self._predict(array, deterministic), None
+
+    def _predict(self, array: NDArray[np.float32], deterministic: bool) -> NDArray[np.float32]:
         batch = torch.from_numpy(np.atleast_2d(array)).to(self.device)
         if self.config.observation_mean:
             batch = (batch - self._mean) / self._std
@@ -137,7 +153,7 @@ class Policy:
             generator=generator,
         )
         scaled = self._low + (action.cpu().numpy() + 1.0) * 0.5 * self._span
-        return (scaled if array.ndim == 2 else scaled[0]), None
+        return scaled if array.ndim == 2 else scaled[0]
 
     def save(self, folder: str | Path) -> None:
         """Write `config.json` and `model.safetensors` into a folder, which must not exist yet."""

@@ -1,0 +1,213 @@
+"""The actor as a small program of its own: numpy, or ONNX for everything that isn't Python.
+
+At a fixed noise level the time embedding is a constant, so it folds into the first layer's bias; so do c_in
+and the normalisation of observations into its weights. What is left of an action is a few matrix products,
+with the noise as an input, so that it is the same everywhere:
+
+    h = observation W_s + b                                        once
+    x = c_skip x + c_out MLP(x W_x + h + b_t)                      for each sampling level t, x noised to t
+    action = low + (clip(x, -1, 1) + 1) / 2 (high - low)
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import secrets
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from cpql.errors import ConfigError
+from cpql.networks import Linear
+
+if TYPE_CHECKING:
+    from cpql.policy import Policy
+
+__all__ = ["FoldedActor", "fold", "to_onnx"]
+
+
+@dataclass(frozen=True)
+class Step:
+    """One sampling step: `x` is noised by `spread`, then `c_skip x + c_out MLP(x weight + ... + bias)`."""
+
+    spread: float
+    c_skip: float
+    c_out: float
+    weight: Any  # [A, H]
+    bias: Any  # [H]
+
+
+@dataclass(frozen=True)
+class FoldedActor:
+    """A policy's actor without its structure: arrays of numpy or torch, weights as [in, out].
+
+    Attributes:
+        state_weight: [S, H] and
+        state_bias: [H], the first layer for observations as the environment gives them.
+        steps: one for each sampling level.
+        layers: weight and bias of each further layer.
+        low: lower bounds [A] of actions.
+        span: upper minus lower bounds [A].
+        inside: clamp after every step, not just at the end.
+        tanh: noise actions before a tanh, see `cpql.consistency.perturb`.
+    """
+
+    state_weight: Any
+    state_bias: Any
+    steps: tuple[Step, ...]
+    layers: tuple[tuple[Any, Any], ...]
+    low: Any
+    span: Any
+    inside: bool
+    tanh: bool
+
+    def __call__(self, observation: Any, noise: Any, xp: ModuleType = np) -> Any:
+        """Act.
+
+        Args:
+            observation: [..., S], as the environment gives it.
+            noise: standard normal, [steps, ..., A]; zeros are the deterministic policy.
+            xp: numpy, or torch where the arrays are tensors.
+
+        Returns:
+            Actions [..., A] in the environment's bounds.
+        """
+        shared = observation @ self.state_weight + self.state_bias
+        x = 0.0 * noise[0]
+        for step, z in zip(self.steps, noise, strict=True):
+            if self.tanh:
+                x = xp.tanh(xp.arctanh(xp.clip(x, -0.999, 0.999)) + step.spread * z)
+            else:
+                x = x + step.spread * z
+            y = x @ step.weight + shared + step.bias
+            for weight, bias in self.layers:
+                y = _mish(y, xp) @ weight + bias
+            x = step.c_skip * x + step.c_out * y
+            if self.inside:
+                x = xp.clip(x, -1.0, 1.0)
+        return self.low + (xp.clip(x, -1.0, 1.0) + 1.0) * (0.5 * self.span)
+
+
+def _mish(x: Any, xp: ModuleType) -> Any:
+    # x tanh(softplus(x)) with one exponential, as in cpql.networks.Mish
+    w = xp.exp(xp.clip(x, None, 20.0))
+    n = w * (w + 2.0)
+    return x * (n / (n + 2.0))
+
+
+@torch.no_grad()
+def fold(policy: Policy) -> FoldedActor:
+    """Fold a policy's actor into numpy arrays of float32. Its critic and candidates aren't part of it."""
+    actor, config = policy.actor, policy.config
+    linear = [layer for layer in actor.mlp.layers if isinstance(layer, Linear)]
+    first = linear[0].weight.double()
+    x_part, time_part, state_part = torch.split(
+        first, [config.action_dim, config.actor.time_width, config.state_dim], -1
+    )
+    bias = linear[0].bias.double()
+    if config.observation_mean:
+        mean, std = (torch.tensor(v).double() for v in (config.observation_mean, config.observation_std))
+        state_part = state_part / std
+        bias = bias - state_part @ mean
+
+    def array(tensor: Tensor) -> Any:
+        return np.ascontiguousarray(tensor.cpu().float().numpy())
+
+    p, levels, steps = actor.parameterisation, actor.levels, []
+    for k, level in enumerate((levels.t_max, *config.actor.refinements)):
+        t = torch.tensor(level, dtype=torch.float64)
+        embedding = actor.time(p.c_time(t).float().to(policy.device)).double()
+        spread = level if k == 0 else math.sqrt(level**2 - levels.t_min**2)
+        weight, offset = (p.c_in(t) * x_part.cpu()).T, time_part @ embedding
+        steps.append(Step(spread, float(p.c_skip(t)), float(p.c_out(t)), array(weight), array(offset)))
+    low, high = (np.asarray(bound, np.float32) for bound in (config.action_low, config.action_high))
+    return FoldedActor(
+        state_weight=array(state_part.T),
+        state_bias=array(bias),
+        steps=tuple(steps),
+        layers=tuple((array(layer.weight.T), array(layer.bias)) for layer in linear[1:]),
+        low=low,
+        span=high - low,
+        inside=config.actor.clamp == "inside",
+        tanh=config.actor.action_norm,
+    )
+
+
+class _Program(nn.Module):
+    """A folded actor as a module, which is what torch exports."""
+
+    def __init__(self, folded: FoldedActor) -> None:
+        super().__init__()
+
+        def tensor(array: Any) -> Tensor:
+            return torch.from_numpy(array)
+
+        self.folded = FoldedActor(
+            tensor(folded.state_weight),
+            tensor(folded.state_bias),
+            tuple(Step(s.spread, s.c_skip, s.c_out, tensor(s.weight), tensor(s.bias)) for s in folded.steps),
+            tuple((tensor(weight), tensor(bias)) for weight, bias in folded.layers),
+            tensor(folded.low),
+            tensor(folded.span),
+            folded.inside,
+            folded.tanh,
+        )
+
+    def forward(self, observation: Tensor, noise: Tensor) -> Tensor:
+        action: Tensor = self.folded(observation, noise.unbind(0), torch)
+        return action
+
+
+def to_onnx(policy: Policy, path: str | Path) -> Path:
+    """Write the actor alone as an ONNX file.
+
+    Its inputs are `observation` [B, S] and `noise` [steps, B, A], standard normal or zeros; its output is
+    `action` [B, A] in the environment's bounds. All are float32, and B is free.
+
+    Args:
+        policy: whose actor. Candidates and critics aren't part of it.
+        path: of the file, which is written whole or not at all.
+
+    Raises:
+        ConfigError: what this needs isn't installed.
+    """
+    try:
+        import onnxscript  # noqa: F401
+    except ImportError:
+        raise ConfigError("ONNX needs packages: pip install 'cpql[export]'") from None
+    config, path = policy.config, Path(path)
+    example = (torch.zeros(2, config.state_dim), torch.zeros(policy.actor.steps, 2, config.action_dim))
+    batch = torch.export.Dim("batch")
+    # What the exporter says of its own parts and of torchvision is no news to whoever exports an actor.
+    talker = logging.getLogger("torch.onnx._internal.exporter._registration")
+    level = talker.level
+    talker.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            program = torch.onnx.export(
+                _Program(fold(policy)),
+                example,
+                input_names=["observation", "noise"],
+                output_names=["action"],
+                dynamic_shapes=({0: batch}, {1: batch}),
+                dynamo=True,
+                verbose=False,
+            )
+    finally:
+        talker.setLevel(level)
+    assert program is not None
+    aside = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
+    try:
+        program.save(str(aside), external_data=False)
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)
+    return path

@@ -1,0 +1,91 @@
+"""The actor outside its modules says what it says inside."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnxruntime  # type: ignore[import-untyped]
+import pytest
+import torch
+
+from cpql.actor import ActorConfig, ConsistencyActor
+from cpql.critic import TwinCritic
+from cpql.export import fold, to_onnx
+from cpql.policy import Policy, PolicyConfig
+from cpql.tasks import Task
+
+ACTORS = {
+    "one step": ActorConfig(hidden=(32, 32)),
+    "three steps, clamped inside": ActorConfig(hidden=(32,), refinements=(2.0, 0.3), clamp="inside"),
+    "unscaled": ActorConfig(hidden=(32, 32), parameterisation="unscaled", refinements=(2.0,)),
+    "before a tanh": ActorConfig(hidden=(32, 32), t_max=5.0, refinements=(0.8,), action_norm=True),
+}
+
+
+@pytest.fixture(params=list(ACTORS))
+def policy(request: pytest.FixtureRequest) -> Policy:
+    """A policy with odd bounds and normalised observations."""
+    torch.manual_seed(0)
+    actor = ConsistencyActor(5, 2, ACTORS[request.param])
+    config = PolicyConfig(
+        state_dim=5,
+        action_dim=2,
+        action_low=(-2.0, 0.0),
+        action_high=(2.0, 10.0),
+        actor=actor.config,
+        critic_hidden=(8,),
+        critic_layer_norm=False,
+        candidates=1,
+        temperature=1.0,
+        task=Task("made", None, "", None, None),
+        observation_mean=(1.0, 0.0, -3.0, 0.5, 0.0),
+        observation_std=(2.0, 1.0, 0.1, 1.0, 5.0),
+    )
+    return Policy(actor, TwinCritic(5, 2, (8,)), config)
+
+
+def expected(policy: Policy, observations: np.ndarray, noise: np.ndarray) -> np.ndarray:
+    """The module's own actions, in the environment's bounds."""
+    mean, std = (
+        np.array(v, np.float32) for v in (policy.config.observation_mean, policy.config.observation_std)
+    )
+    state = torch.from_numpy((observations - mean) / std)
+    with torch.no_grad():
+        unit = policy.actor.sample(state, noise=torch.from_numpy(noise)).numpy()
+    low, high = np.array(policy.config.action_low), np.array(policy.config.action_high)
+    scaled: np.ndarray = low + (unit + 1) / 2 * (high - low)
+    return scaled
+
+
+def drawn(policy: Policy, count: int) -> tuple[np.ndarray, np.ndarray]:
+    random = np.random.default_rng(0)
+    observations = random.normal(size=(count, 5)).astype(np.float32)
+    return observations, random.normal(size=(policy.actor.steps, count, 2)).astype(np.float32)
+
+
+def test_numpy_and_onnx_agree_with_the_module(policy: Policy, tmp_path: Path) -> None:
+    observations, noise = drawn(policy, 10_000)
+    wanted = expected(policy, observations, noise)
+    assert np.ptp(wanted, axis=0).min() > 0.5  # actions differ, or agreeing would be easy
+    folded = fold(policy)
+    np.testing.assert_allclose(folded(observations, noise), wanted, atol=1e-5)
+    np.testing.assert_allclose(folded(observations[3], noise[:, 3]), wanted[3], atol=1e-5)
+    path = to_onnx(policy, tmp_path / "actor.onnx")
+    assert [file.name for file in tmp_path.iterdir()] == ["actor.onnx"]
+    session = onnxruntime.InferenceSession(path)
+    assert [(i.name, i.shape[-1]) for i in session.get_inputs()] == [("observation", 5), ("noise", 2)]
+    for count in (1, 7, 10_000):
+        given = {"observation": observations[:count], "noise": noise[:, :count]}
+        np.testing.assert_allclose(session.run(["action"], given)[0], wanted[:count], atol=1e-5)
+
+
+def test_one_observation_takes_the_short_way_to_the_same_action(policy: Policy) -> None:
+    observations, _ = drawn(policy, 3)
+    for deterministic in (False, True):
+        policy.seed(4)
+        short = [policy.predict(o, deterministic=deterministic)[0] for o in observations]
+        policy.seed(4)
+        long = [policy.predict(o[None], deterministic=deterministic)[0][0] for o in observations]
+        np.testing.assert_allclose(short, long, atol=1e-5)
+        assert short[0].dtype == long[0].dtype == np.float32 and short[0].shape == (2,)
