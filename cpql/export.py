@@ -68,38 +68,62 @@ class FoldedActor:
     inside: bool
     tanh: bool
 
-    def __call__(self, observation: Any, noise: Any, xp: ModuleType = np) -> Any:
-        """Act.
+    def sample(self, observation: Any, noise: Any, xp: ModuleType = np) -> Any:
+        """Draw actions in [-1, 1].
 
         Args:
             observation: [..., S], as the environment gives it.
-            noise: standard normal, [steps, ..., A]; zeros are the deterministic policy.
+            noise: standard normal, [steps, ..., A], or what broadcasts against it; zeros are the
+                deterministic policy.
             xp: numpy, or torch where the arrays are tensors.
 
         Returns:
-            Actions [..., A] in the environment's bounds.
+            Actions [..., A].
         """
         shared = observation @ self.state_weight + self.state_bias
         x = 0.0 * noise[0]
-        for step, z in zip(self.steps, noise, strict=True):
+        for k, step in enumerate(self.steps):
             if self.tanh:
-                x = xp.tanh(xp.arctanh(xp.clip(x, -0.999, 0.999)) + step.spread * z)
+                x = xp.tanh(xp.arctanh(x.clip(-0.999, 0.999)) + step.spread * noise[k])
             else:
-                x = x + step.spread * z
+                x = x + step.spread * noise[k]
             y = x @ step.weight + shared + step.bias
             for weight, bias in self.layers:
                 y = _mish(y, xp) @ weight + bias
             x = step.c_skip * x + step.c_out * y
             if self.inside:
-                x = xp.clip(x, -1.0, 1.0)
-        return self.low + (xp.clip(x, -1.0, 1.0) + 1.0) * (0.5 * self.span)
+                x = x.clip(-1.0, 1.0)
+        return x.clip(-1.0, 1.0)
+
+    def __call__(self, observation: Any, noise: Any, xp: ModuleType = np) -> Any:
+        """Act: `sample` in the environment's bounds."""
+        return self.low + (self.sample(observation, noise, xp) + 1.0) * (0.5 * self.span)
+
+    def to(self, device: torch.device | str) -> FoldedActor:
+        """The same with tensors on a device in the place of numpy's arrays."""
+
+        def tensor(array: Any) -> Tensor:
+            return torch.from_numpy(array).to(device)
+
+        return FoldedActor(
+            tensor(self.state_weight),
+            tensor(self.state_bias),
+            tuple(Step(s.spread, s.c_skip, s.c_out, tensor(s.weight), tensor(s.bias)) for s in self.steps),
+            tuple((tensor(weight), tensor(bias)) for weight, bias in self.layers),
+            tensor(self.low),
+            tensor(self.span),
+            self.inside,
+            self.tanh,
+        )
 
 
 def _mish(x: Any, xp: ModuleType) -> Any:
     # x tanh(softplus(x)) with one exponential, as in cpql.networks.Mish
-    w = xp.exp(xp.clip(x, None, 20.0))
-    n = w * (w + 2.0)
-    return x * (n / (n + 2.0))
+    n = xp.exp(x.clip(max=20.0))
+    n *= n + 2.0
+    n /= n + 2.0
+    n *= x
+    return n
 
 
 @torch.no_grad()
@@ -145,23 +169,10 @@ class _Program(nn.Module):
 
     def __init__(self, folded: FoldedActor) -> None:
         super().__init__()
-
-        def tensor(array: Any) -> Tensor:
-            return torch.from_numpy(array)
-
-        self.folded = FoldedActor(
-            tensor(folded.state_weight),
-            tensor(folded.state_bias),
-            tuple(Step(s.spread, s.c_skip, s.c_out, tensor(s.weight), tensor(s.bias)) for s in folded.steps),
-            tuple((tensor(weight), tensor(bias)) for weight, bias in folded.layers),
-            tensor(folded.low),
-            tensor(folded.span),
-            folded.inside,
-            folded.tanh,
-        )
+        self.folded = folded.to("cpu")
 
     def forward(self, observation: Tensor, noise: Tensor) -> Tensor:
-        action: Tensor = self.folded(observation, noise.unbind(0), torch)
+        action: Tensor = self.folded(observation, noise, torch)
         return action
 
 

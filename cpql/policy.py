@@ -65,7 +65,8 @@ class Policy:
     """A trained policy: `Policy.load("runs/...").predict(observation)`.
 
     Attributes:
-        actor: the consistency actor, an ordinary module.
+        actor: the consistency actor, an ordinary module; `predict` uses its weights as they were when it was
+            first called.
         critic: the twin critic that ranks candidates.
         config: see `PolicyConfig`.
         candidates: may be changed at any time, as may `temperature`.
@@ -89,8 +90,12 @@ class Policy:
 
     @cached_property
     def folded(self) -> FoldedActor:
-        """The actor as a few numpy products, `cpql.export.fold`."""
+        """The actor as a few products of numpy arrays, from its weights as they are when first asked for."""
         return fold(self)
+
+    @cached_property
+    def _program(self) -> FoldedActor:
+        return self.folded.to(self.device)
 
     def predict(
         self,
@@ -121,39 +126,48 @@ class Policy:
                 f"found {list(array.shape)}"
             )
         if array.ndim == 1 and self.candidates == 1 and self.device.type == "cpu":
-            # One observation is small work: in numpy it takes a fifth of the time that modules take.
-            shape = (self.actor.steps, self.config.action_dim)
-            noise = torch.zeros(shape) if deterministic else torch.randn(shape, generator=self.generator)
-            action: NDArray[np.float32] = self.folded(array, noise.numpy())
+            # One observation is small work, for which torch takes longer than numpy.
+            action: NDArray[np.float32] = self.folded(array, self._noise((), deterministic).numpy())
             return action, None
         with torch.no_grad():
-            return self._predict(array, deterministic), None
+            actions = self._act(torch.from_numpy(np.atleast_2d(array)).to(self.device), deterministic)
+        scaled = self._low + (actions.cpu().numpy() + 1.0) * (0.5 * self._span)
+        return (scaled if array.ndim == 2 else scaled[0]), None
 
-    def _predict(self, array: NDArray[np.float32], deterministic: bool) -> NDArray[np.float32]:
-        batch = torch.from_numpy(np.atleast_2d(array)).to(self.device)
-        if self.config.observation_mean:
-            batch = (batch - self._mean) / self._std
-        generator = self.generator
+    def _noise(self, shape: tuple[int, ...], deterministic: bool) -> Tensor:
+        shape = (self.actor.steps, *shape, self.config.action_dim)
         if deterministic:
-            generator = torch.Generator(self.device).manual_seed(0)
+            return torch.zeros(shape, device=self.device)
+        return torch.randn(shape, generator=self.generator, device=self.device)
 
-        def sample(s: Tensor) -> Tensor:
-            if not deterministic or self.candidates == 1:
-                noise = torch.zeros(self.actor.noise_shape(s), device=s.device) if deterministic else None
-                return self.actor.sample(s, generator=generator, noise=noise)
-            noise = torch.randn(self.actor.noise_shape(s[:1]), generator=generator, device=s.device)
-            return self.actor.sample(s, noise=noise.expand(self.actor.noise_shape(s)))
+    def _act(self, observations: Tensor, deterministic: bool) -> Tensor:
+        """Actions [B, A] in [-1, 1] for observations [B, S] as the environment gives them."""
+        if self.candidates == 1:
+            noise = self._noise((len(observations),), deterministic)
+            alone: Tensor = self._program.sample(observations, noise, torch)
+            return alone
+        states = observations
+        if self.config.observation_mean:
+            states = (observations - self._mean) / self._std
+        generator, shape = self.generator, (len(states), self.candidates)
+        if deterministic:
+            generator, shape = torch.Generator(self.device).manual_seed(0), (1, self.candidates)
 
-        action = choose(
+        def sample(_: Tensor) -> Tensor:
+            size = (self.actor.steps, *shape, self.config.action_dim)
+            noise = torch.randn(size, generator=generator, device=self.device)
+            # What all candidates of a state share is computed once.
+            actions: Tensor = self._program.sample(observations.unsqueeze(-2), noise, torch)
+            return actions
+
+        return choose(
             sample,
             self.critic,
-            batch,
+            states,
             candidates=self.candidates,
             temperature=0.0 if deterministic else self.temperature,
             generator=generator,
         )
-        scaled = self._low + (action.cpu().numpy() + 1.0) * 0.5 * self._span
-        return scaled if array.ndim == 2 else scaled[0]
 
     def save(self, folder: str | Path) -> None:
         """Write `config.json` and `model.safetensors` into a folder, which must not exist yet."""
