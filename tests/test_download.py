@@ -665,7 +665,7 @@ def test_a_process_that_waits_outlives_the_folder(server: Server, path: Path) ->
         assert process.stdout is not None
         assert "another process is downloading it" in process.stdout.readline()
         # As a download that fails here leaves things. The waiting one may make its lock again in between.
-        while path.parent.exists():
+        while path.parent.exists() and not path.exists() and process.poll() is None:
             path.with_name(".file.bin.lock").unlink(missing_ok=True)
             with contextlib.suppress(OSError):
                 path.parent.rmdir()
