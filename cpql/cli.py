@@ -170,7 +170,7 @@ def _members(content: DictConfig) -> list[tuple[TrainConfig, dict[str, Any]]]:
     Raises:
         ConfigError: lists of different lengths, or a setting that isn't valid.
     """
-    from cpql.training import BY_MEMBER
+    from cpql.agents import BY_MEMBER
 
     lists = {f"agent.{name}": OmegaConf.select(content, f"agent.{name}") for name in BY_MEMBER}
     lists = {key: list(value) for key, value in lists.items() if OmegaConf.is_list(value)}

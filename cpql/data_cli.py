@@ -29,7 +29,7 @@ from cpql.errors import ConfigError, CpqlError, DataError, did_you_mean
 
 if TYPE_CHECKING:
     from cpql.data.download import Progress
-    from cpql.data.transitions import Transitions
+    from cpql.data.transitions import Reading, Transitions
     from cpql.tasks import Task
 
 __all__ = ["main"]
@@ -329,15 +329,12 @@ def _task(name: str) -> Task:
     return Task(name=name, id=name, dataset=name, random_return=None, expert_return=None)
 
 
-def _environment_facts(task: Task) -> tuple[tuple[int, int], dict[str, Any]]:
-    """An environment's widths, and what it says of files: its actions' bounds and its time limit."""
-    from cpql.environments import action_bounds, make_task_environment, widths
+def _environment_facts(task: Task) -> tuple[tuple[int, int], Reading]:
+    """An environment's widths, and what it says of files."""
+    from cpql.environments import facts
 
-    environment = make_task_environment(task)
-    environment.close()
-    low, high = action_bounds(environment)
-    limit = environment.spec.max_episode_steps if environment.spec else None
-    return widths(environment), {"action_low": low, "action_high": high, "episode_limit": limit}
+    widths, low, high, limit = facts(task)
+    return widths, {"action_low": low, "action_high": high, "episode_limit": limit}
 
 
 def _read_own(path: Path, env: str | None) -> tuple[Transitions, Task | None]:
@@ -357,7 +354,7 @@ def _read_own(path: Path, env: str | None) -> tuple[Transitions, Task | None]:
     return data, task
 
 
-def _read(path: Path, task: Task | None, facts: dict[str, Any]) -> Transitions:
+def _read(path: Path, task: Task | None, facts: Reading) -> Transitions:
     from cpql.data import files
 
     try:
@@ -502,7 +499,7 @@ def convert(options: argparse.Namespace) -> None:
     task = _task(options.env) if options.env else None
     facts = _bounds(source, target, task)
     data = _read(source, task, facts)
-    bounds = {key: facts[key] for key in ("action_low", "action_high") if key in facts}
+    bounds: Any = {key: facts[key] for key in ("action_low", "action_high") if key in facts}
     environment = task.id if task else None
     made = files.write(
         data, target, id=options.id or "", environment=environment, replace=options.force, **bounds
@@ -530,7 +527,7 @@ def convert(options: argparse.Namespace) -> None:
         print(f"lost: {loss}")
 
 
-def _bounds(source: Path, target: Path, task: Task | None) -> dict[str, Any]:
+def _bounds(source: Path, target: Path, task: Task | None) -> Reading:
     """The bounds that actions in HDF5 and NPZ have, and the time limit, for `files.read`."""
     from cpql.data import files, minari
 

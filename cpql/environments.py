@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any
+from typing import Any, NamedTuple
 
 import gymnasium
 import numpy as np
@@ -12,7 +12,15 @@ from numpy.typing import NDArray
 from cpql.errors import ConfigError, did_you_mean
 from cpql.tasks import Task
 
-__all__ = ["TaskEnvironment", "action_bounds", "make_environment", "make_task_environment", "widths"]
+__all__ = [
+    "Facts",
+    "TaskEnvironment",
+    "action_bounds",
+    "facts",
+    "make_environment",
+    "make_task_environment",
+    "widths",
+]
 
 ROBOTICS = ("AdroitHand", "AntMaze", "Fetch", "FrankaKitchen", "PointMaze")
 
@@ -155,3 +163,31 @@ def action_bounds(environment: gymnasium.Env[Any, Any]) -> tuple[NDArray[np.floa
     if not isinstance(actions, gymnasium.spaces.Box) or not actions.is_bounded():
         raise ConfigError(f"actions are {actions}: expected a bounded Box")
     return actions.low.astype(np.float32), actions.high.astype(np.float32)
+
+
+class Facts(NamedTuple):
+    """What a task's environment says about its data.
+
+    Attributes:
+        widths: how many numbers an observation and an action have, S and A.
+        action_low: lower bounds [A] of actions.
+        action_high: upper bounds [A].
+        episode_limit: steps after which it truncates an episode, or None.
+    """
+
+    widths: tuple[int, int]
+    action_low: NDArray[np.float32]
+    action_high: NDArray[np.float32]
+    episode_limit: int | None
+
+
+def facts(task: Task) -> Facts:
+    """Make a task's environment, and ask it.
+
+    Raises:
+        ConfigError: see `make_task_environment`, `widths` and `action_bounds`.
+    """
+    environment = make_task_environment(task)
+    environment.close()
+    limit = environment.spec.max_episode_steps if environment.spec else None
+    return Facts(widths(environment), *action_bounds(environment), limit)

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import logging
 import math
-import secrets
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -193,6 +192,8 @@ def to_onnx(policy: Policy, path: str | Path) -> Path:
         import onnxscript  # noqa: F401
     except ImportError:
         raise ConfigError("ONNX needs packages: pip install 'cpql[export]'") from None
+    from cpql.data.d4rl import replacing  # acting alone doesn't load h5py
+
     config, path = policy.config, Path(path)
     example = (torch.zeros(2, config.state_dim), torch.zeros(policy.actor.steps, 2, config.action_dim))
     batch = torch.export.Dim("batch")
@@ -215,10 +216,6 @@ def to_onnx(policy: Policy, path: str | Path) -> Path:
     finally:
         talker.setLevel(level)
     assert program is not None
-    aside = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
-    try:
+    with replacing(path) as aside:
         program.save(str(aside), external_data=False)
-        aside.replace(path)
-    finally:
-        aside.unlink(missing_ok=True)
     return path

@@ -12,19 +12,18 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import torch
 from rich.console import Console
 from torch import Tensor
 
 import cpql.data
-from cpql.agents import AGENTS, Agent, AgentConfig
+from cpql.agents import AGENTS, BY_MEMBER, Agent, AgentConfig
 from cpql.config import TrainConfig, build
 from cpql.critic import TwinCritic
 from cpql.data import transforms
 from cpql.data.embedded import cache_folder
 from cpql.data.transitions import Transitions
-from cpql.environments import action_bounds, make_task_environment
+from cpql.environments import facts
 from cpql.errors import CheckpointError, ConfigError, CpqlError, did_you_mean
 from cpql.evaluation import versions
 from cpql.logging import progress
@@ -32,10 +31,7 @@ from cpql.policy import Policy, PolicyConfig
 from cpql.runs import Run
 from cpql.tasks import Task
 
-__all__ = ["BY_MEMBER", "Interrupted", "train", "train_group"]
-
-BY_MEMBER = ("actor_lr", "critic_lr", "eta")
-"""The agent's settings that may differ between the members of a group, besides the seed."""
+__all__ = ["Interrupted", "train", "train_group"]
 
 # What one program's members may differ in.
 OWN = ("seed", "run_dir", "agent")
@@ -62,14 +58,22 @@ def agent_config(config: TrainConfig) -> tuple[type[Agent], AgentConfig]:
     return kind, replace(built, updates=config.budget.updates)
 
 
-def make_policy(agent: Agent, config: TrainConfig, data: Transitions, member: int = 0) -> Policy:
+Bounds = tuple[tuple[float, ...], tuple[float, ...]]
+
+
+def bounds_of(task: Task, action_dim: int) -> Bounds:
+    """Lower and upper bounds of a task's actions; [-1, 1] where it has no environment."""
+    if task.id is None:
+        return (-1.0,) * action_dim, (1.0,) * action_dim
+    _, low, high, _ = facts(task)
+    return tuple(low.tolist()), tuple(high.tolist())
+
+
+def make_policy(
+    agent: Agent, config: TrainConfig, data: Transitions, bounds: Bounds, member: int = 0
+) -> Policy:
     """A member's present policy, as it is deployed: the online actor and the target critic."""
     c = agent.config
-    low, high = -np.ones(agent.action_dim, np.float32), np.ones(agent.action_dim, np.float32)
-    if config.env.id is not None:
-        environment = make_task_environment(config.env)
-        low, high = action_bounds(environment)
-        environment.close()
     mean, std = ((), ()) if data.normalisation is None else (tuple(x.tolist()) for x in data.normalisation)
     step = int(agent.state["step"])
     actor: Any = agent.module("actor", member)
@@ -84,8 +88,7 @@ def make_policy(agent: Agent, config: TrainConfig, data: Transitions, member: in
     described = PolicyConfig(
         agent.state_dim,
         agent.action_dim,
-        tuple(low.tolist()),
-        tuple(high.tolist()),
+        *bounds,
         c.actor,
         c.critic_hidden,
         c.critic_layer_norm,
@@ -300,6 +303,7 @@ class _Training:
     ) -> None:
         self.runs, self.agent, self.data, self.console = runs, agent, data, console
         self.config = replace(runs[0].config, env=task)
+        self.bounds = bounds_of(task, agent.action_dim)
         self.generators = [torch.Generator(data.device).manual_seed(run.config.seed) for run in runs]
         self.means = Means(agent.members)
         self.diverged: dict[int, CpqlError] = {}
@@ -355,7 +359,7 @@ class _Training:
                     text = self.log(time.monotonic() - began, self.step - first)
                 if self.step % budget.evaluate_every == 0 or done:
                     for k, run in self.going():
-                        policy = make_policy(agent, self.of(run), self.data, k)
+                        policy = self.policy(k, run)
                         run.evaluate(self.step, policy, budget.final_episodes if done else budget.episodes)
                 if self.step % budget.save_every == 0 or done:
                     self.save()
@@ -368,9 +372,10 @@ class _Training:
                         "resume=true"
                     )
 
-    def of(self, run: Run) -> TrainConfig:
-        """A member's configuration, with the task as the data have it."""
-        return replace(run.config, env=self.config.env)
+    def policy(self, member: int, run: Run) -> Policy:
+        """A member's present policy, for the task as the data have it."""
+        config = replace(run.config, env=self.config.env)
+        return make_policy(self.agent, config, self.data, self.bounds, member)
 
     def log(self, seconds: float, updates: int) -> str:
         """Write the interval's means, and say them in short: over the members that haven't diverged."""
@@ -414,7 +419,7 @@ class _Training:
             tensors["means_count"] = torch.tensor(self.means.count)
             sums = self.means.sums.items()
             tensors |= {f"means.{name}": value[k] if self.agent.members else value for name, value in sums}
-            run.save(self.step, make_policy(self.agent, self.of(run), self.data, k), tensors)
+            run.save(self.step, self.policy(k, run), tensors)
 
     def restore(self) -> None:
         """Take up the last checkpoint that all members have."""

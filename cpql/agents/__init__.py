@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from cpql.agents.agent import BY_MEMBER as BY_MEMBER
 from cpql.agents.agent import Agent as Agent
 from cpql.agents.agent import AgentConfig as AgentConfig
 from cpql.agents.agent import TargetConfig as TargetConfig

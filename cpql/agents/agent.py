@@ -18,7 +18,10 @@ from cpql.errors import ConfigError
 from cpql.networks import set_product
 from cpql.optimisation import Network, adam, clip_gradient, value_and_grad
 
-__all__ = ["Agent", "AgentConfig", "TargetConfig", "steps_first"]
+__all__ = ["BY_MEMBER", "Agent", "AgentConfig", "TargetConfig", "steps_first"]
+
+BY_MEMBER = ("actor_lr", "critic_lr", "eta")
+"""The settings that may differ between the members of a group, besides the seed."""
 
 Metrics = dict[str, Tensor]
 Noise = dict[str, Tensor]
@@ -159,9 +162,7 @@ class Agent:
         self.state_dim, self.action_dim = state_dim, action_dim
         self.config = config if config is not None else self.config_class()
         self.members: tuple[int, ...] = () if isinstance(seed, int) else (len(seed),)
-        self._by_member = {
-            name: self._of_members(name, torch.device(device)) for name in ("actor_lr", "critic_lr", "eta")
-        }
+        self._by_member = {name: self._of_members(name, torch.device(device)) for name in BY_MEMBER}
         initial = []
         with torch.random.fork_rng(devices=[]):
             for one in [seed] if isinstance(seed, int) else seed:

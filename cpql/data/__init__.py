@@ -14,7 +14,7 @@ from cpql.errors import ConfigError, DataError, did_you_mean
 
 if TYPE_CHECKING:
     from cpql.data.d4rl import Progress
-    from cpql.data.transitions import Batch, Provenance, TimeLimits, Transitions
+    from cpql.data.transitions import Batch, Provenance, Reading, TimeLimits, Transitions
     from cpql.tasks import Task
 
 __all__ = ["SOURCES", "Batch", "Provenance", "Transitions", "load"]
@@ -67,7 +67,7 @@ def load(
         DataError: the data can't be had, or aren't valid.
     """
     from cpql.data import d4rl, embedded, files, minari
-    from cpql.environments import action_bounds, make_task_environment, widths
+    from cpql.environments import facts
 
     if source not in SOURCES:
         raise ConfigError(f"no dataset source '{source}': {did_you_mean(source, SOURCES)}")
@@ -79,14 +79,10 @@ def load(
         folder = minari.locate(id, say=say)
     if folder is not None:
         task = minari.task(task, folder)
-    form: dict[str, Any] = {"time_limits": time_limits}
+    form: Reading = {"time_limits": time_limits}
     expected = None
     if task.id is not None:
-        environment = make_task_environment(task)
-        expected = widths(environment)
-        form["action_low"], form["action_high"] = action_bounds(environment)
-        form["episode_limit"] = environment.spec.max_episode_steps if environment.spec else None
-        environment.close()
+        expected, form["action_low"], form["action_high"], form["episode_limit"] = facts(task)
     if folder is not None:
         data = minari.read(folder, task, time_limits=time_limits)
     elif path is not None:

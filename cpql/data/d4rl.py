@@ -17,15 +17,15 @@ import secrets
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 from urllib.parse import urlsplit
 
 import h5py  # type: ignore[import-untyped]
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
 from cpql.data.download import Progress, fetch
-from cpql.data.transitions import TimeLimits, Transitions
+from cpql.data.transitions import Provenance, Reading, Transitions
 from cpql.errors import DataError
 
 __all__ = [
@@ -35,6 +35,8 @@ __all__ = [
     "filename",
     "find",
     "opened",
+    "origin",
+    "origin_of",
     "read",
     "replacing",
     "urls",
@@ -90,10 +92,7 @@ def read(
     id: str,
     *,
     source: str = "file",
-    time_limits: TimeLimits = "keep",
-    episode_limit: int | None = None,
-    action_low: ArrayLike = -1.0,
-    action_high: ArrayLike = 1.0,
+    **reading: Unpack[Reading],
 ) -> Transitions:
     """Read and check any HDF5 file in D4RL's layout.
 
@@ -102,31 +101,18 @@ def read(
         id: the dataset's id, for the provenance.
         source: "file" or "d4rl". A file that cpql collected says so itself, and that wins, so that it
             can't pass for D4RL under another name.
-        time_limits: see `Transitions.from_dict`, as are the following.
-        episode_limit: steps after which an episode is truncated, where the file doesn't say.
-        action_low: the actions' lower bounds in the file.
-        action_high: their upper bounds.
+        **reading: see `Reading`.
 
     Raises:
         DataError: the file is missing, empty, truncated, not HDF5 or doesn't hold valid transitions.
     """
     path = Path(path)
-    with opened(path) as (arrays, origin), ThreadPoolExecutor(1) as beside:
+    with opened(path) as (arrays, said), ThreadPoolExecutor(1) as beside:
         sha256 = beside.submit(_sha256, path)
         details: dict[str, Any] = {}
-        if origin is not None:
-            source, id, details = origin
-        data = Transitions.from_dict(
-            arrays,
-            source=source,
-            id=id,
-            file=path.name,
-            details=details,
-            time_limits=time_limits,
-            episode_limit=episode_limit,
-            action_low=action_low,
-            action_high=action_high,
-        )
+        if said is not None:
+            source, id, details = said
+        data = Transitions.from_dict(arrays, source=source, id=id, file=path.name, details=details, **reading)
         return dataclasses.replace(
             data, provenance=dataclasses.replace(data.provenance, sha256=sha256.result())
         )
@@ -163,7 +149,8 @@ def opened(path: Path) -> Iterator[tuple[dict[str, h5py.Dataset], tuple[str, str
             if not arrays:
                 found = ", ".join(file) or "nothing"
                 raise DataError(f"{name}: none of D4RL's arrays, only {found}: expected {', '.join(KEYS)}")
-            yield arrays, _origin(file, name)
+            text = file.attrs.get(ORIGIN)
+            yield arrays, None if text is None else origin(text, f"{name}: the attribute")
     except (OSError, RuntimeError, KeyError) as error:
         reason = " ".join(str(error).split())
         raise DataError(f"{name}: damaged, can't be read ({reason}): expected whole HDF5") from error
@@ -191,15 +178,27 @@ def _dataset(file: h5py.File, key: str, name: str) -> h5py.Dataset:
     return dataset
 
 
-def _origin(file: h5py.File, name: str) -> tuple[str, str, dict[str, Any]] | None:
-    text = file.attrs.get(ORIGIN)
-    if text is None:
+def origin_of(provenance: Provenance) -> str | None:
+    """What a file of other people's layout must say about data that came from cpql or Minari: JSON, or None.
+
+    D4RL's data carry none: a copy could be changed by anyone, and isn't D4RL's any more.
+    """
+    if provenance.source in ("d4rl", "file", "dict"):
         return None
+    return json.dumps({"source": provenance.source, "id": provenance.id, "details": provenance.details})
+
+
+def origin(text: str, where: str) -> tuple[str, str, dict[str, Any]]:
+    """Read what `origin_of` wrote: source, id and details.
+
+    Raises:
+        DataError: it is damaged; `where` says what of which file it is.
+    """
     try:
-        origin = json.loads(text)
-        return str(origin["source"]), str(origin["id"]), dict(origin["details"])
-    except (ValueError, TypeError, KeyError) as error:
-        raise DataError(f"{name}: the attribute '{ORIGIN}' is damaged: expected what cpql wrote") from error
+        found = json.loads(text)
+        return str(found["source"]), str(found["id"]), dict(found["details"])
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise DataError(f"{where} '{ORIGIN}' is damaged: expected what cpql wrote") from error
 
 
 def write(

@@ -35,7 +35,7 @@ from cpql.data import d4rl
 from cpql.data.behaviour import Behaviour, Episodes, play, rollout
 from cpql.data.d4rl import Progress
 from cpql.data.transitions import Transitions
-from cpql.environments import ROBOTICS, action_bounds, make_environment, make_task_environment
+from cpql.environments import ROBOTICS, facts, make_environment, make_task_environment
 from cpql.errors import ConfigError, DataError, did_you_mean
 from cpql.tasks import Task
 
@@ -224,7 +224,7 @@ def _made(plan: Plan, arrays: dict[str, NDArray[Any]]) -> Transitions:
 
 def _save(plan: Plan, arrays: dict[str, NDArray[Any]], path: Path) -> Transitions:
     origin = json.dumps({"source": "embedded", "id": plan.id, "details": plan.details})
-    low, high = _bounds(plan.task)
+    _, low, high, _ = facts(plan.task)
     if (low != -1).any() or (high != 1).any():
         arrays = arrays | {"actions": low + (arrays["actions"] + 1) * ((high - low) / 2)}
     d4rl.write(path, arrays, {d4rl.ORIGIN: origin})
@@ -232,14 +232,8 @@ def _save(plan: Plan, arrays: dict[str, NDArray[Any]], path: Path) -> Transition
 
 
 def _read(plan: Plan, path: Path) -> Transitions:
-    low, high = _bounds(plan.task)
+    _, low, high, _ = facts(plan.task)
     return d4rl.read(path, plan.id, action_low=low, action_high=high)
-
-
-def _bounds(task: Task) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    environment = make_task_environment(task)
-    environment.close()
-    return action_bounds(environment)
 
 
 def prepare(task: Task, size: int, seed: int, policy: Policy | None = None) -> Plan:

@@ -13,14 +13,14 @@ import shutil
 import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Unpack
 
 import h5py  # type: ignore[import-untyped]
 import numpy as np
 from numpy.typing import ArrayLike
 
 from cpql.data import d4rl, minari, npz
-from cpql.data.transitions import TimeLimits, Transitions
+from cpql.data.transitions import Reading, Transitions
 from cpql.errors import DataError
 from cpql.tasks import Task
 
@@ -51,10 +51,7 @@ def read(
     *,
     task: Task | None = None,
     source: str = "file",
-    time_limits: TimeLimits = "keep",
-    episode_limit: int | None = None,
-    action_low: ArrayLike = -1.0,
-    action_high: ArrayLike = 1.0,
+    **reading: Unpack[Reading],
 ) -> Transitions:
     """Read and check a dataset of any form.
 
@@ -64,10 +61,7 @@ def read(
             folders, and files that cpql collected or converted, say it themselves.
         task: whose `observation` says which arrays to take where Minari's observations are dicts.
         source: "file", or "d4rl" for a file of its own cache folder.
-        time_limits: see `Transitions.from_dict`, as are the following.
-        episode_limit: for HDF5 and NPZ without `timeouts`.
-        action_low: the actions' lower bounds in HDF5 and NPZ, [A] or one for all.
-        action_high: their upper bounds.
+        **reading: see `Reading`; of a Minari folder, which says the rest itself, `time_limits` alone counts.
 
     Raises:
         DataError: there is no such dataset, it is damaged, or doesn't hold valid transitions.
@@ -75,15 +69,9 @@ def read(
     path = Path(path)
     kind = form(path)
     if kind == "minari":
-        return minari.read(path, task, time_limits=time_limits)
-    options: dict[str, Any] = {
-        "time_limits": time_limits,
-        "episode_limit": episode_limit,
-        "action_low": action_low,
-        "action_high": action_high,
-    }
+        return minari.read(path, task, time_limits=reading.get("time_limits", "keep"))
     id = id or path.stem
-    return npz.read(path, id, **options) if kind == "npz" else d4rl.read(path, id, source=source, **options)
+    return npz.read(path, id, **reading) if kind == "npz" else d4rl.read(path, id, source=source, **reading)
 
 
 def write(
@@ -128,7 +116,7 @@ def write(
     transitions = _in_bounds(transitions, np.asarray(action_low), np.asarray(action_high))
     if kind == "npz":
         return npz.write(transitions, path)
-    origin = npz.origin_of(transitions.provenance)
+    origin = d4rl.origin_of(transitions.provenance)
     d4rl.write(path, transitions.to_dict(), {} if origin is None else {d4rl.ORIGIN: origin})
     return path
 

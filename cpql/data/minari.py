@@ -45,8 +45,7 @@ import h5py  # type: ignore[import-untyped]
 import numpy as np
 from numpy.typing import NDArray
 
-from cpql.data.d4rl import MOST_EXPANSION, ORIGIN, UNSUSPICIOUS_BYTES
-from cpql.data.npz import origin, origin_of
+from cpql.data.d4rl import MOST_EXPANSION, ORIGIN, UNSUSPICIOUS_BYTES, origin, origin_of
 from cpql.data.transitions import TimeLimits, Transitions
 from cpql.environments import action_bounds, make_environment
 from cpql.errors import DataError
@@ -272,7 +271,7 @@ def read(where: Where, task: Task | None = None, *, time_limits: TimeLimits = "k
     environment = _environment(about)
     source, id, details = "minari", about["dataset_id"], {"environment": environment and environment[0]}
     if ORIGIN in about:
-        source, id, details = origin(about[ORIGIN], _name(folder / ABOUT))
+        source, id, details = origin(about[ORIGIN], f"{_name(folder / ABOUT)}:")
     return Transitions.from_dict(
         arrays,
         source=source,

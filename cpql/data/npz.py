@@ -9,7 +9,6 @@ compared with what the archive holds before any of it is read.
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import os
 import struct
@@ -18,17 +17,17 @@ import zipfile
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 from numpy.lib import format as npy
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
-from cpql.data.d4rl import KEYS, MOST_EXPANSION, ORIGIN, UNSUSPICIOUS_BYTES, replacing
-from cpql.data.transitions import Provenance, TimeLimits, Transitions
+from cpql.data.d4rl import KEYS, MOST_EXPANSION, ORIGIN, UNSUSPICIOUS_BYTES, origin, origin_of, replacing
+from cpql.data.transitions import Reading, Transitions
 from cpql.errors import DataError, did_you_mean
 
-__all__ = ["origin", "origin_of", "read", "write"]
+__all__ = ["read", "write"]
 
 TABLES = ("observations", "next_observations", "actions")
 # D4RL's own files carry these besides; they say nothing about the transitions.
@@ -52,22 +51,15 @@ Member = tuple[tuple[int, ...], np.dtype[Any]]
 def read(
     path: str | os.PathLike[str],
     id: str | None = None,
-    *,
-    time_limits: TimeLimits = "keep",
-    episode_limit: int | None = None,
-    action_low: ArrayLike = -1.0,
-    action_high: ArrayLike = 1.0,
+    **reading: Unpack[Reading],
 ) -> Transitions:
     """Read and check an NPZ file.
 
     Args:
         path: the file.
         id: the dataset's id, for the provenance; the file's name without its ending by default. A file with
-            data that mustn't pass for D4RL's says so itself (see `origin_of`), and that wins.
-        time_limits: see `Transitions.from_dict`, as are the following.
-        episode_limit: steps after which an episode is truncated, where the file doesn't say.
-        action_low: the actions' lower bounds in the file, [A] or one for all.
-        action_high: their upper bounds.
+            data that mustn't pass for D4RL's says so itself (see `cpql.data.d4rl.origin_of`), and that wins.
+        **reading: see `Reading`.
 
     Raises:
         DataError: the file is missing or damaged, isn't NPZ, declares more than it holds, lacks a key or has
@@ -99,19 +91,10 @@ def read(
         raise DataError(f"{name}: damaged, '{key}' can't be read ({reason}): expected whole NPZ") from error
     text = arrays.pop(ORIGIN, None)
     source, id, details = (
-        ("file", path.stem if id is None else id, {}) if text is None else origin(str(text), name)
+        ("file", path.stem if id is None else id, {}) if text is None else origin(str(text), f"{name}:")
     )
     return Transitions.from_dict(
-        arrays,
-        source=source,
-        id=id,
-        file=name,
-        sha256=sha256,
-        details=details,
-        time_limits=time_limits,
-        episode_limit=episode_limit,
-        action_low=action_low,
-        action_high=action_high,
+        arrays, source=source, id=id, file=name, sha256=sha256, details=details, **reading
     )
 
 
@@ -206,26 +189,3 @@ def write(transitions: Transitions, path: str | os.PathLike[str]) -> Path:
     except OSError as error:
         raise DataError(f"{path.name}: can't be written in {path.absolute().parent} ({error})") from error
     return path
-
-
-def origin_of(provenance: Provenance) -> str | None:
-    """What a file of other people's layout must say about data that came from cpql or Minari: JSON, or None.
-
-    D4RL's data carry none: a copy could be changed by anyone, and isn't D4RL's any more.
-    """
-    if provenance.source in ("d4rl", "file", "dict"):
-        return None
-    return json.dumps({"source": provenance.source, "id": provenance.id, "details": provenance.details})
-
-
-def origin(text: str, name: str) -> tuple[str, str, dict[str, Any]]:
-    """Read what `origin_of` wrote: source, id and details.
-
-    Raises:
-        DataError: it is damaged; `name` is the file's.
-    """
-    try:
-        found = json.loads(text)
-        return str(found["source"]), str(found["id"]), dict(found["details"])
-    except (ValueError, TypeError, KeyError, RecursionError) as error:
-        raise DataError(f"{name}: '{ORIGIN}' is damaged: expected what cpql wrote") from error

@@ -32,7 +32,7 @@ import dataclasses
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypedDict
 
 import numpy as np
 import torch
@@ -41,9 +41,26 @@ from torch import Tensor
 
 from cpql.errors import DataError
 
-__all__ = ["Batch", "Provenance", "TimeLimits", "Transitions"]
+__all__ = ["Batch", "Provenance", "Reading", "TimeLimits", "Transitions"]
 
 TimeLimits = Literal["keep", "drop"]
+
+
+class Reading(TypedDict, total=False):
+    """What neither arrays nor files say about themselves: keyword arguments of `Transitions.from_dict`.
+
+    Attributes:
+        time_limits: "drop" leaves out the rows at a time limit, as `d4rl.qlearning_dataset` does.
+        episode_limit: where there are no `timeouts`, an episode is truncated after this many steps.
+        action_low: the actions' lower bounds in the data, [A] or one for all; -1 by default.
+        action_high: their upper bounds, 1 by default; actions are scaled from there to [-1, 1].
+    """
+
+    time_limits: TimeLimits
+    episode_limit: int | None
+    action_low: ArrayLike
+    action_high: ArrayLike
+
 
 # Actions that left [-1, 1] by rounding are clipped; beyond this they are in other units.
 ACTION_TOLERANCE = 1e-3
@@ -263,10 +280,10 @@ class Transitions:
             file: its name.
             sha256: its hash.
             details: more about the source.
-            time_limits: "drop" leaves out the rows at a time limit, as `d4rl.qlearning_dataset` does.
-            episode_limit: where there are no `timeouts`, an episode is truncated after this many steps.
-            action_low: the actions' lower bounds in the data, [A] or one for all.
-            action_high: their upper bounds; actions are scaled from there to [-1, 1].
+            time_limits: see `Reading`, as are the following.
+            episode_limit: steps of an episode, where there are no `timeouts`.
+            action_low: the actions' lower bounds.
+            action_high: their upper bounds.
 
         Raises:
             DataError: in one line, the first thing that is wrong.
