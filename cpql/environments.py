@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from importlib.metadata import version
 from typing import Any, NamedTuple
 
 import gymnasium
@@ -22,6 +23,8 @@ __all__ = [
     "widths",
 ]
 
+# From 3.12 on, Gymnasium-Robotics' kitchen fails an assertion over MuJoCo's enumerations.
+KITCHEN_BELOW = (3, 12)
 ROBOTICS = ("AdroitHand", "AntMaze", "Fetch", "FrankaKitchen", "PointMaze")
 
 
@@ -43,6 +46,13 @@ def make_environment(id: str, **options: Any) -> gymnasium.Env[Any, Any]:
         raise ConfigError("no environment id given: expected one such as 'Hopper-v4'")
     if id.startswith(ROBOTICS) and id not in gymnasium.registry:
         _register_robotics(id)
+    if id.startswith("FrankaKitchen"):
+        found = version("mujoco")
+        if tuple(map(int, found.split(".")[:2])) >= KITCHEN_BELOW:
+            raise ConfigError(
+                f"environment '{id}' needs mujoco below 3.12, found {found}: pip install 'mujoco<3.12', "
+                "or train without an environment (env.id=null)"
+            )
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", ".*The environment .* is out of date")

@@ -8,6 +8,7 @@ import warnings
 import numpy as np
 import pytest
 
+from cpql import environments
 from cpql.config import load_task
 from cpql.environments import action_bounds, make_environment, make_task_environment, widths
 from cpql.errors import ConfigError
@@ -87,3 +88,11 @@ def test_dict_observations_need_names_that_are_there() -> None:
         assert text in str(caught.value)
     with pytest.raises(ConfigError, match=r"not dicts: expected env.observation=\[\]"):
         make_task_environment(dataclasses.replace(load_task("hopper-medium"), observation=("observation",)))
+
+
+def test_kitchen_says_which_simulator_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(environments, "version", lambda _: "3.12.1")
+    with pytest.raises(
+        ConfigError, match=r"'FrankaKitchen-v1' needs mujoco below 3\.12, found 3\.12\.1: pip"
+    ):
+        make_task_environment(load_task("kitchen-mixed"))
