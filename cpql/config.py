@@ -46,9 +46,14 @@ def _table() -> dict[str, Any]:
     return typing.cast(dict[str, Any], content)
 
 
+@functools.cache
+def _tasks() -> dict[str, dict[str, Any]]:
+    return expand(_table())
+
+
 def task_names() -> list[str]:
     """Names of all tasks, in the table's order."""
-    return list(expand(_table()))
+    return list(_tasks())
 
 
 def task_patterns() -> list[str]:
@@ -62,7 +67,7 @@ def load_task(name: str) -> Task:
     Raises:
         ConfigError: there is no such task (names the nearest), or the table's row for it isn't right.
     """
-    tasks = expand(_table())
+    tasks = _tasks()
     if name not in tasks:
         raise ConfigError(f"env={name} is no task: {did_you_mean(name, tasks)}")
     return build(Task, tasks[name], f"tasks.yaml: {name}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_type_hints
 
 import numpy as np
 import pytest
@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cpql.config import DatasetConfig
 from cpql.data import transforms
 from cpql.data.transitions import Transitions
 from cpql.errors import ConfigError, DataError
@@ -72,6 +73,8 @@ def test_reward_rules_that_cannot_be_applied_say_why() -> None:
 
 def test_every_rule_is_described() -> None:
     assert set(transforms.REWARD_RULES) == set(transforms.RewardRule.__args__)  # type: ignore[attr-defined]
+    # The configuration says them again, so as not to load torch for a --help.
+    assert get_type_hints(DatasetConfig)["reward"] == transforms.RewardRule
 
 
 def test_normalised_observations_can_be_undone() -> None:
