@@ -190,6 +190,28 @@ def test_auto_falls_back_loudly_and_says_why(calls: list[int]) -> None:
     assert len(said) == 1
 
 
+def test_settings_of_the_data_count_for_what_is_collected(
+    calls: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = embedded.collect(task(), 20, 0)
+    made.truncated[4], made.terminated[4], made.ends[4] = True, False, True
+    monkeypatch.setattr(embedded, "cached", lambda *_: made)
+    for source in ("embedded", "auto"):
+        _, kept = data.load(task(), size=20, source=source, say=lambda _: None)
+        assert len(kept) == 20
+        _, dropped = data.load(task(), size=20, source=source, time_limits="drop", say=lambda _: None)
+        assert torch.equal(dropped.table, torch.cat([made.table[:4], made.table[5:]]))
+        assert dropped.provenance.source == "embedded" and dropped.ends[3]
+        assert dropped.provenance.details.keys() == kept.provenance.details.keys()
+    with pytest.raises(
+        ConfigError, match=r"dataset\.id=hopper-expert-v2: expected none with dataset=embedded"
+    ):
+        data.load(task(), size=20, source="embedded", id="hopper-expert-v2")
+    # The medium stand-in is none for a dataset that was named.
+    with pytest.raises(DataError, match=r"hopper_expert-v2\.hdf5 can't be downloaded"):
+        data.load(task(), size=20, id="hopper-expert-v2")
+
+
 def test_auto_without_behaviours_tells_of_both_ways() -> None:
     walker = Task("walker2d-medium", "Walker2d-v4", "walker2d-medium-v2", 1.629008, 4592.3)
     with pytest.raises(DataError) as caught:

@@ -50,7 +50,7 @@ def load(
             "embedded" collects (or takes what it collected before); all strictly. "auto" is D4RL where it can
             be had, else embedded, and then `say` hears that and why.
         path: a file in D4RL's layout, HDF5 or NPZ, or the folder of a Minari dataset; then no source counts.
-        id: of the dataset, where it isn't the task's own: D4RL's or Minari's.
+        id: of the dataset, where it isn't the task's own: D4RL's or Minari's. Nothing is collected instead.
         size: how many transitions to collect, for the embedded source.
         seed: of the collection.
         time_limits: "drop" leaves out the rows at a time limit, as `d4rl.qlearning_dataset` does.
@@ -71,6 +71,10 @@ def load(
 
     if source not in SOURCES:
         raise ConfigError(f"no dataset source '{source}': {did_you_mean(source, SOURCES)}")
+    if id is not None and source == "embedded":
+        raise ConfigError(
+            f"dataset.id={id}: expected none with dataset=embedded, which has the task's own alone"
+        )
     folder = Path(path) if path is not None and Path(path).is_dir() else None
     if folder is None and path is None and source == "minari":
         id = id or task.minari
@@ -89,21 +93,33 @@ def load(
         data = files.read(path, id or task.name, **form)
         task = files.without_foreign_references(task, data)
     elif source == "embedded":
-        data = embedded.cached(task, size, seed, progress, say)
+        data = _as_asked(embedded.cached(task, size, seed, progress, say), time_limits)
     else:
-        id = id or task.dataset
-        url = task.url if id == task.dataset else ""
+        dataset = id or task.dataset
+        url = task.url if dataset == task.dataset else ""
         try:
-            found = d4rl.find(id, url) or d4rl.download(id, progress, path=url, say=say)
+            found = d4rl.find(dataset, url) or d4rl.download(dataset, progress, path=url, say=say)
         except DataError as error:
-            if source == "d4rl":
+            # The task's stand-in is none for a dataset that was named.
+            if source == "d4rl" or id is not None:
                 raise
-            data = _fall_back(task, size, seed, progress, say, str(error))
+            data = _as_asked(_fall_back(task, size, seed, progress, say, str(error)), time_limits)
         else:
-            data = d4rl.read(found, id, source="d4rl", **form)
+            data = d4rl.read(found, dataset, source="d4rl", **form)
     if expected is not None:
         data.validate_for(*expected)
     return task, data
+
+
+def _as_asked(data: Transitions, time_limits: TimeLimits) -> Transitions:
+    """Collected data by the rule for time limits; the cache keeps every row."""
+    from cpql.data.transitions import Transitions
+
+    if time_limits == "keep":
+        return data
+    p = data.provenance
+    about: dict[str, Any] = {"source": p.source, "id": p.id, "file": p.file, "sha256": p.sha256}
+    return Transitions.from_dict(data.to_dict(), **about, details=p.details, time_limits=time_limits)
 
 
 def _fall_back(
