@@ -500,10 +500,7 @@ def convert(options: argparse.Namespace) -> None:
     facts = _bounds(source, target, task)
     data = _read(source, task, facts)
     bounds: Any = {key: facts[key] for key in ("action_low", "action_high") if key in facts}
-    environment = task.id if task else None
-    made = files.write(
-        data, target, id=options.id or "", environment=environment, replace=options.force, **bounds
-    )
+    made = files.write(data, target, id=options.id or "", task=task, replace=options.force, **bounds)
     again = files.read(made, **bounds)
     rounded = _compare(data, again, made)
     print(f"{made}: {len(data):,} transitions, read back the same {rounded or 'to the bit'}")
@@ -520,9 +517,6 @@ def convert(options: argparse.Namespace) -> None:
         cuts = len(minari.metadata(made)[minari.CUTS])
         if cuts:
             losses.append(f"cut episodes: {cuts:,}, which other readers of Minari's files take for truncated")
-        if task and task.env_options:
-            given = ", ".join(task.env_options)
-            losses.append(f"{given}: the environment's options, which a dataset made here doesn't carry")
     for loss in losses:
         print(f"lost: {loss}")
 

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
+import sys
 import warnings
+from collections.abc import Iterator
 from importlib.metadata import version
 from typing import Any, NamedTuple
 
@@ -54,7 +58,7 @@ def make_environment(id: str, **options: Any) -> gymnasium.Env[Any, Any]:
                 "or train without an environment (env.id=null)"
             )
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _without_advice_on_models():
             warnings.filterwarnings("ignore", ".*The environment .* is out of date")
             return gymnasium.make(id, **options)
     except gymnasium.error.UnregisteredEnv as error:
@@ -65,9 +69,28 @@ def make_environment(id: str, **options: Any) -> gymnasium.Env[Any, Any]:
         raise ConfigError(f"environment '{id}' can't be made: {reason}") from error
 
 
+@contextlib.contextmanager
+def _without_advice_on_models() -> Iterator[None]:
+    """Keep MuJoCo's advice on deprecated attributes of the environments' files from those who use them."""
+    import mujoco  # type: ignore[import-untyped]
+
+    def warn(text: str) -> None:
+        if "is deprecated" not in text:
+            print(f"MuJoCo: {text}", file=sys.stderr)
+
+    before = mujoco.get_mju_user_warning()
+    mujoco.set_mju_user_warning(warn)
+    try:
+        yield
+    finally:
+        mujoco.set_mju_user_warning(before)
+
+
 def _register_robotics(id: str) -> None:
     try:
-        import gymnasium_robotics  # type: ignore[import-untyped]
+        # It prints what has changed in some environments' rewards; the tasks' notes say so, once.
+        with contextlib.redirect_stderr(io.StringIO()):
+            import gymnasium_robotics  # type: ignore[import-untyped]
     except ImportError:
         raise ConfigError(f"environment '{id}' needs a package: pip install 'cpql[robotics]'") from None
     gymnasium.register_envs(gymnasium_robotics)

@@ -131,6 +131,7 @@ class Bar:
             deque()
         )  # the last half minute, so that compiling isn't counted for ever
         self.said = time.monotonic()
+        self.away = 0.0
         self.rich: Progress | None = None
         self.id: TaskID | None = None
         if console.is_terminal:
@@ -169,6 +170,17 @@ class Bar:
                 left,
             )
             self.console.print("  ".join(filter(None, line)), highlight=False, soft_wrap=True)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Count what happens meanwhile into `away`, the seconds of all pauses, and not into the speed."""
+        began = time.monotonic()
+        try:
+            yield
+        finally:
+            gone = time.monotonic() - began
+            self.away += gone
+            self.recent = deque((when + gone, done) for when, done in self.recent)
 
     def close(self) -> None:
         """Leave the bar as it is."""

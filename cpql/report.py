@@ -68,6 +68,6 @@ def _scores(axes: Any, run: dict[str, Any], evaluations: list[dict[str, Any]]) -
         axes.axhline(run[behaviour], color="C1", ls="--", label=f"behaviour {run[behaviour]:.1f}")
     if scored:
         axes.axhline(0, color="0.6", lw=1, label="random 0")
-        axes.set_ylim(bottom=min(0.0, *low) - 2)
+        axes.set_ylim(bottom=min(0.0, *low) - 2, top=max(10.0, axes.get_ylim()[1]))
     axes.set_title(f"{'normalised score' if scored else 'return'}, {evaluations[-1]['environment']}")
     axes.legend(loc="lower right", fontsize=8)

@@ -109,12 +109,12 @@ class Run:
             )
         return tensors
 
-    def begin(self, step: int, task: Task, data: Provenance) -> None:
+    def begin(self, step: int, agent: str, task: Task, data: Provenance) -> None:
         """Make the folder, once everything that can be checked beforehand has been, and open its tables.
 
         What was written after `step` is dropped: a resumed run writes it anew.
         """
-        self.task, self.data = task, data
+        self.agent, self.task, self.data = agent, task, data
         self.folder.mkdir(parents=True, exist_ok=True)
         if not self.config_file.exists():
             write_text(self.config_file, yaml.safe_dump(self.said, sort_keys=False))
@@ -123,7 +123,7 @@ class Run:
                 file.unlink()
         self.metrics = CSVTable(self.folder / "metrics.csv", step)
         self.timing = CSVTable(self.folder / "timing.csv", step)
-        name = f"{task.name}-{self.config.agent['name']}-{self.config.seed}"
+        name = f"{task.name}-{agent}-{self.config.seed}"
         self.logger = make_logger(self.config.logger, self.folder, name, self.said)
 
     def close(self) -> None:
@@ -160,7 +160,7 @@ class Run:
         behaviour = self.data.return_mean
         return {
             "task": self.task.name,
-            "agent": self.config.agent["name"],
+            "agent": self.agent,
             "training_seed": self.config.seed,
             "behaviour_return": behaviour,
             "behaviour_score": None if behaviour is None else self.task.score(behaviour),

@@ -79,7 +79,7 @@ def make_policy(
     actor: Any = agent.module("actor", member)
     critic: TwinCritic = agent.module("critic_target", member).twin  # type: ignore[assignment]
     origin = {
-        "agent": config.agent["name"],
+        "agent": agent.name,
         "step": step,
         "seed": config.seed,
         "versions": versions(),
@@ -311,7 +311,7 @@ class _Training:
         if self.step:
             self.restore()
         for run in runs:
-            run.begin(self.step, task, data.provenance)
+            run.begin(self.step, agent.name, task, data.provenance)
 
     def run_to_end(self) -> list[dict[str, Any]]:
         """Train what is left, evaluating and saving on the way."""
@@ -356,13 +356,14 @@ class _Training:
                     stack.enter_context(torch.compiler.set_stance("fail_on_recompile"))
                 done = self.step == budget.updates
                 if self.step % budget.log_every == 0 or done:
-                    text = self.log(time.monotonic() - began, self.step - first)
-                if self.step % budget.evaluate_every == 0 or done:
-                    for k, run in self.going():
-                        policy = self.policy(k, run)
-                        run.evaluate(self.step, policy, budget.final_episodes if done else budget.episodes)
-                if self.step % budget.save_every == 0 or done:
-                    self.save()
+                    text = self.log(time.monotonic() - began - bar.away, self.step - first)
+                with bar.paused():
+                    if self.step % budget.evaluate_every == 0 or done:
+                        episodes = budget.final_episodes if done else budget.episodes
+                        for k, run in self.going():
+                            run.evaluate(self.step, self.policy(k, run), episodes)
+                    if self.step % budget.save_every == 0 or done:
+                        self.save()
                 bar.update(self.step, text)
                 if stopped():
                     self.save()

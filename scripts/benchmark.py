@@ -335,7 +335,7 @@ def keep_results(options: argparse.Namespace) -> None:
         ]
         curve = [[e["step"], e["episodes"], round(e["score"], 2)] for e in evaluations]
         content = {"curve_of_step_episodes_score": curve, **result, "configuration": said}
-        name = f"{result['task']}-{said['agent']['name']}-seed{result['training_seed']}.json"
+        name = f"{result['task']}-{result['agent']}-seed{result['training_seed']}.json"
         lines = (f"{json.dumps(key)}: {json.dumps(value)}" for key, value in content.items())
         write_text(folder / name, "{\n" + ",\n".join(lines) + "\n}\n")
         print(f"benchmarks/results/{name}: {result['score']:.1f}")

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import subprocess
+import sys
 import warnings
+from pathlib import Path
 
+import mujoco  # type: ignore[import-untyped]
 import numpy as np
 import pytest
 
@@ -20,6 +24,27 @@ def test_the_old_version_is_made_without_its_warning() -> None:
         environment = make_environment("Hopper-v4")
     assert environment.spec is not None and environment.spec.max_episode_steps == 1000
     environment.close()
+
+
+@pytest.mark.parametrize("name", ["halfcheetah-medium", "pen-human"])
+def test_nobody_is_told_what_they_cannot_mend(name: str, tmp_path: Path) -> None:
+    """Neither Gymnasium-Robotics' notice nor MuJoCo's on deprecated attributes, nor its log file."""
+    make = (
+        "from cpql.config import load_task; from cpql.environments import make_task_environment as make;"
+        f"make(load_task({name!r})).reset()"
+    )
+    ran = subprocess.run([sys.executable, "-c", make], cwd=tmp_path, capture_output=True, text=True)
+    assert (ran.returncode, ran.stdout, ran.stderr) == (0, "", "")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_other_warnings_of_mujoco_pass(capsys: pytest.CaptureFixture[str]) -> None:
+    before = mujoco.get_mju_user_warning()
+    with environments._without_advice_on_models():
+        for text in ("attribute 'x' is deprecated", "Nan, Inf or huge value in QACC"):
+            mujoco.get_mju_user_warning()(text)
+    assert capsys.readouterr().err == "MuJoCo: Nan, Inf or huge value in QACC\n"
+    assert mujoco.get_mju_user_warning() is before
 
 
 def test_options_reach_gymnasium() -> None:

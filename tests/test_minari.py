@@ -263,9 +263,13 @@ def data_to_write() -> Transitions:
     )
 
 
+def acts_in(id: str, **others: Any) -> Task:
+    return Task("any", id, "any-v0", None, None, **others)
+
+
 def test_what_is_written_is_what_minari_loads(root: Path) -> None:
     data = data_to_write()
-    folder = minari.write(data, root, id=ID, environment="Pendulum-v1")
+    folder = minari.write(data, root, id=ID, task=acts_in("Pendulum-v1"))
     assert folder == root / ID
     assert sorted(entry.name for entry in folder.parent.iterdir()) == ["mixed-v0"]
     assert sorted(entry.name for entry in (folder / "data").iterdir()) == ["main_data.hdf5", "metadata.json"]
@@ -293,6 +297,36 @@ def test_what_is_written_is_what_minari_loads(root: Path) -> None:
     assert_same(again.to_dict(), rows)
     assert torch.equal(again.ends, data.ends)
     assert again.provenance.episodes == data.provenance.episodes == 2
+
+
+def test_a_dataset_keeps_its_environments_options(root: Path) -> None:
+    """What a task says of its environment evaluates the same where only the converted dataset is at hand."""
+    task = acts_in(
+        "Pendulum-v1",
+        env_options={"g": 9.81, "max_episode_steps": 100},
+        reset_options={"x_init": 0.5, "y_init": [1, 2]},
+        observation=("achieved_goal", "observation"),
+    )
+    folder = minari.write(data_to_write(), root, id=ID, task=task)
+    environment = official(ID).recover_environment()
+    assert environment.spec.max_episode_steps == 100 and environment.unwrapped.g == 9.81
+    environment.close()
+    found = minari.task(None, folder)
+    for name in ("id", "env_options", "reset_options", "observation"):
+        assert getattr(found, name) == getattr(task, name), name
+    # What the data say wins over what a task says.
+    assert (
+        minari.task(acts_in("Hopper-v4", reset_options={"a": 1}), folder).reset_options == task.reset_options
+    )
+
+
+@pytest.mark.parametrize("how", [{"reset_options": [1]}, {"observation": 3}, {"observation": [3]}])
+def test_damaged_options_are_an_error(root: Path, how: dict[str, Any]) -> None:
+    folder = minari.write(data_to_write(), root, id=ID, task=acts_in("Pendulum-v1"))
+    about = folder / "data/metadata.json"
+    about.write_text(json.dumps(json.loads(about.read_text()) | {minari.HOW: json.dumps(how)}))
+    with pytest.raises(DataError, match=r"'cpql_task' in metadata.json is damaged: expected what cpql wrote"):
+        minari.task(None, folder)
 
 
 def test_rows_that_nearly_join_up_are_two_episodes_of_minaris(root: Path) -> None:
@@ -362,9 +396,9 @@ def test_writing_is_whole_or_not_at_all(root: Path, monkeypatch: pytest.MonkeyPa
         with pytest.raises(DataError, match="isn't a Minari id"):
             minari.write(data, root, id=bad)
     with pytest.raises(ConfigError, match="no environment 'Pendulum-v9'"):
-        minari.write(data, root, id="other-v0", environment="Pendulum-v9")
+        minari.write(data, root, id="other-v0", task=acts_in("Pendulum-v9"))
     with pytest.raises(DataError, match=r"CartPole-v1: its actions are Discrete\(2\): expected a Box of 1"):
-        minari.write(data, root, id="other-v0", environment="CartPole-v1")
+        minari.write(data, root, id="other-v0", task=acts_in("CartPole-v1"))
     assert not (root / "other-v0").exists()
 
 

@@ -246,8 +246,7 @@ def test_what_a_run_leaves(dataset: Path, tmp_path: Path) -> None:
         "step_00000040",
     ]
     assert result == json.loads((folder / "result.json").read_text())
-    assert result["checkpoint"] == "last"
-    assert result["episodes"] == 3
+    assert (result["agent"], result["checkpoint"], result["episodes"]) == ("cpql", "last", 3)
     assert result["environment"] == "Hopper-v4"
     assert result["data"]["source"] == "file"
     assert result["data"]["sha256"]
@@ -261,7 +260,7 @@ def test_policy_of_a_run(dataset: Path, tmp_path: Path) -> None:
     run(settings(dataset, tmp_path / "run", "cpiql"))
     policy = Policy.load(tmp_path / "run")
     assert policy.candidates == 3
-    assert policy.config.origin["step"] == 40
+    assert (policy.config.origin["agent"], policy.config.origin["step"]) == ("cpiql", 40)
     observation = np.linspace(-1, 1, 11)
     policy.seed(0)
     action, state = policy.predict(observation)

@@ -209,6 +209,11 @@ class Agent:
         raise NotImplementedError
 
     @property
+    def name(self) -> str:
+        """The algorithm's name in results."""
+        raise NotImplementedError
+
+    @property
     def has_value(self) -> bool:
         """Whether the critic has a value function V beside Q."""
         return False

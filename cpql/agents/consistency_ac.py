@@ -50,6 +50,7 @@ class ConsistencyAC(Agent):
 
     config_class = ConsistencyACConfig
     config: ConsistencyACConfig
+    name = "consistency_ac"
 
     def critic_loss(self, critic: Tensor, batch: Batch, noise: Noise) -> tuple[Tensor, Metrics]:
         """Squared Bellman error of both critics."""

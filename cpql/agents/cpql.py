@@ -52,6 +52,11 @@ class CPQL(Agent):
     config: CPQLConfig
 
     @property
+    def name(self) -> str:
+        """By its critic."""
+        return "cpiql" if self.has_value else "cpql"
+
+    @property
     def has_value(self) -> bool:
         """CPIQL's critic has one."""
         return self.config.critic == "expectile"

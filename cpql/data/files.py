@@ -79,7 +79,7 @@ def write(
     path: Where,
     *,
     id: str = "",
-    environment: str | None = None,
+    task: Task | None = None,
     action_low: ArrayLike = -1.0,
     action_high: ArrayLike = 1.0,
     replace: bool = False,
@@ -95,7 +95,7 @@ def write(
         path: the file, whose ending says its form (`ENDINGS`); with any other, or none, the folder that a
             Minari dataset is put into, as `path/ID`.
         id: Minari's id of the new dataset.
-        environment: Gymnasium's id, for a Minari dataset to name.
+        task: whose environment a Minari dataset is to name.
         action_low: the bounds to put actions into, for HDF5 and NPZ: the environment's, [A] or one for all.
         action_high: the upper ones.
         replace: whether what is there may be replaced.
@@ -110,7 +110,7 @@ def write(
     path = Path(path)
     kind = ENDINGS.get(path.suffix.lower())
     if kind is None:
-        return _write_minari(transitions, path, id, environment, replace)
+        return _write_minari(transitions, path, id, task, replace)
     if path.is_dir() or (os.path.lexists(path) and not replace):
         raise DataError(f"{path.name}: there is one in {path.absolute().parent} already: expected a new name")
     transitions = _in_bounds(transitions, np.asarray(action_low), np.asarray(action_high))
@@ -132,17 +132,15 @@ def _in_bounds(transitions: Transitions, low: Any, high: Any) -> Transitions:
     return dataclasses.replace(transitions, table=table)
 
 
-def _write_minari(
-    transitions: Transitions, path: Path, id: str, environment: str | None, replace: bool
-) -> Path:
+def _write_minari(transitions: Transitions, path: Path, id: str, task: Task | None, replace: bool) -> Path:
     folder = path / id
     if not (id and replace and folder.exists()):
-        return minari.write(transitions, path, id=id, environment=environment)
+        return minari.write(transitions, path, id=id, task=task)
     # Whatever else lies there isn't ours to remove.
     minari.metadata(folder)
     aside = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.part")
     try:
-        made = minari.write(transitions, aside / "new", id=id, environment=environment)
+        made = minari.write(transitions, aside / "new", id=id, task=task)
         os.rename(folder, aside / "old")
         try:
             os.rename(made, folder)

@@ -72,6 +72,8 @@ ID = re.compile(r"(?!.*//)(?:[-\w][-\w/]*[-\w]/)?[-\w]+-v\d+", re.ASCII)
 # The oldest version with this layout, so that every later one reads what is written here.
 LAYOUT_VERSION = "0.5.0"
 CUTS = "cpql_cut_episodes"
+# What a task says of its environment that Minari has no place for.
+HOW = "cpql_task"
 MOST_ABOUT_BYTES = 16 << 20
 MOST_STEPS = 1 << 48
 
@@ -551,8 +553,8 @@ def task(task: Task | None, where: Where) -> Task:
         where: the dataset's folder, the `data` folder in it, or the id of a local dataset.
 
     Returns:
-        A task that evaluates as Minari does. Its references are Minari's or none, never D4RL's, and so are
-        its options of `reset`, which Minari doesn't have.
+        A task that evaluates as Minari does. Its references are Minari's or none, never D4RL's. Its options
+        of `reset`, which Minari has no place for, are those that `write` was given.
 
     Raises:
         DataError: there is no such dataset, or neither it nor a task says which environment it is from.
@@ -572,7 +574,7 @@ def task(task: Task | None, where: Where) -> Task:
         if wrappers:
             notes.append(f"collected through {', '.join(wrappers)}, which evaluation goes without")
         base = task or Task(name=id, id=environment, dataset=id, random_return=None, expert_return=None)
-        base = dataclasses.replace(base, id=environment, env_options=options, reset_options={})
+        base = dataclasses.replace(base, id=environment, env_options=options, **_how(about, base.observation))
     elif task is not None:
         notes.append(f"it doesn't say which environment it is from: {task.id} is the task's")
         base = task
@@ -592,7 +594,17 @@ def task(task: Task | None, where: Where) -> Task:
     )
 
 
-def write(transitions: Transitions, path: Where, *, id: str, environment: str | None = None) -> Path:
+def _how(about: Mapping[str, Any], observation: tuple[str, ...]) -> dict[str, Any]:
+    """The parts of observations and the options of `reset` that `write` was given."""
+    how = _encoded(about, HOW) or {}
+    parts, reset = how.get("observation", observation), how.get("reset_options", {})
+    texts = isinstance(parts, list | tuple) and all(isinstance(part, str) for part in parts)
+    if not (texts and isinstance(reset, dict)):
+        raise DataError(f"{about['dataset_id']}: '{HOW}' in {ABOUT} is damaged: expected what cpql wrote")
+    return {"observation": tuple(parts), "reset_options": reset}
+
+
+def write(transitions: Transitions, path: Where, *, id: str, task: Task | None = None) -> Path:
     """Write transitions as a Minari dataset, whole or not at all.
 
     Every episode of Minari's must end terminated or truncated, and step t + 1 must start where step t led.
@@ -604,8 +616,8 @@ def write(transitions: Transitions, path: Where, *, id: str, environment: str | 
         transitions: what to write. Actions are in [-1, 1], and the action space says so.
         path: the root to write into, such as `root()`; the dataset becomes `path/ID/data`.
         id: the dataset's id, `mine/hopper/mixed-v0`.
-        environment: Gymnasium's id of the environment, for `recover_environment`. Where its actions have
-            other bounds it is described with `RescaleAction` around it.
+        task: whose environment, with its options, is named for `recover_environment`. Where its actions have
+            other bounds than [-1, 1] it is described with `RescaleAction` around it.
 
     Returns:
         The dataset's folder, `path/ID`.
@@ -638,8 +650,9 @@ def write(transitions: Transitions, path: Where, *, id: str, environment: str | 
         "description": transitions.provenance.line(),
         CUTS: np.flatnonzero(~ended[stops - 1]).tolist(),
     }
-    if environment is not None:
-        about["env_spec"] = _spec(environment, arrays["actions"].shape[1])
+    if task is not None and task.id is not None:
+        about["env_spec"] = _spec(task.id, task.env_options, arrays["actions"].shape[1])
+        about[HOW] = json.dumps({"observation": task.observation, "reset_options": task.reset_options})
     text = origin_of(transitions.provenance)
     if text is not None:
         about[ORIGIN] = text
@@ -690,9 +703,9 @@ def _box(width: int, bound: float) -> str:
     return json.dumps(space)
 
 
-def _spec(environment: str, width: int) -> str:
+def _spec(environment: str, options: Mapping[str, Any], width: int) -> str:
     """An environment as Minari writes it, taking actions in [-1, 1]."""
-    made = make_environment(environment)
+    made = make_environment(environment, **options)
     try:
         actions = made.action_space
         if not isinstance(actions, gymnasium.spaces.Box) or actions.shape != (width,):
