@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import signal
 import statistics
 import time
@@ -28,6 +27,7 @@ from cpql.errors import CheckpointError, ConfigError, CpqlError, did_you_mean
 from cpql.evaluation import versions
 from cpql.logging import progress
 from cpql.policy import Policy, PolicyConfig
+from cpql.program import Update, program
 from cpql.runs import Run
 from cpql.tasks import Task
 
@@ -332,13 +332,12 @@ class _Training:
     def loop(self) -> None:
         """All updates."""
         budget, agent = self.config.budget, self.agent
-        update = agent.update
+        update: Update = agent.update
         if self.config.compile:
             self.console.print(
                 "compiling the update: a minute or two, seconds where it was compiled before", highlight=False
             )
-            os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder() / "compiled"))
-            update = torch.compile(update, fullgraph=True)
+            update = program(agent, cache_folder() / "compiled")
         # A single run has no member axis.
         draws = self.generators if agent.members else self.generators[0]
         began, text, first = time.monotonic(), self.last_scores(), self.step
