@@ -1,0 +1,270 @@
+"""Editing without training for it: part of a sample is given, the consistency function makes the rest.
+
+    y        what is given, in some coordinates A y of it
+    mask     True for the coordinates that are made, False for those that are kept as given
+
+    x = A^-1 [A y where kept, 0 where made]
+    for each level t:  x = f(x + noise of level t, t),  x = A^-1 [A y where kept, A x where made]
+
+Source: Song et al. 2023 (Consistency Models), Algorithm 4. The tasks differ in A and the mask alone:
+
+    inpainting          A = 1; the mask is where the hole is. An action with a joint held is one, too.
+    colourisation       A turns a pixel's channels so that the first is its brightness, which is kept
+    super-resolution    A turns a patch's pixels so that the first is their mean, which is kept
+    stroke              nothing is kept, and a drawing is what the first noise is added to
+
+Images lie flat in the last axis, row by row, channels last: [*shape, H W C].
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cpql.consistency.function import Function, perturb
+from cpql.consistency.levels import Levels
+
+__all__ = [
+    "LUMA",
+    "Coordinates",
+    "colour_coordinates",
+    "colourise",
+    "edit",
+    "inpaint",
+    "interpolate",
+    "patch_coordinates",
+    "slerp",
+    "stroke",
+    "super_resolve",
+]
+
+LUMA = (0.2989, 0.5870, 0.1140)
+"""How bright red, green and blue are (ITU-R BT.601)."""
+
+
+@dataclass(frozen=True)
+class Coordinates:
+    """An orthogonal change of coordinates of small groups of numbers, the same for every group: A.
+
+    Attributes:
+        rotation: orthogonal [G, G]; row i gives a group's coordinate i.
+        groups: the place in the last axis of each group's numbers, [D / G, G].
+    """
+
+    rotation: Tensor
+    groups: Tensor
+
+    def of(self, x: Tensor) -> Tensor:
+        """Coordinates [*shape, D / G, G] of x [*shape, D]."""
+        coordinates: Tensor = x[..., self.groups] @ self.rotation.mT.to(x)
+        return coordinates
+
+    def back(self, coordinates: Tensor) -> Tensor:
+        """The inverse of `of`."""
+        flat = (coordinates @ self.rotation.to(coordinates)).flatten(-2)
+        x: Tensor = flat[..., self.groups.flatten().argsort()]
+        return x
+
+
+def _turned(first: Tensor) -> Tensor:
+    """An orthogonal matrix [G, G] whose first row points along `first` [G]."""
+    basis = torch.eye(len(first), dtype=torch.float64)
+    basis[:, 0] = first
+    rotation = torch.linalg.qr(basis).Q.mT
+    return rotation * torch.sign(rotation[0] @ first)
+
+
+def colour_coordinates(pixels: int, weights: Sequence[float] = LUMA) -> Coordinates:
+    """Coordinates of each pixel's channels, the first along `weights`: its brightness.
+
+    Args:
+        pixels: H W.
+        weights: how much each channel counts, [C].
+    """
+    channels = len(weights)
+    groups = torch.arange(pixels * channels).view(pixels, channels)
+    return Coordinates(_turned(torch.tensor(weights, dtype=torch.float64)), groups)
+
+
+def patch_coordinates(height: int, width: int, patch: int, channels: int = 1) -> Coordinates:
+    """Coordinates of each channel of each square patch, the first its mean times `patch`.
+
+    Raises:
+        ValueError: the image isn't a whole number of patches.
+    """
+    if height % patch or width % patch:
+        raise ValueError(f"patches of {patch} don't fill an image of {height} x {width}")
+    places = torch.arange(height * width * channels)
+    grid = places.view(height // patch, patch, width // patch, patch, channels)
+    groups = grid.permute(0, 2, 4, 1, 3).reshape(-1, patch * patch)
+    return Coordinates(_turned(torch.ones(patch * patch, dtype=torch.float64)), groups)
+
+
+def edit(
+    f: Function,
+    y: Tensor,
+    mask: Tensor,
+    z: Tensor,
+    levels: Levels,
+    times: Sequence[float],
+    *,
+    coordinates: Coordinates | None = None,
+    start: Tensor | None = None,
+    low: Tensor | float | None = None,
+    high: Tensor | float | None = None,
+    tanh: bool = False,
+) -> Tensor:
+    """Keep a part of y and make the rest, differentiable from end to end.
+
+    Args:
+        f: consistency function on [*shape, D], [*shape].
+        y: [*shape, D]; what it holds where the mask is True doesn't matter.
+        mask: True where it is made, bool, of the coordinates' shape or what broadcasts against that:
+            [*shape, D], or [*shape, D / G, G] with `coordinates`.
+        z: standard normal noise [len(times), *shape, D].
+        levels: gives t_min and t_max.
+        times: noise levels, descending, within [t_min, t_max]. What is kept tells the rest what to be at
+            every level after the first, so that several are better than one.
+        coordinates: A; y itself where None.
+        start: [*shape, D], what the first noise is added to in the place of what is kept.
+        low: bounds that every result is put into, smallest first; for what is made, as what is kept stays.
+        high: the upper ones.
+        tanh: see `perturb`.
+
+    Returns:
+        Samples [*shape, D]. Where the mask is False their coordinates are y's: exactly, where A is the
+        identity.
+
+    Raises:
+        ValueError: not as many noises as levels, or a level out of range.
+    """
+    if len(z) != len(times) or not len(times):
+        raise ValueError(f"{len(times)} levels need as much noise, at least one, found {len(z)}")
+    for t in times:
+        if not levels.t_min <= t <= levels.t_max:
+            raise ValueError(f"level {t} lies outside [{levels.t_min}, {levels.t_max}]")
+
+    def of(x: Tensor) -> Tensor:
+        return x if coordinates is None else coordinates.of(x)
+
+    def back(x: Tensor) -> Tensor:
+        return x if coordinates is None else coordinates.back(x)
+
+    given = of(y)
+    x = back(torch.where(mask, 0.0, given)) if start is None else start
+    for i, t in enumerate(times):
+        spread = t if i == 0 else math.sqrt(t**2 - levels.t_min**2)
+        full = torch.full(y.shape[:-1], t, dtype=y.dtype, device=y.device)
+        x = f(perturb(x, torch.full_like(full, spread), z[i], tanh=tanh), full)
+        if low is not None or high is not None:
+            x = torch.clamp(x, low, high)  # type: ignore[arg-type]
+        x = back(torch.where(mask, of(x), given))
+    return x
+
+
+def inpaint(
+    f: Function, y: Tensor, mask: Tensor, z: Tensor, levels: Levels, times: Sequence[float]
+) -> Tensor:
+    """Fill the hole where the mask [*shape, D] is True; see `edit`."""
+    return edit(f, y, mask, z, levels, times)
+
+
+def colourise(
+    f: Function,
+    brightness: Tensor,
+    z: Tensor,
+    levels: Levels,
+    times: Sequence[float],
+    weights: Sequence[float] = LUMA,
+) -> Tensor:
+    """Give a grey image [*shape, H W] colours [*shape, H W C]: `weights` of a pixel's channels are kept.
+
+    Args:
+        f, z, levels, times: see `edit`.
+        brightness: `sum of weights x channels` of each pixel.
+        weights: how much each of the C channels counts.
+    """
+    coordinates = colour_coordinates(brightness.shape[-1], weights)
+    along = torch.tensor(weights, dtype=brightness.dtype, device=brightness.device)
+    # The point nearest the origin of all that are this bright: it has no other coordinate.
+    y = (brightness.unsqueeze(-1) * along / along.square().sum()).flatten(-2)
+    mask = torch.arange(len(weights), device=y.device) > 0
+    return edit(f, y, mask, z, levels, times, coordinates=coordinates)
+
+
+def super_resolve(
+    f: Function,
+    small: Tensor,
+    z: Tensor,
+    levels: Levels,
+    times: Sequence[float],
+    *,
+    height: int,
+    width: int,
+    patch: int,
+    channels: int = 1,
+) -> Tensor:
+    """Make an image [*shape, H W C] whose patches have the means of `small` [*shape, H W C / patch^2].
+
+    Args:
+        f, z, levels, times: see `edit`.
+        small: the image in low resolution, row by row.
+        height: H, of the result.
+        width: W.
+        patch: side of the square that one pixel of `small` becomes.
+        channels: C.
+    """
+    coordinates = patch_coordinates(height, width, patch, channels)
+    # Groups go by rows and columns of patches, and then by channels, as the small image's numbers do.
+    y = small.unsqueeze(-1).expand(*small.shape, patch * patch).flatten(-2)
+    y = y[..., coordinates.groups.flatten().argsort()]
+    mask = torch.arange(patch * patch, device=y.device) > 0
+    return edit(f, y, mask, z, levels, times, coordinates=coordinates)
+
+
+def stroke(f: Function, drawing: Tensor, z: Tensor, levels: Levels, times: Sequence[float]) -> Tensor:
+    """Make a sample that resembles a drawing [*shape, D]: the lower the first level, the more so."""
+    mask = torch.ones((), dtype=torch.bool, device=drawing.device)
+    return edit(f, drawing, mask, z, levels, times, start=drawing)
+
+
+def slerp(a: Tensor, b: Tensor, weight: Tensor) -> Tensor:
+    """Go from a to b [*shape, D] along a great circle, each sample along its own.
+
+    `sin((1 - w) angle) / sin(angle) a + sin(w angle) / sin(angle) b` (Shoemake 1985), and along a line where
+    the two nearly agree. A mean of two normal noises is too small to be one; this isn't.
+
+    Args:
+        a: noise.
+        b: noise.
+        weight: 0 gives a, 1 gives b; what broadcasts against [*shape, 1].
+    """
+    cosine = torch.cosine_similarity(a, b, -1).clamp(-1.0, 1.0).unsqueeze(-1)
+    angle = torch.arccos(cosine)
+    near = angle < 1e-4
+    sine = torch.where(near, 1.0, angle.sin())
+    first = torch.where(near, 1.0 - weight, torch.sin((1.0 - weight) * angle) / sine)
+    second = torch.where(near, weight, torch.sin(weight * angle) / sine)
+    return first * a + second * b
+
+
+def interpolate(f: Function, a: Tensor, b: Tensor, weights: Tensor, levels: Levels) -> Tensor:
+    """Samples on the way from the one that noise a gives to the one that noise b gives, in one step each.
+
+    Args:
+        f: see `edit`.
+        a: standard normal noise [*shape, D].
+        b: the same.
+        weights: [K], 0 is a's sample and 1 is b's.
+        levels: gives t_max.
+
+    Returns:
+        [K, *shape, D].
+    """
+    z = slerp(a, b, weights.view(-1, *(1,) * a.ndim))
+    t = torch.full(z.shape[:-1], levels.t_max, dtype=z.dtype, device=z.device)
+    return f(perturb(torch.zeros_like(z), t, z), t)
