@@ -65,16 +65,15 @@ class Coordinates:
 
     def back(self, coordinates: Tensor) -> Tensor:
         """The inverse of `of`."""
-        flat = (coordinates @ self.rotation.to(coordinates)).flatten(-2)
-        x: Tensor = flat[..., self.groups.flatten().argsort()]
-        return x
+        flat: Tensor = (coordinates @ self.rotation.to(coordinates)).flatten(-2)
+        return flat[..., self.groups.flatten().argsort()]
 
 
 def _turned(first: Tensor) -> Tensor:
     """An orthogonal matrix [G, G] whose first row points along `first` [G]."""
     basis = torch.eye(len(first), dtype=torch.float64)
     basis[:, 0] = first
-    rotation = torch.linalg.qr(basis).Q.mT
+    rotation: Tensor = torch.linalg.qr(basis).Q.mT
     return rotation * torch.sign(rotation[0] @ first)
 
 
