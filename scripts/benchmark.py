@@ -2,6 +2,7 @@
 
     python scripts/benchmark.py speed             updates a second of every agent, and the floor of its FLOPs
     python scripts/benchmark.py acting            latency of an action, by rule, batch and form
+    python scripts/benchmark.py official          updates and actions beside the papers' own codes
     python scripts/benchmark.py loading           reading 2M transitions against bare h5py, and the memory
     python scripts/benchmark.py keep RUN...       keep the results of finished runs, in benchmarks/results/
     python scripts/benchmark.py table             print those as the README's table, a row a task
@@ -13,6 +14,7 @@ what counts are the ratios, of things measured in turn.
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
 import platform
@@ -62,10 +64,24 @@ def main() -> None:
     command.add_argument("--rounds", type=int, default=7, help="each measures every row once, in turn")
     command.add_argument("--seconds", type=float, default=1.0, help="that a row runs in a round")
     command.add_argument("--name", default="speed", help="of the JSON (default: %(default)s)")
-    command.set_defaults(run=speed)
+    command.set_defaults(run=lambda options: keep(options.name, measured("speed", options)))
     command = commands.add_parser("acting", help="latency of an action")
     command.add_argument("--rounds", type=int, default=7)
-    command.set_defaults(run=acting)
+    command.set_defaults(run=lambda options: keep("acting", measured("acting", options)))
+    command = commands.add_parser("official", help="beside checkouts of the papers' own codes")
+    command.add_argument("--cpql", type=Path, required=True, metavar="DIR", help="of cccedric/cpql")
+    command.add_argument(
+        "--cac",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="of quantumiracle/Consistency_Model_For_Reinforcement_Learning",
+    )
+    command.add_argument("--forms", nargs="+", default=["eager fp32", "compiled fp32", "compiled bf16"])
+    command.add_argument("--threads", type=int, nargs="+", default=[1])
+    command.add_argument("--rounds", type=int, default=7, help="each measures every row once, in turn")
+    command.add_argument("--seconds", type=float, default=2.0, help="that a row runs in a round")
+    command.set_defaults(run=lambda options: keep("official", measured("official", options)))
     command = commands.add_parser("loading", help="reading and checking a D4RL file")
     command.add_argument("--transitions", type=int, default=2_000_000)
     command.add_argument("--repeats", type=int, default=7)
@@ -100,222 +116,10 @@ def keep(name: str, content: dict[str, Any]) -> None:
     print(f"in {path.relative_to(FOLDER.parent)}")
 
 
-def speed(options: argparse.Namespace) -> None:
-    """Time updates, sampling of the batch and of its noise included; rows take turns."""
-    import dataclasses
-    import time
-
-    import torch
-    from rich.console import Console
-    from rich.table import Table
-
-    from cpql.agents import CPQL, Agent, AgentConfig, ConsistencyAC, ConsistencyACConfig, CPQLConfig
-    from cpql.data.transitions import Transitions
-
-    torch.set_num_threads(options.threads)
-    device = torch.device(options.device)
-    kinds: dict[str, tuple[type[Agent], AgentConfig]] = {
-        "cpql": (CPQL, CPQLConfig()),
-        "cpiql": (CPQL, CPQLConfig(critic="expectile")),
-        "consistency_ac": (ConsistencyAC, ConsistencyACConfig()),
-    }
-    random = torch.Generator().manual_seed(0)
-    rows = 50_000
-    state_dim, action_dim = 11, 3  # Hopper's
-    data = Transitions.from_dict(
-        {
-            "observations": torch.randn(rows, state_dim, generator=random),
-            "next_observations": torch.randn(rows, state_dim, generator=random),
-            "actions": torch.rand(rows, action_dim, generator=random) * 2 - 1,
-            "rewards": torch.randn(rows, generator=random),
-            "terminals": torch.zeros(rows),
-        }
-    ).to(device)
-
-    def finished() -> None:
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-
-    def prepared(kind: str, mode: str, members: int, precision: str) -> Any:
-        maker, config = kinds[kind]
-        widths = (options.width,) * 3
-        actor = dataclasses.replace(config.actor, hidden=widths)
-        config = dataclasses.replace(config, actor=actor, critic_hidden=widths, batch_size=options.batch)
-        seed: int | range = range(members) if members > 1 else 0
-        product = torch.bfloat16 if precision == "bf16" else None
-        agent = maker(state_dim, action_dim, config, seed=seed, device=device, product=product)
-        each = [torch.Generator(device).manual_seed(k) for k in range(members)]
-        draws = each if members > 1 else each[0]
-        update = torch.compile(agent.update, fullgraph=True) if mode == "compiled" else agent.update
-
-        def once() -> None:
-            update(data.sample(config.batch_size, draws), agent.draw(draws))
-
-        began = time.perf_counter()
-        once()
-        finished()
-        return once, time.perf_counter() - began
-
-    from torch.utils.flop_counter import FlopCounterMode
-
-    work = {}
-    for kind in options.agents:
-        once, _ = prepared(kind, "eager", 1, "fp32")
-        with FlopCounterMode(display=False) as counter:
-            once()
-        work[kind] = counter.get_total_flops()
-
-    def product_rate(dtype: torch.dtype) -> Any:
-        a, b = (
-            torch.randn(n, options.width, device=device).to(dtype) for n in (options.batch, options.width)
-        )
-
-        def once() -> None:
-            torch.mm(a, b.T)
-
-        return once, 2 * options.batch * options.width**2
-
-    products = {"fp32": product_rate(torch.float32), "bf16": product_rate(torch.bfloat16)}
-    cells = [
-        (kind, mode, members, precision)
-        for kind in options.agents
-        for precision in options.precisions
-        for mode in options.modes
-        for members in options.members
-    ]
-    ready: dict[Any, Any] = {}
-    rates: dict[Any, list[float]] = {}
-    for cell in cells:
-        ready[cell] = prepared(*cell)
-        rates[cell] = []
-        print(f"{' '.join(map(str, cell))}: first update after {ready[cell][1]:.1f} s", flush=True)
-
-    def rate(once: Any) -> float:
-        count, began = 0, time.perf_counter()
-        while time.perf_counter() - began < options.seconds:
-            once()
-            count += 1
-        finished()
-        return count / (time.perf_counter() - began)
-
-    flops: dict[str, list[float]] = {precision: [] for precision in options.precisions}
-    for _ in range(options.rounds):
-        for precision in options.precisions:
-            once, count = products[precision]
-            flops[precision].append(rate(once) * count)
-        for cell in cells:
-            rates[cell].append(rate(ready[cell][0]))
-    table_ = Table(
-        title=f"updates a second, {options.threads} thread(s), batch {options.batch}, width {options.width}"
-    )
-    for column in ("agent", "precision", "mode", "members", "updates/s", "seed-updates/s", "of the floor"):
-        table_.add_column(column)
-    figures = []
-    for cell in cells:
-        kind, mode, members, precision = cell
-        updates = statistics.median(rates[cell])
-        floor = statistics.median(flops[precision]) / work[kind]
-        figures.append(
-            {
-                "agent": kind,
-                "mode": mode,
-                "members": members,
-                "precision": precision,
-                "updates_per_second": updates,
-                "seed_updates_per_second": updates * members,
-                "floor_seed_updates_per_second": floor,
-                "first_update_seconds": ready[cell][1],
-                "rounds": rates[cell],
-            }
-        )
-        shares = (f"{updates:,.1f}", f"{updates * members:,.1f}", f"{updates * members / floor:.0%}")
-        table_.add_row(kind, precision, mode, str(members), *shares)
-    Console().print(table_)
-    keep(
-        options.name,
-        {
-            "threads": options.threads,
-            "device": str(device),
-            "batch": options.batch,
-            "width": options.width,
-            "seconds": options.seconds,
-            "flops_of_one_update": work,
-            "product_flops_per_second": {key: statistics.median(values) for key, values in flops.items()},
-            "rows": figures,
-        },
-    )
-
-
-def acting(options: argparse.Namespace) -> None:
-    """Time single actions and batches on the CPU, one thread; rows take turns."""
-    import time
-
-    import numpy as np
-    import torch
-    from rich.console import Console
-    from rich.table import Table
-
-    from cpql.actor import ActorConfig, ConsistencyActor
-    from cpql.critic import TwinCritic
-    from cpql.export import fold, to_onnx
-    from cpql.policy import Policy, PolicyConfig
-    from cpql.tasks import Task
-
-    torch.set_num_threads(1)
-    state_dim, action_dim = 11, 3
-
-    def made(refinements: tuple[float, ...], candidates: int) -> Policy:
-        actor = ConsistencyActor(state_dim, action_dim, ActorConfig(refinements=refinements))
-        bounds = (-1.0,) * action_dim, (1.0,) * action_dim
-        task = Task("benchmark", None, "", None, None)
-        hidden = (256, 256, 256)
-        config = PolicyConfig(
-            state_dim, action_dim, *bounds, actor.config, hidden, True, candidates, 1.0, task
-        )
-        return Policy(actor, TwinCritic(state_dim, action_dim, hidden, layer_norm=True), config)
-
-    observations = np.random.default_rng(0).normal(size=(256, state_dim)).astype(np.float32)
-    calls: dict[str, Any] = {}
-    for steps, refinements in ((1, ()), (2, (0.8,))):
-        policy = made(refinements, 1)
-        noise = np.zeros((steps, action_dim), np.float32)
-        folded = fold(policy)
-        calls[f"folded, numpy, {steps} step(s), batch 1"] = lambda f=folded, n=noise: f(observations[0], n)
-        try:
-            import onnxruntime  # type: ignore[import-untyped]
-        except ImportError:
-            print("onnxruntime isn't installed: no ONNX rows")
-        else:
-            with tempfile.TemporaryDirectory() as folder:
-                session = onnxruntime.InferenceSession(to_onnx(policy, Path(folder) / "actor.onnx"))
-            given = {"observation": observations[:1], "noise": noise[:, None]}
-            calls[f"ONNX, {steps} step(s), batch 1"] = lambda s=session, g=given: s.run(None, g)
-        calls[f"predict, actor alone, {steps} step(s), batch 1"] = lambda p=policy: p.predict(observations[0])
-        for batch in (10, 50, 256):
-            several = observations[:batch]
-            name = f"predict, actor alone, {steps} step(s), batch {batch}"
-            calls[name] = lambda p=policy, o=several: p.predict(o)
-    ranked = made((), 50)
-    for batch in (1, 10, 50):
-        several = observations[:batch]
-        calls[f"predict, 50 candidates, 1 step, batch {batch}"] = lambda o=several: ranked.predict(o)
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(options.rounds):
-        for name, call in calls.items():
-            each = []
-            for _ in range(200):
-                began = time.perf_counter()
-                call()
-                each.append(time.perf_counter() - began)
-            times[name].append(statistics.median(each))
-    table_ = Table(title="microseconds a call, CPU, one thread")
-    for column in ("what", "microseconds"):
-        table_.add_column(column)
-    medians = {name: 1e6 * statistics.median(values) for name, values in times.items()}
-    for name, value in medians.items():
-        table_.add_row(name, f"{value:,.1f}")
-    Console().print(table_)
-    keep("acting", {"microseconds": medians})
+def measured(name: str, options: argparse.Namespace) -> dict[str, Any]:
+    """Run what has a module of its own, which is only loaded then."""
+    content: dict[str, Any] = getattr(importlib.import_module(f"measure.{name}"), name)(options)
+    return content
 
 
 def keep_results(options: argparse.Namespace) -> None:

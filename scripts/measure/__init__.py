@@ -1,0 +1,1 @@
+"""What `scripts/benchmark.py` measures that takes more than a page."""
