@@ -1,6 +1,8 @@
 """Measure cpql on this machine, and keep the figures as data.
 
     python scripts/benchmark.py speed             updates a second of every agent, and the floor of its FLOPs
+    python scripts/benchmark.py size              updates a second by width, batch and dataset, and a plot
+    python scripts/benchmark.py side              several seeds as one process, against processes side by side
     python scripts/benchmark.py acting            latency of an action, by rule, batch and form
     python scripts/benchmark.py official          updates and actions beside the papers' own codes
     python scripts/benchmark.py loading           reading 2M transitions against bare h5py, and the memory
@@ -65,6 +67,25 @@ def main() -> None:
     command.add_argument("--seconds", type=float, default=1.0, help="that a row runs in a round")
     command.add_argument("--name", default="speed", help="of the JSON (default: %(default)s)")
     command.set_defaults(run=lambda options: keep(options.name, measured("speed", options)))
+    command = commands.add_parser("size", help="updates a second against width, batch and dataset")
+    command.add_argument("--agent", default="cpql")
+    command.add_argument("--precisions", nargs="+", default=["fp32", "bf16"])
+    command.add_argument("--widths", type=int, nargs="+", default=[256, 512, 1024])
+    command.add_argument("--batches", type=int, nargs="+", default=[256, 1024, 4096])
+    command.add_argument("--datasets", type=int, nargs="+", default=[10_000, 2_000_000])
+    command.add_argument("--rounds", type=int, default=3)
+    command.add_argument(
+        "--seconds", type=float, default=1.0, help="that a row runs in a round, at least once"
+    )
+    command.set_defaults(run=lambda options: keep("size", measured("size", options)))
+    command = commands.add_parser("side", help="several seeds as one process")
+    command.add_argument("--agent", default="cpql")
+    command.add_argument("--precision", default="fp32")
+    command.add_argument("--members", type=int, default=4)
+    command.add_argument("--cores", type=int, default=2)
+    command.add_argument("--rounds", type=int, default=3)
+    command.add_argument("--seconds", type=float, default=20.0)
+    command.set_defaults(run=lambda options: keep(f"side_{options.precision}", measured("side", options)))
     command = commands.add_parser("acting", help="latency of an action")
     command.add_argument("--rounds", type=int, default=7)
     command.set_defaults(run=lambda options: keep("acting", measured("acting", options)))

@@ -20,7 +20,7 @@ from cpql.agents import CPQL, Agent, AgentConfig, ConsistencyAC, ConsistencyACCo
 from cpql.data.transitions import Transitions
 from measure.turns import rates
 
-__all__ = ["ACTION_DIM", "STATE_DIM", "Cell", "arrays", "speed", "updater"]
+__all__ = ["ACTION_DIM", "ROWS", "STATE_DIM", "Cell", "arrays", "speed", "updater"]
 
 STATE_DIM, ACTION_DIM = 11, 3  # Hopper's
 ROWS = 50_000
@@ -41,15 +41,15 @@ class Cell(NamedTuple):
     precision: str
 
 
-def arrays() -> dict[str, NDArray[np.float32]]:
+def arrays(rows: int = ROWS) -> dict[str, NDArray[np.float32]]:
     """Made-up transitions of Hopper's sizes."""
     random = np.random.default_rng(0)
     return {
-        "observations": random.standard_normal((ROWS, STATE_DIM), np.float32),
-        "next_observations": random.standard_normal((ROWS, STATE_DIM), np.float32),
-        "actions": random.random((ROWS, ACTION_DIM), np.float32) * 2 - 1,
-        "rewards": random.standard_normal(ROWS, np.float32),
-        "terminals": np.zeros(ROWS, np.float32),
+        "observations": random.standard_normal((rows, STATE_DIM), np.float32),
+        "next_observations": random.standard_normal((rows, STATE_DIM), np.float32),
+        "actions": random.random((rows, ACTION_DIM), np.float32) * 2 - 1,
+        "rewards": random.standard_normal(rows, np.float32),
+        "terminals": np.zeros(rows, np.float32),
     }
 
 
@@ -64,6 +64,7 @@ def updater(cell: Cell, data: Transitions, width: int = 256, batch: int = 256) -
     agent = maker(STATE_DIM, ACTION_DIM, config, seed=seed, device=data.device, product=product)
     each = [torch.Generator(data.device).manual_seed(k) for k in range(cell.members)]
     draws = each if cell.members > 1 else each[0]
+    torch._dynamo.config.recompile_limit = 64  # a table has many rows; a training has one program
     update = torch.compile(agent.update, fullgraph=True) if cell.mode == "compiled" else agent.update
     return lambda: update(data.sample(config.batch_size, draws), agent.draw(draws))
 
