@@ -81,7 +81,8 @@ class Mish(nn.Module):
         otherwise costs more than the matrix product before it.
         """
         if not torch.compiler.is_compiling():
-            if x.requires_grad or x.device.type != "cpu" or x.numel() < 8192:
+            # Not by x.requires_grad, which an outer transform (torch.func) doesn't show here.
+            if torch.is_grad_enabled() or x.device.type != "cpu" or x.numel() < 8192:
                 return functional.mish(x)
             # Nobody needs the steps between: half the time of torch's own on a CPU.
             n = x.clamp(max=20.0).exp_()
