@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin
 
 import torch
 from torch import Tensor, nn
@@ -52,6 +52,8 @@ class ActorConfig:
             objectives that train the network itself.
         action_norm: noise actions in the unbounded space before a tanh, see `cpql.consistency.perturb`. Not
             for objectives whose paths are straight.
+        dropout: share of the hidden units left out in the objective's loss, the same ones on both sides of a
+            target; iCT and ECT have it for images.
         hidden: widths of the hidden layers.
         time_width: width of the time embedding.
     """
@@ -65,6 +67,7 @@ class ActorConfig:
     sigma_data: float = 0.5
     clamp: Literal["end", "inside"] = "end"
     action_norm: bool = False
+    dropout: float = 0.0
     hidden: tuple[int, ...] = (256, 256, 256)
     time_width: int = 16
 
@@ -73,11 +76,17 @@ class ActorConfig:
             raise ConfigError(
                 f"objective {self.objective!r} does not exist: {did_you_mean(self.objective, OBJECTIVES)}"
             )
-        known = [name for name in keywords(OBJECTIVES[self.objective]) if name not in GIVEN]
-        for option in self.objective_options:
+        types = keywords(OBJECTIVES[self.objective])
+        known = [name for name in types if name not in GIVEN]
+        for option, value in self.objective_options.items():
             if option not in known:
                 raise ConfigError(
                     f"objective_options: {self.objective} has no {option!r}: {did_you_mean(option, known)}"
+                )
+            if get_origin(types[option]) is Literal and value not in get_args(types[option]):
+                raise ConfigError(
+                    f"objective_options: {option} {value!r} does not exist: "
+                    f"{did_you_mean(str(value), get_args(types[option]))}"
                 )
         for key, choices in (
             ("clamp", ("end", "inside")),
@@ -103,6 +112,8 @@ class ActorConfig:
             )
         if self.refinements and self.objective == "distill":
             raise ConfigError("objective=distill learns one step: it has no refinements")
+        if not 0.0 <= self.dropout < 1.0:
+            raise ConfigError(f"dropout must be in [0, 1), found {self.dropout}")
         if not 0.0 < self.t_min < self.t_max:
             raise ConfigError(f"noise levels need 0 < t_min < t_max, found {self.t_min} and {self.t_max}")
         previous = self.t_max
@@ -136,6 +147,7 @@ class _Network(nn.Module):
         self, state_dim: int, action_dim: int, config: ActorConfig, times: int, members: Sequence[int]
     ) -> None:
         super().__init__()
+        self.dropout, self.hidden = config.dropout, list(config.hidden)
         self.time = TimeEmbedding(config.time_width, members)
         if times == 2:
             self.span = TimeEmbedding(config.time_width, members)
@@ -147,9 +159,12 @@ class _Network(nn.Module):
         features: Tensor = self.time(time)
         return features if span is None else torch.cat([features, self.span(span)], -1)
 
-    def predict(self, state: Tensor, x: Tensor, *times: Tensor) -> Tensor:
-        """F, for x [..., A] and times [...] at states [..., S]."""
-        y: Tensor = self.mlp(torch.cat([x, self.embed(*times), state], -1))
+    def predict(self, state: Tensor, x: Tensor, *times: Tensor, drop: Tensor | None = None) -> Tensor:
+        """F, for x [..., A] and times [...] at states [..., S]; `drop` as for `ConsistencyActor.loss`."""
+        masks: Sequence[Tensor] = ()
+        if drop is not None:
+            masks = torch.split((drop >= self.dropout) / (1.0 - self.dropout), self.hidden, -1)
+        y: Tensor = self.mlp(torch.cat([x, self.embed(*times), state], -1), masks)
         return y
 
 
@@ -185,6 +200,7 @@ class ConsistencyActor(_Network):
         self.state_dim, self.action_dim, self.members = state_dim, action_dim, tuple(members)
         self.config = c
         self.levels = Levels(c.t_min, c.t_max)
+        self.wants_tanh, self.wants_u2 = c.wants("tanh"), c.wants("u2")
         self.guide = _Network(state_dim, action_dim, c, 1, members) if c.objective in GUIDES else None
 
     @property
@@ -192,9 +208,9 @@ class ConsistencyActor(_Network):
         """Number of sampling steps, network evaluations an action."""
         return 1 + len(self.config.refinements)
 
-    def function(self, state: Tensor) -> ConsistencyFunction:
+    def function(self, state: Tensor, drop: Tensor | None = None) -> ConsistencyFunction:
         """The consistency function f(x, t) of these states, x: [*state.shape[:-1], A], t: without A."""
-        return self.config.function(partial(self.predict, state))
+        return self.config.function(partial(self.predict, state, drop=drop))
 
     def evaluate(self, state: Tensor, x: Tensor, t: Tensor) -> Tensor:
         """f(x, t) at these states: the consistency function as a plain call."""
@@ -255,6 +271,7 @@ class ConsistencyActor(_Network):
         z: Tensor | None = None,
         u: Tensor | None = None,
         u2: Tensor | None = None,
+        drop: Tensor | None = None,
         generator: torch.Generator | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The behaviour-cloning loss of each pair, by the configured objective.
@@ -271,21 +288,26 @@ class ConsistencyActor(_Network):
             z: standard normal noise like action; drawn where None.
             u: noise in [0, 1) of shape [...]; drawn where None.
             u2: more of it, for the objectives that want it.
+            drop: with dropout, noise in [0, 1) of shape [..., sum of hidden]: a hidden unit is left out where
+                it is less than the share. The teacher should be given the same. Drawn where None.
             generator: draws what isn't given.
 
         Returns:
             Loss of each pair [...], and metrics.
         """
-        f = self.function(state)
+        c = self.config
         if z is None:
             z = torch.randn(action.shape, generator=generator, device=action.device, dtype=action.dtype)
         if u is None:
             u = torch.rand(action.shape[:-1], generator=generator, device=action.device, dtype=action.dtype)
-        c = self.config
+        if c.dropout and drop is None:
+            shape = (*u.shape, sum(c.hidden))
+            drop = torch.rand(shape, generator=generator, device=u.device, dtype=u.dtype)
+        f = self.function(state, drop if c.dropout else None)
         options = dict(c.objective_options)
-        if c.wants("tanh"):
+        if self.wants_tanh:
             options["tanh"] = c.action_norm
-        if c.wants("u2"):
+        if self.wants_u2:
             if u2 is None:
                 u2 = torch.rand(u.shape, generator=generator, device=u.device, dtype=u.dtype)
             options["u2"] = u2

@@ -115,10 +115,20 @@ class MLP(nn.Module):
         layers.append(Linear(widths[-1], outputs, members))
         self.layers = nn.Sequential(*layers)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map [*members, B, inputs] to [*members, B, outputs]."""
-        y: Tensor = self.layers(x)
-        return y
+    def forward(self, x: Tensor, masks: Sequence[Tensor] = ()) -> Tensor:
+        """Map [*members, B, inputs] to [*members, B, outputs].
+
+        Args:
+            x: the inputs.
+            masks: a factor [..., width] of each hidden layer's activations, in order: dropout.
+        """
+        if not masks:
+            y: Tensor = self.layers(x)
+            return y
+        remaining = iter(masks)
+        for layer in self.layers:
+            x = layer(x) * next(remaining) if isinstance(layer, Mish) else layer(x)
+        return x
 
 
 class TimeEmbedding(nn.Module):

@@ -56,7 +56,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "cd": {"t_max": 5.0},
     "scm": {"refinements": (0.8,)},
     "meanflow": {"refinements": (1.0,), "objective_options": {"share": 0.5}},
-    "shortcut": {"refinements": (1.0, 0.3), "objective_options": {"grid": 8}},
+    "shortcut": {"refinements": (1.0, 0.3), "objective_options": {"grid": 8}, "dropout": 0.2},
     "distill": {"objective_options": {"steps": 3}},
 }
 for objective, options in OPTIONS.items():

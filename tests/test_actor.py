@@ -248,6 +248,33 @@ def test_the_loss_trains_a_guide_along(objective: str) -> None:
         assert all(g is None for g in found[len(reached) :])
 
 
+def test_dropout_leaves_the_same_units_out_on_both_sides_of_a_target() -> None:
+    """Noise decides which, and only the loss has it."""
+    actor = make_actor(objective="ict", dropout=0.4)
+    state, action = torch.randn(64, S, generator=seeded()), torch.rand(64, A, generator=seeded(1))
+    z, u, drop = (torch.rand(64, n, generator=seeded(n)) for n in (A, 1, 32))
+    given: dict[str, Any] = {"progress": 0.4, "z": z, "u": u.squeeze(-1)}
+    seen: list[Tensor] = []
+    for layer in (actor.mlp.layers[2], actor.mlp.layers[4]):
+        layer.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].detach()))
+    loss, _ = actor.loss(state, action, drop=drop, **given)
+    assert len(seen) == 4
+    for first, second, part in ((seen[0], seen[2], drop[:, :16]), (seen[1], seen[3], drop[:, 16:])):
+        assert torch.equal(first == 0, part < 0.4) and torch.equal(second == 0, part < 0.4)
+    x, t = torch.randn(64, A), torch.full((64,), 0.7)
+    layers = actor.mlp.layers
+    left = layers[:2](torch.cat([x, actor.embed(t), state], -1)) / 0.6  # a unit that stays counts for others
+    expected = layers[4](layers[2:4](left) / 0.6)
+    torch.testing.assert_close(actor.predict(state, x, t, drop=torch.ones(64, 32)), expected)
+    noise = torch.randn(3, 64, A)
+    assert torch.equal(actor(state, noise=noise), make_actor(objective="ict")(state, noise=noise))
+    drawn, _ = actor.loss(state, action, generator=seeded(5), **given)
+    same, _ = actor.loss(state, action, drop=torch.rand(64, 32, generator=seeded(5)), **given)
+    assert torch.equal(drawn, same) and not torch.equal(drawn, loss)
+    with pytest.raises(ConfigError, match=r"dropout must be in \[0, 1\), found 1.0"):
+        ActorConfig(dropout=1.0)
+
+
 def test_action_norm_bounds_what_the_network_sees() -> None:
     state, noise = torch.zeros(50, S), 3 * torch.randn(1, 50, A, generator=seeded())
     plain, normed = (make_actor((), parameterisation="unscaled", action_norm=on) for on in (False, True))
@@ -303,9 +330,9 @@ def test_the_configuration_refuses_what_cannot_work() -> None:
     with pytest.raises(ConfigError, match=r"'itc' does not exist: did you mean .*ict"):
         ActorConfig("itc")
     with pytest.raises(
-        ConfigError, match="'flow' does not exist: choose from cd, ct, denoise, distill, ect, ict"
+        ConfigError, match="'gan' does not exist: choose from cd, ct, denoise, distill, ect, ict"
     ):
-        ActorConfig("flow")
+        ActorConfig("gan")
     bad: list[tuple[float, ...]] = [(0.5, 2.0), (5.1,), (2.0, 0.001), (2.0, -1.0), (math.nan,)]
     for refinements in bad:
         with pytest.raises(ConfigError, match=r"refinements must descend within .* = \[0.002, 5.0\], found"):
@@ -631,6 +658,10 @@ def test_value_and_gradient_as_a_compiler_sees_it() -> None:
         (
             {"parameterisation": "foo"},
             "parameterisation 'foo' does not exist: choose from auto, edm, unscaled, ",
+        ),
+        (
+            {"objective": "ict", "objective_options": {"metric": "hubber"}},
+            "objective_options: metric 'hubber' does not exist: did you mean huber",
         ),
         (
             {"objective": "scm", "parameterisation": "edm"},

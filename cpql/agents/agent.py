@@ -247,6 +247,8 @@ class Agent:
         }
         if c.actor.wants("u2"):
             noise["u2"] = torch.rand(batch, generator=generator, device=device)
+        if c.actor.dropout:
+            noise["drop"] = torch.rand(batch, sum(c.actor.hidden), generator=generator, device=device)
         return noise
 
     @torch.no_grad()
@@ -283,9 +285,11 @@ class Agent:
         self, actor: Tensor, batch: Batch, noise: Noise, progress: Tensor
     ) -> tuple[Tensor, Metrics]:
         """The actor's objective on the data, with the target actor as its teacher; mean over the batch."""
+        drop = noise.get("drop")
 
         def network(x: Tensor, *times: Tensor) -> Tensor:
-            y: Tensor = self.actor(self.state["actor_target"], "predict", batch.observations, x, *times)
+            weights, state = self.state["actor_target"], batch.observations
+            y: Tensor = self.actor(weights, "predict", state, x, *times, drop=drop)
             return y
 
         loss, metrics = self.actor(
@@ -298,6 +302,7 @@ class Agent:
             z=noise["z"],
             u=noise["u"],
             u2=noise.get("u2"),
+            drop=drop,
         )
         means = {name: value.mean(-1) if value.ndim else value for name, value in metrics.items()}
         return loss.mean(-1), {f"actor/{name}": value for name, value in means.items()}

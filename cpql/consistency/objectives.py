@@ -30,7 +30,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from functools import partial
-from typing import Literal
+from typing import Any, Literal, get_type_hints
 
 import torch
 from torch import Tensor
@@ -513,7 +513,8 @@ GIVEN = ("u2", "guide", "tanh")
 """Keywords of objectives that aren't settings."""
 
 
-def keywords(objective: Objective) -> list[str]:
-    """The names of an objective's keyword arguments: its settings, and what it wants of `GIVEN`."""
+def keywords(objective: Objective) -> dict[str, Any]:
+    """The types of an objective's keyword arguments by name: its settings, and what it wants of `GIVEN`."""
+    hints = get_type_hints(objective.func if isinstance(objective, partial) else objective)
     parameters = inspect.signature(objective).parameters.values()
-    return [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
+    return {p.name: hints[p.name] for p in parameters if p.kind is p.KEYWORD_ONLY}
