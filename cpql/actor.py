@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from functools import partial
+from typing import Any, Literal, get_args, get_origin
 
 import torch
 from torch import Tensor, nn
 
 from cpql.consistency import (
+    GIVEN,
+    GUIDES,
+    KINDS,
     OBJECTIVES,
     PARAMETERISATIONS,
+    ConsistencyFunction,
     Function,
     Levels,
+    Network,
     Parameterisation,
     consistency_function,
+    keywords,
     sample,
 )
 from cpql.errors import ConfigError, did_you_mean
@@ -32,30 +38,36 @@ class ActorConfig:
     Attributes:
         objective: how it imitates data, a key of `cpql.consistency.OBJECTIVES`: denoise, ct, ict, ...
         objective_options: settings of the objective, its keyword arguments.
-        parameterisation: `edm` or `unscaled` (Consistency-AC's), see `cpql.consistency.Parameterisation`.
+        parameterisation: see `cpql.consistency.Parameterisation`; `auto` is the objective's own where it has
+            one, else `edm`. `unscaled` is Consistency-AC's.
         t_min: smallest noise level, where the actor returns its input.
         t_max: largest noise level, where sampling starts. The papers' 80 comes from images; modes of actions
             in [-1, 1] are told apart far better with 5.
         refinements: noise levels of the sampling steps after the first, descending. Empty: one step.
             Consistency-AC publishes (2.0,): its last refinement is not at a small level. CPQL's antmaze
-            sampler is (80.0, 2.24, 0.002), the last of which is the identity.
+            sampler is (80.0, 2.24, 0.002), the last of which is the identity. `distill` learns one step only.
         sigma_data: standard deviation that the parameterisation assumes of actions.
         clamp: `end` clamps the sample to [-1, 1] once; `inside` every output of the consistency function, in
-            the loss too, as CPQL publishes (no gradient pulls an action back from outside).
-        action_norm: noise actions in the unbounded space before a tanh, see `cpql.consistency.perturb`.
+            the loss too, as CPQL publishes (no gradient pulls an action back from outside). Not for
+            objectives that train the network itself.
+        action_norm: noise actions in the unbounded space before a tanh, see `cpql.consistency.perturb`. Not
+            for objectives whose paths are straight.
+        dropout: share of the hidden units left out in the objective's loss, the same ones on both sides of a
+            target; iCT and ECT have it for images.
         hidden: widths of the hidden layers.
         time_width: width of the time embedding.
     """
 
     objective: str = "denoise"
     objective_options: dict[str, Any] = field(default_factory=dict)
-    parameterisation: Literal["edm", "unscaled"] = "edm"
+    parameterisation: Literal["auto", "edm", "unscaled", "trig", "flow", "average"] = "auto"
     t_min: float = 0.002
     t_max: float = 80.0
     refinements: tuple[float, ...] = ()
     sigma_data: float = 0.5
     clamp: Literal["end", "inside"] = "end"
     action_norm: bool = False
+    dropout: float = 0.0
     hidden: tuple[int, ...] = (256, 256, 256)
     time_width: int = 16
 
@@ -64,21 +76,44 @@ class ActorConfig:
             raise ConfigError(
                 f"objective {self.objective!r} does not exist: {did_you_mean(self.objective, OBJECTIVES)}"
             )
-        known = [
-            name
-            for name, parameter in inspect.signature(OBJECTIVES[self.objective]).parameters.items()
-            if parameter.kind is parameter.KEYWORD_ONLY and name != "tanh"
-        ]
-        for option in self.objective_options:
+        types = keywords(OBJECTIVES[self.objective])
+        known = [name for name in types if name not in GIVEN]
+        for option, value in self.objective_options.items():
             if option not in known:
                 raise ConfigError(
                     f"objective_options: {self.objective} has no {option!r}: {did_you_mean(option, known)}"
                 )
-        for key, choices in (("clamp", ("end", "inside")), ("parameterisation", PARAMETERISATIONS)):
+            if get_origin(types[option]) is Literal and value not in get_args(types[option]):
+                raise ConfigError(
+                    f"objective_options: {option} {value!r} does not exist: "
+                    f"{did_you_mean(str(value), get_args(types[option]))}"
+                )
+        for key, choices in (
+            ("clamp", ("end", "inside")),
+            ("parameterisation", ("auto", *PARAMETERISATIONS)),
+        ):
             if getattr(self, key) not in choices:
                 raise ConfigError(
                     f"{key} {getattr(self, key)!r} does not exist: choose from {', '.join(choices)}"
                 )
+        own = KINDS.get(self.objective)
+        if (self.kind == "average" and own != "average") or own not in (None, self.kind):
+            raise ConfigError(
+                f"parameterisation={self.parameterisation} doesn't go with objective={self.objective}: "
+                "leave it at auto"
+            )
+        if own is not None and self.clamp == "inside":
+            raise ConfigError(
+                f"clamp=inside doesn't go with objective={self.objective}, which trains the network"
+            )
+        if self.action_norm and not self.wants("tanh"):
+            raise ConfigError(
+                f"action_norm doesn't go with objective={self.objective}, whose paths are straight"
+            )
+        if self.refinements and self.objective == "distill":
+            raise ConfigError("objective=distill learns one step: it has no refinements")
+        if not 0.0 <= self.dropout < 1.0:
+            raise ConfigError(f"dropout must be in [0, 1), found {self.dropout}")
         if not 0.0 < self.t_min < self.t_max:
             raise ConfigError(f"noise levels need 0 < t_min < t_max, found {self.t_min} and {self.t_max}")
         previous = self.t_max
@@ -90,8 +125,50 @@ class ActorConfig:
                 )
             previous = t
 
+    @property
+    def kind(self) -> Literal["edm", "unscaled", "trig", "flow", "average"]:
+        """The parameterisation, resolved."""
+        return KINDS.get(self.objective, "edm") if self.parameterisation == "auto" else self.parameterisation
 
-class ConsistencyActor(nn.Module):
+    def wants(self, name: str) -> bool:
+        """Whether the objective has this keyword of `cpql.consistency.GIVEN`."""
+        return name in keywords(OBJECTIVES[self.objective])
+
+    def function(self, network: Network) -> ConsistencyFunction:
+        """The consistency function of an actor's network F."""
+        parameterisation = Parameterisation(self.kind, self.sigma_data, self.t_min)
+        return consistency_function(network, parameterisation, 1.0 if self.clamp == "inside" else None)
+
+
+class _Network(nn.Module):
+    """F(x, times, state): an MLP of all three, with an embedding for each time."""
+
+    def __init__(
+        self, state_dim: int, action_dim: int, config: ActorConfig, times: int, members: Sequence[int]
+    ) -> None:
+        super().__init__()
+        self.dropout, self.hidden = config.dropout, list(config.hidden)
+        self.time = TimeEmbedding(config.time_width, members)
+        if times == 2:
+            self.span = TimeEmbedding(config.time_width, members)
+        width = action_dim + times * config.time_width + state_dim
+        self.mlp = MLP(width, config.hidden, action_dim, members)
+
+    def embed(self, time: Tensor, span: Tensor | None = None) -> Tensor:
+        """The features [..., times x time_width] of the times [...]."""
+        features: Tensor = self.time(time)
+        return features if span is None else torch.cat([features, self.span(span)], -1)
+
+    def predict(self, state: Tensor, x: Tensor, *times: Tensor, drop: Tensor | None = None) -> Tensor:
+        """F, for x [..., A] and times [...] at states [..., S]; `drop` as for `ConsistencyActor.loss`."""
+        masks: Sequence[Tensor] = ()
+        if drop is not None:
+            masks = torch.split((drop >= self.dropout) / (1.0 - self.dropout), self.hidden, -1)
+        y: Tensor = self.mlp(torch.cat([x, self.embed(*times), state], -1), masks)
+        return y
+
+
+class ConsistencyActor(_Network):
     """A policy that turns noise into an action with a state-conditioned consistency function.
 
     An ordinary module: `actor(state)` is a differentiable sample in [-1, 1], for states of any leading
@@ -117,30 +194,23 @@ class ConsistencyActor(nn.Module):
         *,
         members: Sequence[int] = (),
     ) -> None:
-        super().__init__()
+        c = config or ActorConfig()
+        self.parameterisation = Parameterisation(c.kind, c.sigma_data, c.t_min)
+        super().__init__(state_dim, action_dim, c, self.parameterisation.times, members)
         self.state_dim, self.action_dim, self.members = state_dim, action_dim, tuple(members)
-        self.config = c = config or ActorConfig()
+        self.config = c
         self.levels = Levels(c.t_min, c.t_max)
-        self.parameterisation = Parameterisation(c.parameterisation, c.sigma_data, c.t_min)
-        self.time = TimeEmbedding(c.time_width, members)
-        self.mlp = MLP(action_dim + c.time_width + state_dim, c.hidden, action_dim, members)
+        self.wants_tanh, self.wants_u2 = c.wants("tanh"), c.wants("u2")
+        self.guide = _Network(state_dim, action_dim, c, 1, members) if c.objective in GUIDES else None
 
     @property
     def steps(self) -> int:
         """Number of sampling steps, network evaluations an action."""
         return 1 + len(self.config.refinements)
 
-    def function(self, state: Tensor) -> Function:
+    def function(self, state: Tensor, drop: Tensor | None = None) -> ConsistencyFunction:
         """The consistency function f(x, t) of these states, x: [*state.shape[:-1], A], t: without A."""
-
-        def network(x: Tensor, t: Tensor) -> Tensor:
-            y: Tensor = self.mlp(torch.cat([x, self.time(t), state], -1))
-            return y
-
-        f = consistency_function(network, self.parameterisation)
-        if self.config.clamp == "inside":
-            return lambda x, t: f(x, t).clamp(-1.0, 1.0)
-        return f
+        return self.config.function(partial(self.predict, state, drop=drop))
 
     def evaluate(self, state: Tensor, x: Tensor, t: Tensor) -> Tensor:
         """f(x, t) at these states: the consistency function as a plain call."""
@@ -200,9 +270,14 @@ class ConsistencyActor(nn.Module):
         progress: Tensor | float = 1.0,
         z: Tensor | None = None,
         u: Tensor | None = None,
+        u2: Tensor | None = None,
+        drop: Tensor | None = None,
         generator: torch.Generator | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The behaviour-cloning loss of each pair, by the configured objective.
+
+        An objective that distils another network has it trained along: its loss, on the same noise, is part
+        of this one, and no gradient passes between the two.
 
         Args:
             state: [..., S].
@@ -212,27 +287,41 @@ class ConsistencyActor(nn.Module):
             progress: share of the training that is done, in [0, 1].
             z: standard normal noise like action; drawn where None.
             u: noise in [0, 1) of shape [...]; drawn where None.
+            u2: more of it, for the objectives that want it.
+            drop: with dropout, noise in [0, 1) of shape [..., sum of hidden]: a hidden unit is left out where
+                it is less than the share. The teacher should be given the same. Drawn where None.
             generator: draws what isn't given.
 
         Returns:
             Loss of each pair [...], and metrics.
         """
-        f = self.function(state)
+        c = self.config
         if z is None:
             z = torch.randn(action.shape, generator=generator, device=action.device, dtype=action.dtype)
         if u is None:
             u = torch.rand(action.shape[:-1], generator=generator, device=action.device, dtype=action.dtype)
-        return OBJECTIVES[self.config.objective](
-            f,
-            f if teacher is None else teacher,
-            action,
-            z,
-            u,
-            torch.as_tensor(progress, dtype=action.dtype, device=action.device),
-            self.levels,
-            tanh=self.config.action_norm,
-            **self.config.objective_options,
+        if c.dropout and drop is None:
+            shape = (*u.shape, sum(c.hidden))
+            drop = torch.rand(shape, generator=generator, device=u.device, dtype=u.dtype)
+        f = self.function(state, drop if c.dropout else None)
+        options = dict(c.objective_options)
+        if self.wants_tanh:
+            options["tanh"] = c.action_norm
+        if self.wants_u2:
+            if u2 is None:
+                u2 = torch.rand(u.shape, generator=generator, device=u.device, dtype=u.dtype)
+            options["u2"] = u2
+        progress = torch.as_tensor(progress, dtype=action.dtype, device=action.device)
+        given = (f if teacher is None else teacher, action, z, u, progress, self.levels)
+        if self.guide is None:
+            return OBJECTIVES[c.objective](f, *given, **options)
+        objective, kind = GUIDES[c.objective]
+        guide = consistency_function(
+            partial(self.guide.predict, state), Parameterisation(kind, c.sigma_data, c.t_min)
         )
+        guiding, _ = objective(guide, *given)
+        loss, metrics = OBJECTIVES[c.objective](f, *given, guide=guide, **options)
+        return loss + guiding, {**metrics, "guide": guiding}
 
 
 def choose(

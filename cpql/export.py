@@ -131,9 +131,9 @@ def fold(policy: Policy) -> FoldedActor:
     actor, config = policy.actor, policy.config
     linear = [layer for layer in actor.mlp.layers if isinstance(layer, Linear)]
     first = linear[0].weight.double()
-    x_part, time_part, state_part = torch.split(
-        first, [config.action_dim, config.actor.time_width, config.state_dim], -1
-    )
+    p, levels = actor.parameterisation, actor.levels
+    times = p.times * config.actor.time_width
+    x_part, time_part, state_part = torch.split(first, [config.action_dim, times, config.state_dim], -1)
     bias = linear[0].bias.double()
     if config.observation_mean:
         mean, std = (torch.tensor(v).double() for v in (config.observation_mean, config.observation_std))
@@ -143,10 +143,10 @@ def fold(policy: Policy) -> FoldedActor:
     def array(tensor: Tensor) -> Any:
         return np.ascontiguousarray(tensor.cpu().float().numpy())
 
-    p, levels, steps = actor.parameterisation, actor.levels, []
+    steps = []
     for k, level in enumerate((levels.t_max, *config.actor.refinements)):
         t = torch.tensor(level, dtype=torch.float64)
-        embedding = actor.time(p.c_time(t).float().to(policy.device)).double()
+        embedding = actor.embed(*[p.c_time(t).float().to(policy.device)] * p.times).double()
         spread = level if k == 0 else math.sqrt(level**2 - levels.t_min**2)
         weight, offset = (p.c_in(t) * x_part.cpu()).T, time_part @ embedding
         steps.append(Step(spread, float(p.c_skip(t)), float(p.c_out(t)), array(weight), array(offset)))

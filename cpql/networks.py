@@ -81,7 +81,8 @@ class Mish(nn.Module):
         otherwise costs more than the matrix product before it.
         """
         if not torch.compiler.is_compiling():
-            if x.requires_grad or x.device.type != "cpu" or x.numel() < 8192:
+            # Not by x.requires_grad, which an outer transform (torch.func) doesn't show here.
+            if torch.is_grad_enabled() or x.device.type != "cpu" or x.numel() < 8192:
                 return functional.mish(x)
             # Nobody needs the steps between: half the time of torch's own on a CPU.
             n = x.clamp(max=20.0).exp_()
@@ -114,10 +115,20 @@ class MLP(nn.Module):
         layers.append(Linear(widths[-1], outputs, members))
         self.layers = nn.Sequential(*layers)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map [*members, B, inputs] to [*members, B, outputs]."""
-        y: Tensor = self.layers(x)
-        return y
+    def forward(self, x: Tensor, masks: Sequence[Tensor] = ()) -> Tensor:
+        """Map [*members, B, inputs] to [*members, B, outputs].
+
+        Args:
+            x: the inputs.
+            masks: a factor [..., width] of each hidden layer's activations, in order: dropout.
+        """
+        if not masks:
+            y: Tensor = self.layers(x)
+            return y
+        remaining = iter(masks)
+        for layer in self.layers:
+            x = layer(x) * next(remaining) if isinstance(layer, Mish) else layer(x)
+        return x
 
 
 class TimeEmbedding(nn.Module):

@@ -50,6 +50,23 @@ CONFIGS: dict[str, tuple[type[Agent], AgentConfig]] = {
 }
 
 
+# Every objective in both agents, with settings that leave nothing out in a short training.
+OPTIONS: dict[str, dict[str, Any]] = {
+    "ect": {"refinements": (0.8,), "objective_options": {"stages": 3}},
+    "cd": {"t_max": 5.0},
+    "scm": {"refinements": (0.8,)},
+    "meanflow": {"refinements": (1.0,), "objective_options": {"share": 0.5}},
+    "shortcut": {"refinements": (1.0, 0.3), "objective_options": {"grid": 8}, "dropout": 0.2},
+    "distill": {"objective_options": {"steps": 3}},
+}
+for objective, options in OPTIONS.items():
+    CONFIGS[f"cpql-{objective}"] = (CPQL, CPQLConfig(actor=ActorConfig(objective, **options)))
+CONFIGS["consistency_ac-meanflow"] = (
+    ConsistencyAC,
+    ConsistencyACConfig(actor=ActorConfig("meanflow", refinements=(1.0,))),
+)
+
+
 def small(config: AgentConfig, **changes: Any) -> AgentConfig:
     """The same agent with little networks and a short training."""
     return replace(

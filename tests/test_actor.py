@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal
 
 import pytest
@@ -106,9 +107,9 @@ def test_a_sample_is_differentiable_in_everything() -> None:
     assert (gradients[-1].abs().amax((1, 2)) > 0).all()
 
 
-@pytest.mark.parametrize("objective", ["denoise", "ct", "ict"])
+@pytest.mark.parametrize("objective", list(consistency.OBJECTIVES))
 def test_the_loss_reaches_every_weight(objective: str) -> None:
-    actor = make_actor(objective=objective)
+    actor = make_actor(() if objective == "distill" else (2.0, 0.5), objective=objective)
     state, action = torch.randn(32, S, generator=seeded()), torch.rand(32, A, generator=seeded(1))
     loss, _ = actor.loss(state, action, progress=0.5, generator=seeded(2))
     for gradient in torch.autograd.grad(loss.mean(), list(actor.parameters())):
@@ -209,6 +210,71 @@ def test_the_loss_is_the_objectives(objective: str, action_norm: bool) -> None:
     assert torch.equal(taught, found) == (objective != "ct")
 
 
+@pytest.mark.parametrize("objective", ["meanflow", "shortcut"])
+def test_the_loss_passes_on_more_noise(objective: str) -> None:
+    actor = make_actor(objective=objective, objective_options={"share": 0.6})
+    state, action = torch.randn(8, S, generator=seeded()), torch.rand(8, A, generator=seeded(1))
+    z, u = torch.randn(8, A, generator=seeded(2)), torch.rand(8, generator=seeded(3))
+    f, u2, progress = actor.function(state), torch.rand(8, generator=seeded(4)), torch.tensor(0.4)
+    given = (f, f, action, z, u, progress, actor.levels)
+    expected, _ = consistency.OBJECTIVES[objective](*given, u2=u2, share=0.6)
+    assert torch.equal(actor.loss(state, action, progress=0.4, z=z, u=u, u2=u2)[0], expected)
+    drawn, _ = actor.loss(state, action, progress=0.4, z=z, u=u, generator=seeded(4))
+    assert torch.equal(drawn, expected)
+
+
+@pytest.mark.parametrize("objective", ["cd", "distill"])
+def test_the_loss_trains_a_guide_along(objective: str) -> None:
+    """The guide's loss is added, and neither loss reaches the other's weights."""
+    actor = make_actor((), objective=objective)
+    assert actor.guide is not None
+    state, action = torch.randn(8, S, generator=seeded()), torch.rand(8, A, generator=seeded(1))
+    z, u = torch.randn(8, A, generator=seeded(2)), torch.rand(8, generator=seeded(3))
+    f, progress = actor.function(state), torch.tensor(0.4)
+    guiding, kind = consistency.GUIDES[objective]
+    guide = consistency.consistency_function(
+        partial(actor.guide.predict, state), consistency.Parameterisation(kind)
+    )
+    given = (f, action, z, u, progress, actor.levels)
+    own, _ = consistency.OBJECTIVES[objective](f, *given, guide=guide)
+    guides, _ = guiding(guide, *given)
+    loss, metrics = actor.loss(state, action, progress=0.4, z=z, u=u)
+    assert torch.equal(loss, own + guides) and torch.equal(metrics["guide"], guides)
+    theirs = list(actor.guide.parameters())
+    mine = [p for name, p in actor.named_parameters() if not name.startswith("guide")]
+    for part, reached, not_reached in ((own, mine, theirs), (guides, theirs, mine)):
+        found = torch.autograd.grad(part.sum(), [*reached, *not_reached], allow_unused=True)
+        assert all(g is not None for g in found[: len(reached)])
+        assert all(g is None for g in found[len(reached) :])
+
+
+def test_dropout_leaves_the_same_units_out_on_both_sides_of_a_target() -> None:
+    """Noise decides which, and only the loss has it."""
+    actor = make_actor(objective="ict", dropout=0.4)
+    state, action = torch.randn(64, S, generator=seeded()), torch.rand(64, A, generator=seeded(1))
+    z, u, drop = (torch.rand(64, n, generator=seeded(n)) for n in (A, 1, 32))
+    given: dict[str, Any] = {"progress": 0.4, "z": z, "u": u.squeeze(-1)}
+    seen: list[Tensor] = []
+    for layer in (actor.mlp.layers[2], actor.mlp.layers[4]):
+        layer.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].detach()))
+    loss, _ = actor.loss(state, action, drop=drop, **given)
+    assert len(seen) == 4
+    for first, second, part in ((seen[0], seen[2], drop[:, :16]), (seen[1], seen[3], drop[:, 16:])):
+        assert torch.equal(first == 0, part < 0.4) and torch.equal(second == 0, part < 0.4)
+    x, t = torch.randn(64, A), torch.full((64,), 0.7)
+    layers = actor.mlp.layers
+    left = layers[:2](torch.cat([x, actor.embed(t), state], -1)) / 0.6  # a unit that stays counts for others
+    expected = layers[4](layers[2:4](left) / 0.6)
+    torch.testing.assert_close(actor.predict(state, x, t, drop=torch.ones(64, 32)), expected)
+    noise = torch.randn(3, 64, A)
+    assert torch.equal(actor(state, noise=noise), make_actor(objective="ict")(state, noise=noise))
+    drawn, _ = actor.loss(state, action, generator=seeded(5), **given)
+    same, _ = actor.loss(state, action, drop=torch.rand(64, 32, generator=seeded(5)), **given)
+    assert torch.equal(drawn, same) and not torch.equal(drawn, loss)
+    with pytest.raises(ConfigError, match=r"dropout must be in \[0, 1\), found 1.0"):
+        ActorConfig(dropout=1.0)
+
+
 def test_action_norm_bounds_what_the_network_sees() -> None:
     state, noise = torch.zeros(50, S), 3 * torch.randn(1, 50, A, generator=seeded())
     plain, normed = (make_actor((), parameterisation="unscaled", action_norm=on) for on in (False, True))
@@ -263,8 +329,10 @@ def test_the_configuration_refuses_what_cannot_work() -> None:
         ActorConfig("denoize")
     with pytest.raises(ConfigError, match=r"'itc' does not exist: did you mean .*ict"):
         ActorConfig("itc")
-    with pytest.raises(ConfigError, match="'flow' does not exist: choose from ct, denoise, ict"):
-        ActorConfig("flow")
+    with pytest.raises(
+        ConfigError, match="'gan' does not exist: choose from cd, ct, denoise, distill, ect, ict"
+    ):
+        ActorConfig("gan")
     bad: list[tuple[float, ...]] = [(0.5, 2.0), (5.1,), (2.0, 0.001), (2.0, -1.0), (math.nan,)]
     for refinements in bad:
         with pytest.raises(ConfigError, match=r"refinements must descend within .* = \[0.002, 5.0\], found"):
@@ -285,11 +353,22 @@ def shake(module: nn.Module) -> None:
 @pytest.mark.parametrize("clamp", ["end", "inside"])
 @pytest.mark.parametrize("members", [(3,), (2, 3)])
 def test_an_actors_members_are_actors(members: tuple[int, ...], clamp: Literal["end", "inside"]) -> None:
-    together = make_actor(members=members, objective="ict", clamp=clamp)
-    apart = make_actor(objective="ict", clamp=clamp)
+    check_members(members, objective="ict", clamp=clamp)
+
+
+@pytest.mark.parametrize("objective", ["ect", "cd", "scm", "meanflow", "shortcut", "distill"])
+def test_members_of_every_objective(objective: str) -> None:
+    check_members((3,), objective=objective)
+
+
+def check_members(members: tuple[int, ...], **options: Any) -> None:
+    refinements = () if options["objective"] == "distill" else (2.0, 0.5)
+    together = make_actor(refinements, members=members, **options)
+    apart = make_actor(refinements, **options)
     state, action = torch.randn(*members, 5, S), torch.rand(*members, 5, A)
-    noise, u = torch.randn(3, *members, 5, A), torch.rand(*members, 5)
-    drawn, (loss, _) = together(state, noise=noise), together.loss(state, action, z=noise[0], u=u)
+    noise, u = torch.randn(together.steps, *members, 5, A), torch.rand(*members, 5)
+    u2 = torch.rand(*members, 5)
+    drawn, (loss, _) = together(state, noise=noise), together.loss(state, action, z=noise[0], u=u, u2=u2)
     assert drawn.shape == (*members, 5, A) and loss.shape == (*members, 5)
     results = []
     for flat in range(math.prod(members)):
@@ -297,7 +376,7 @@ def test_an_actors_members_are_actors(members: tuple[int, ...], clamp: Literal["
         apart.load_state_dict(copy_of_member(together, k))
         alone = apart(state[k], noise=noise[(slice(None), *k)])
         torch.testing.assert_close(drawn[k], alone, rtol=0, atol=1e-6)
-        alone_loss, _ = apart.loss(state[k], action[k], z=noise[(0, *k)], u=u[k])
+        alone_loss, _ = apart.loss(state[k], action[k], z=noise[(0, *k)], u=u[k], u2=u2[k])
         torch.testing.assert_close(loss[k], alone_loss, rtol=1e-4, atol=1e-5)
         results.append(alone)
     assert not torch.equal(results[0], results[1])
@@ -576,7 +655,23 @@ def test_value_and_gradient_as_a_compiler_sees_it() -> None:
     ("values", "message"),
     [
         ({"clamp": "foo"}, "clamp 'foo' does not exist: choose from end, inside"),
-        ({"parameterisation": "foo"}, "parameterisation 'foo' does not exist: choose from edm, unscaled"),
+        (
+            {"parameterisation": "foo"},
+            "parameterisation 'foo' does not exist: choose from auto, edm, unscaled, ",
+        ),
+        (
+            {"objective": "ict", "objective_options": {"metric": "hubber"}},
+            "objective_options: metric 'hubber' does not exist: did you mean huber",
+        ),
+        (
+            {"objective": "scm", "parameterisation": "edm"},
+            "=edm doesn't go with objective=scm: leave it at auto",
+        ),
+        ({"parameterisation": "average"}, "=average doesn't go with objective=denoise"),
+        ({"objective": "meanflow", "clamp": "inside"}, "clamp=inside doesn't go with objective=meanflow"),
+        ({"objective": "cd", "action_norm": True}, "action_norm doesn't go with objective=cd"),
+        ({"objective": "distill", "refinements": (0.8,)}, "distill learns one step"),
+        ({"objective": "meanflow", "objective_options": {"u2": 1}}, "meanflow has no 'u2'"),
         ({"t_max": 0.001}, "need 0 < t_min < t_max, found 0.002 and 0.001"),
         ({"objective": "ct", "objective_options": {"s2": 3}}, "ct has no 's2': did you mean s1 or s0"),
     ],

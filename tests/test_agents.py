@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from conftest import CONFIGS, small
+from conftest import CONFIGS, OPTIONS, small
+from torch import Tensor
 
 from cpql.actor import ConsistencyActor
 from cpql.agents import CPQL, Agent, ConsistencyAC, ConsistencyACConfig, CPQLConfig, TargetConfig
 from cpql.data.transitions import Batch, Transitions
 from cpql.errors import ConfigError
+from cpql.optimisation import value_and_grad
 
 Maker = Callable[..., Agent]
 
@@ -117,6 +120,36 @@ def test_compiled_is_one_graph_and_equals_eager(name: str, data: Transitions) ->
             found = update(batch, noise)
         for key, value in expected.items():
             torch.testing.assert_close(found[key], value, rtol=1e-4, atol=1e-4, msg=f"{key} at {step}")
+
+
+@pytest.mark.parametrize(
+    ("objective", "backend"), [*((name, "aot_eager") for name in OPTIONS), ("meanflow", "inductor")]
+)
+def test_every_objective_compiles_as_one_graph_and_equals_eager(
+    objective: str, backend: str, data: Transitions
+) -> None:
+    """The imitation's gradient alone, in a group: what differs between objectives.
+
+    Tracing is what may fail, so one is enough for the code that comes of it: the one with most inputs and a
+    derivative.
+    """
+    agent = CPQL(4, 2, small(CONFIGS[f"cpql-{objective}"][1]), seed=(0, 1))
+    generators = [torch.Generator().manual_seed(k) for k in range(2)]
+    torch._dynamo.reset()
+
+    def step(batch: Batch, noise: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        loss = partial(agent.imitation_loss, batch=batch, noise=noise, progress=agent.progress)
+        value, gradient, _ = value_and_grad(loss, agent.state["actor"])
+        return value, gradient
+
+    compiled = torch.compile(step, fullgraph=True, backend=backend)
+    for progress in (5, 40):
+        agent.state["step"].fill_(progress)
+        batches = [data.sample(16, generator) for generator in generators]
+        batch = Batch(*(torch.stack(columns) for columns in zip(*batches, strict=True)))
+        noise = agent.draw(generators)
+        for found, expected in zip(compiled(batch, noise), step(batch, noise), strict=True):
+            torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
 
 
 def group_run(agent: Agent, data: Transitions, updates: int, seeds: tuple[int, ...]) -> list[dict[str, Any]]:

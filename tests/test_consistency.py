@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from cpql.consistency import KINDS as KINDS_OF
 from cpql.consistency import (
     OBJECTIVES,
     Function,
@@ -23,13 +24,15 @@ from cpql.consistency import (
     denoise,
     ict,
     ict_discretisation,
+    keywords,
     lognormal_index,
     perturb,
     sample,
     uniform_index,
 )
 
-KINDS: tuple[Literal["edm", "unscaled"], ...] = ("edm", "unscaled")
+Kind = Literal["edm", "unscaled"]
+KINDS: tuple[Kind, ...] = ("edm", "unscaled")
 
 
 def tensor(*values: float) -> Tensor:
@@ -40,7 +43,7 @@ def number(value: float) -> Tensor:
     return torch.tensor(value, dtype=torch.float64)
 
 
-def network(x: Tensor, t: Tensor) -> Tensor:
+def network(x: Tensor, t: Tensor, span: Tensor | None = None) -> Tensor:
     """Any network: nonlinear, mixes the elements, and is large."""
     return 100.0 * torch.cos(x.flip(-1)) + torch.tanh(t).unsqueeze(-1) * x**2 + 7.0
 
@@ -51,9 +54,7 @@ def network(x: Tensor, t: Tensor) -> Tensor:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("t_min", [0.002, 0.01, 1.0])
-def test_at_t_min_the_function_is_the_identity(
-    kind: Literal["edm", "unscaled"], dtype: torch.dtype, t_min: float
-) -> None:
+def test_at_t_min_the_function_is_the_identity(kind: Kind, dtype: torch.dtype, t_min: float) -> None:
     f = consistency_function(network, Parameterisation(kind, 0.5, t_min))
     x = 3.0 * torch.randn(50, 4, dtype=dtype, generator=torch.Generator().manual_seed(0))
     assert torch.equal(f(x, torch.full((50,), t_min, dtype=dtype)), x)
@@ -62,7 +63,7 @@ def test_at_t_min_the_function_is_the_identity(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_level_of_index_0_is_t_min_to_float_precision(kind: Literal["edm", "unscaled"]) -> None:
+def test_a_level_of_index_0_is_t_min_to_float_precision(kind: Kind) -> None:
     f = consistency_function(network, Parameterisation(kind))
     x = torch.randn(50, 4, generator=torch.Generator().manual_seed(0))
     t = Levels().level(torch.zeros(50), torch.tensor(40.0))
@@ -83,7 +84,7 @@ def test_coefficients_by_hand() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_function_is_put_together_from_its_coefficients(kind: Literal["edm", "unscaled"]) -> None:
+def test_the_function_is_put_together_from_its_coefficients(kind: Kind) -> None:
     p = Parameterisation(kind, 0.3, 0.01)
     seen: list[tuple[Tensor, Tensor]] = []
 
@@ -525,17 +526,20 @@ shapes = st.lists(st.integers(0, 4), max_size=3).map(tuple)
 
 @settings(deadline=None, max_examples=40)
 @given(shapes, st.integers(1, 5), st.booleans(), st.sampled_from(KINDS))
-def test_any_leading_shape(
-    shape: tuple[int, ...], width: int, tanh: bool, kind: Literal["edm", "unscaled"]
-) -> None:
-    f = consistency_function(network, Parameterisation(kind))
+def test_any_leading_shape(shape: tuple[int, ...], width: int, tanh: bool, kind: Any) -> None:
     x, z, u = torch.rand(*shape, width), torch.randn(*shape, width), torch.rand(shape)
     levels = Levels()
     t = levels.level(uniform_index(u, torch.tensor(9.0)), torch.tensor(9.0))
+    f = consistency_function(network, Parameterisation(kind))
     assert perturb(x, t, z, tanh=tanh).shape == f(x, t).shape == x.shape
-    for objective in OBJECTIVES.values():
-        loss, metrics = objective(f, f, x, z, u, torch.tensor(0.4), levels, tanh=tanh)
-        assert loss.shape == shape and loss.isfinite().all() and (loss >= 0).all()
+    for name, objective in OBJECTIVES.items():
+        f = consistency_function(network, Parameterisation(KINDS_OF.get(name, kind)))
+        given: dict[str, Any] = {"tanh": tanh, "u2": u.flip(-1) if shape else u, "guide": f}
+        if name == "distill":
+            given["guide"] = consistency_function(lambda x, s: network(x, s).tanh(), Parameterisation("flow"))
+        wanted = {key: value for key, value in given.items() if key in keywords(objective)}
+        loss, metrics = objective(f, f, x, z, u, torch.tensor(0.4), levels, **wanted)
+        assert loss.shape == shape and loss.isfinite().all() and (loss >= 0).all(), name
         assert all(value.shape == () for value in metrics.values())
     noise = torch.randn(3, *shape, width)
     drawn = sample(f, noise, levels, (2.0, 0.1), tanh=tanh, clamp=1.0)

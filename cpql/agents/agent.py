@@ -243,14 +243,20 @@ class Agent:
         def normal(*shape: int) -> Tensor:
             return torch.randn(shape, generator=generator, device=device)
 
-        return {
+        noise = {
             "next_action": normal(self.steps, backups, self.action_dim),
             "action": normal(self.steps, batch, self.action_dim),
             "z": normal(batch, self.action_dim),
             "u": torch.rand(batch, generator=generator, device=device),
             "coin": torch.randint(2, (), generator=generator, device=device),
         }
+        if c.actor.wants("u2"):
+            noise["u2"] = torch.rand(batch, generator=generator, device=device)
+        if c.actor.dropout:
+            noise["drop"] = torch.rand(batch, sum(c.actor.hidden), generator=generator, device=device)
+        return noise
 
+    @torch.no_grad()
     def bellman_target(self, batch: Batch, noise: Noise) -> Tensor:
         """`r + gamma (1 - d) min_i Q'_i(s', a')`, [*members, B], without gradient.
 
@@ -284,9 +290,11 @@ class Agent:
         self, actor: Tensor, batch: Batch, noise: Noise, progress: Tensor
     ) -> tuple[Tensor, Metrics]:
         """The actor's objective on the data, with the target actor as its teacher; mean over the batch."""
+        drop = noise.get("drop")
 
-        def teacher(x: Tensor, t: Tensor) -> Tensor:
-            y: Tensor = self.actor(self.state["actor_target"], "evaluate", batch.observations, x, t)
+        def network(x: Tensor, *times: Tensor) -> Tensor:
+            weights, state = self.state["actor_target"], batch.observations
+            y: Tensor = self.actor(weights, "predict", state, x, *times, drop=drop)
             return y
 
         loss, metrics = self.actor(
@@ -294,12 +302,15 @@ class Agent:
             "loss",
             batch.observations,
             batch.actions,
-            teacher=teacher,
+            teacher=self.config.actor.function(network),
             progress=progress,
             z=noise["z"],
             u=noise["u"],
+            u2=noise.get("u2"),
+            drop=drop,
         )
-        return loss.mean(-1), {f"actor/{name}": value for name, value in metrics.items()}
+        means = {name: value.mean(-1) if value.ndim else value for name, value in metrics.items()}
+        return loss.mean(-1), {f"actor/{name}": value for name, value in means.items()}
 
     # The update.
 
@@ -341,6 +352,7 @@ class Agent:
         module.load_state_dict({k: v.clone() for k, v in parts.items()})
         return module.to(weights.device)
 
+    @torch.no_grad()
     def act(self, state: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Actions [B, A] in [-1, 1] for states [B, S], by the configured candidates rule.
 

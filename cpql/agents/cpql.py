@@ -72,7 +72,8 @@ class CPQL(Agent):
         next_v = self.critic(critic, "v", batch.next_observations).detach()
         target = batch.rewards + self.config.discount * batch.discounts * next_v
         of = self.state["critic_target"] if self.config.expectile_q == "target" else critic
-        best = self.critic(of, "q", batch.observations, batch.actions).amin(-2).detach()
+        with torch.no_grad():
+            best = self.critic(of, "q", batch.observations, batch.actions).amin(-2).detach()
         advantage = best - self.critic(critic, "v", batch.observations)
         weight = torch.abs(self.config.expectile - (advantage < 0).float())
         v_loss = (weight * advantage.square()).mean(-1)

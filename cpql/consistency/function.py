@@ -1,4 +1,14 @@
-"""The consistency function `f(x, t) = c_skip(t) x + c_out(t) F(c_in(t) x, c_time(t))`."""
+"""The consistency function `f(x, t) = c_skip(t) x + c_out(t) F(c_in(t) x, c_time(t))`.
+
+Whatever a paper's own picture of noise, f lives in one: `x = data + t z`, with t in the units of the data.
+The other pictures are a change of variables, after which f is still a sum of its input and the network's
+output:
+
+    TrigFlow     x_a = cos(a) data + sin(a) sigma_data z     x = x_a / cos(a)     t = sigma_data tan(a)
+    linear flow  x_s = (1 - s) data + s z                    x = x_s / (1 - s)    t = s / (1 - s)
+
+So one sampler draws from all of them.
+"""
 
 from __future__ import annotations
 
@@ -9,12 +19,23 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-__all__ = ["PARAMETERISATIONS", "Function", "Parameterisation", "consistency_function", "perturb"]
+__all__ = [
+    "PARAMETERISATIONS",
+    "ConsistencyFunction",
+    "Function",
+    "Network",
+    "Parameterisation",
+    "consistency_function",
+    "perturb",
+]
 
 Function = Callable[[Tensor, Tensor], Tensor]
 """`f(x, t)`: x of shape [*shape, D], t of shape [*shape]; a condition is bound into it by its maker."""
 
-PARAMETERISATIONS = ("edm", "unscaled")
+Network = Callable[..., Tensor]
+"""`F(x, time)`, or `F(x, time, span)` with the parameterisation `average`."""
+
+PARAMETERISATIONS = ("edm", "unscaled", "trig", "flow", "average")
 
 
 @dataclass(frozen=True)
@@ -25,12 +46,16 @@ class Parameterisation:
         kind: `edm`, the choice of the consistency-models paper (Song et al. 2023, Appendix C, after Karras
             et al. 2022, Table 1) and of CPQL: the network's input has unit variance at every level and its
             time input is 250 ln t. `unscaled`, Consistency-AC's code: no c_in, so that the network sees
-            numbers of size t (up to 80), and the raw t as its time input.
-        sigma_data: standard deviation of the data.
-        t_min: the smallest level, where f is the identity.
+            numbers of size t (up to 80), and the raw t as its time input. `trig`, TrigFlow (Lu and Song 2024,
+            section 3): `cos(a) x_a - sin(a) sigma_data F(x_a / sigma_data, a)`. `flow`: F is the velocity
+            v(x_s, s) of a linear flow, and f one Euler step of it to s = 0, `x_s - s v(x_s, s)`, which makes
+            f a denoiser. `average`: F is the average velocity u(x_s, s, span) over [s - span, s] (Geng et
+            al. 2025; Frans et al. 2024), and f its jump to s = 0, `x_s - s u(x_s, s, s)`.
+        sigma_data: standard deviation of the data; a linear flow has none.
+        t_min: the smallest level, where f is the identity with `edm` and `unscaled`. The others are it at 0.
     """
 
-    kind: Literal["edm", "unscaled"] = "edm"
+    kind: Literal["edm", "unscaled", "trig", "flow", "average"] = "edm"
     sigma_data: float = 0.5
     t_min: float = 0.002
 
@@ -38,36 +63,78 @@ class Parameterisation:
         if self.kind not in PARAMETERISATIONS:
             raise ValueError(f"parameterisation {self.kind!r}: choose from {', '.join(PARAMETERISATIONS)}")
 
+    @property
+    def linear(self) -> bool:
+        """Whether the network lives on a linear flow."""
+        return self.kind in ("flow", "average")
+
     def c_skip(self, t: Tensor) -> Tensor:
-        """Weight of the input: 1 at t_min, towards 0 at large t."""
-        return self.sigma_data**2 / ((t - self.t_min) ** 2 + self.sigma_data**2)
+        """Weight of the input: 1 at the smallest level, towards 0 at large t."""
+        if self.linear:
+            return 1.0 / (1.0 + t)
+        smallest = 0.0 if self.kind == "trig" else self.t_min
+        return self.sigma_data**2 / ((t - smallest) ** 2 + self.sigma_data**2)
 
     def c_out(self, t: Tensor) -> Tensor:
-        """Weight of the network: 0 at t_min, towards sigma_data at large t."""
+        """Weight of the network: 0 at the smallest level, towards sigma_data at large t, or minus that."""
+        if self.linear:
+            return -t / (1.0 + t)
+        if self.kind == "trig":
+            return -self.sigma_data * t * torch.rsqrt(t**2 + self.sigma_data**2)
         return self.sigma_data * (t - self.t_min) / torch.sqrt(t**2 + self.sigma_data**2)
 
     def c_in(self, t: Tensor) -> Tensor:
         """Scale of the network's input."""
+        if self.linear:
+            return 1.0 / (1.0 + t)
         if self.kind == "unscaled":
             return torch.ones_like(t)
         return torch.rsqrt(t**2 + self.sigma_data**2)
 
     def c_time(self, t: Tensor) -> Tensor:
         """The network's time input."""
+        if self.linear:
+            return t / (1.0 + t)
+        if self.kind == "trig":
+            return torch.atan(t / self.sigma_data)
         return t if self.kind == "unscaled" else 250.0 * torch.log(t)
 
+    @property
+    def times(self) -> int:
+        """How many time inputs the network has."""
+        return 2 if self.kind == "average" else 1
 
-def consistency_function(network: Function, parameterisation: Parameterisation) -> Function:
-    """Build f from the network F so that `f(x, t_min) = x` exactly.
 
-    Source: Song et al. 2023 (Consistency Models), equation 5.
+@dataclass(frozen=True)
+class ConsistencyFunction:
+    """The `Function` of a network, which the objectives that train F itself look into.
+
+    Attributes:
+        network: F.
+        parameterisation: what makes f of it.
+        clamp: bound of f's absolute value; the gradient outside is zero.
     """
 
-    def f(x: Tensor, t: Tensor) -> Tensor:
-        p, t_ = parameterisation, t.unsqueeze(-1)
-        return p.c_skip(t_) * x + p.c_out(t_) * network(p.c_in(t_) * x, p.c_time(t))
+    network: Network
+    parameterisation: Parameterisation
+    clamp: float | None = None
 
-    return f
+    def __call__(self, x: Tensor, t: Tensor) -> Tensor:
+        """`f(x, t)`."""
+        p, t_ = self.parameterisation, t.unsqueeze(-1)
+        time = p.c_time(t)
+        y = p.c_skip(t_) * x + p.c_out(t_) * self.network(p.c_in(t_) * x, *[time] * p.times)
+        return y if self.clamp is None else y.clamp(-self.clamp, self.clamp)
+
+
+def consistency_function(
+    network: Network, parameterisation: Parameterisation, clamp: float | None = None
+) -> ConsistencyFunction:
+    """Build f from the network F so that it is the identity at the smallest level.
+
+    Source: Song et al. 2023 (Consistency Models), equation 5; for the other kinds see `Parameterisation`.
+    """
+    return ConsistencyFunction(network, parameterisation, clamp)
 
 
 def perturb(x: Tensor, t: Tensor, z: Tensor, *, tanh: bool = False) -> Tensor:

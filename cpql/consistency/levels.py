@@ -18,8 +18,10 @@ __all__ = [
     "Levels",
     "ct_discretisation",
     "ct_teacher_decay",
+    "easy_ratio",
     "ict_discretisation",
     "lognormal_index",
+    "lognormal_level",
     "uniform_index",
 ]
 
@@ -92,9 +94,28 @@ def lognormal_index(u: Tensor, count: Tensor, levels: Levels, mean: float = -1.1
     2023, equation 10). The sum over n telescopes, so the inverse of its distribution function is closed:
     draw t from the lognormal truncated to [t_min, t_max] and take the interval it falls in.
     """
+    t = lognormal_level(u, levels, mean, std)
+    index = torch.floor(levels.index(t, count))
+    return torch.minimum(index.clamp(min=0), count - 2)
+
+
+def lognormal_level(u: Tensor, levels: Levels, mean: float, std: float) -> Tensor:
+    """A level whose logarithm is normal, truncated to [t_min, t_max], from u ~ U[0, 1).
+
+    On a linear flow, where `s = t / (1 + t)`, ln t is the logit of s: there it is a logit-normal s.
+    """
     scale = math.sqrt(2.0) * std
     low = math.erf((math.log(levels.t_min) - mean) / scale)
     high = math.erf((math.log(levels.t_max) - mean) / scale)
     t = torch.exp(mean + scale * torch.erfinv(low + u * (high - low)))
-    index = torch.floor(levels.index(t.clamp(levels.t_min, levels.t_max), count))
-    return torch.minimum(index.clamp(min=0), count - 2)
+    return t.clamp(levels.t_min, levels.t_max)
+
+
+def easy_ratio(t: Tensor, progress: Tensor, stages: int, q: float, k: float, b: float) -> Tensor:
+    """The share r / t of easy consistency tuning, which nears 1 in equal stages of the training.
+
+    `max(0, 1 - q^-(stage + 1) (1 + k sigmoid(-b t)))`, stage = 0, 1, ... (Geng et al. 2024, section 3.3). The
+    official code counts a stage's length in images; here `stages` of them share the training.
+    """
+    stage = torch.floor(progress * stages).clamp(max=stages - 1)
+    return (1.0 - q ** (-stage - 1.0) * (1.0 + k * torch.sigmoid(-b * t))).clamp(min=0.0)

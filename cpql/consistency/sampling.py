@@ -1,8 +1,9 @@
-"""Drawing from a consistency function in one or a few steps."""
+"""Drawing from a consistency function in one or a few steps, and choosing the steps."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -10,7 +11,7 @@ from torch import Tensor
 from cpql.consistency.function import Function, perturb
 from cpql.consistency.levels import Levels
 
-__all__ = ["sample"]
+__all__ = ["greedy_refinements", "sample"]
 
 
 def sample(
@@ -53,3 +54,51 @@ def sample(
         spread = torch.full_like(t, (level**2 - levels.t_min**2) ** 0.5)
         x = f(perturb(x, spread, z[i], tanh=tanh), torch.full_like(t, level))
     return x if clamp is None else x.clamp(-clamp, clamp)
+
+
+@torch.no_grad()
+def greedy_refinements(
+    f: Function,
+    z: Tensor,
+    levels: Levels,
+    distance: Callable[[Tensor], float],
+    *,
+    iterations: int = 12,
+    tanh: bool = False,
+    clamp: float | None = None,
+) -> tuple[float, ...]:
+    """Good levels to refine at, found one after the other by ternary search.
+
+    Song et al. 2023 choose each level so, with FID as the distance. It takes the distance to fall and then
+    rise along the level, which nothing promises; here along its logarithm. The same noise at every trial
+    makes the search deterministic.
+
+    Args:
+        f, tanh, clamp: as for `sample`.
+        z: standard normal noise [1 + number of levels wanted, *shape, D], of enough samples for the distance.
+        levels: gives t_min and t_max.
+        distance: how far samples [*shape, D] are from what they should be.
+        iterations: of the search for each level; each asks twice and leaves two thirds of the interval.
+        tanh: squash the noisy inputs.
+
+    Returns:
+        Descending levels, as `sample` takes them.
+    """
+    found: tuple[float, ...] = ()
+    for _ in range(len(z) - 1):
+
+        def at(log_level: float, found: tuple[float, ...] = found) -> float:
+            refinements = (*found, math.exp(log_level))
+            noise = z[: 1 + len(refinements)]
+            return distance(sample(f, noise, levels, refinements, tanh=tanh, clamp=clamp))
+
+        # Not the ends themselves: rounding would put them outside.
+        low, high = math.log(levels.t_min) + 1e-9, math.log(found[-1] if found else levels.t_max) - 1e-9
+        for _ in range(iterations):
+            third = (high - low) / 3
+            if at(low + third) <= at(high - third):
+                high -= third
+            else:
+                low += third
+        found = (*found, math.exp(0.5 * (low + high)))
+    return found
