@@ -22,6 +22,7 @@ from cpql.consistency import (
     Network,
     Parameterisation,
     consistency_function,
+    edit,
     keywords,
     sample,
 )
@@ -227,21 +228,37 @@ class ConsistencyActor(_Network):
         steps: int | None = None,
         generator: torch.Generator | None = None,
         noise: Tensor | None = None,
+        known: Tensor | None = None,
+        mask: Tensor | None = None,
+        low: Tensor | float | None = None,
+        high: Tensor | float | None = None,
     ) -> Tensor:
         """Draw an action for each state, differentiable in the weights, the state and the noise.
+
+        A part of the action may be given, a stuck joint or an operator's override: the actor fills in the
+        rest. What is given tells the rest what to be at every step but the first, so that a one-step actor
+        takes no notice of it. See `cpql.consistency.edit`.
 
         Args:
             state: [..., S] ([*members, B, S] with members).
             steps: how many of the configured steps to take; all where None.
             generator: draws the noise, [..., A] for each step in order.
             noise: or the noise itself, [steps, ..., A].
+            known: actions of which a part is given, [..., A] or what broadcasts against it.
+            mask: True for the dimensions that are given and kept as they are, bool, like `known`.
+            low: bounds that the other dimensions stay in at every step, narrower than [-1, 1]; [..., A], or
+                one for all.
+            high: the upper ones.
 
         Returns:
             Actions in [-1, 1], [..., A].
 
         Raises:
-            ValueError: more steps than refinement levels are configured, or noise of another shape.
+            ValueError: more steps than refinement levels are configured, noise of another shape, or only one
+                of `known` and `mask`.
         """
+        if (known is None) != (mask is None):
+            raise ValueError("known and mask go together: the values, and which of them are given")
         steps = self.steps if steps is None else steps
         if not 1 <= steps <= self.steps:
             raise ValueError(f"steps must be in 1..{self.steps} (1 + refinements), found {steps}")
@@ -250,9 +267,21 @@ class ConsistencyActor(_Network):
             noise = torch.randn(shape, generator=generator, device=state.device, dtype=state.dtype)
         elif noise.shape != shape:
             raise ValueError(f"noise must have the shape {list(shape)}, found {list(noise.shape)}")
-        levels = self.config.refinements[: steps - 1]
-        return sample(
-            self.function(state), noise, self.levels, levels, tanh=self.config.action_norm, clamp=1.0
+        f, tanh = self.function(state), self.config.action_norm
+        refinements = self.config.refinements[: steps - 1]
+        if known is None and low is None and high is None:
+            return sample(f, noise, self.levels, refinements, tanh=tanh, clamp=1.0)
+        nothing = torch.zeros_like(noise[0])
+        return edit(
+            f,
+            nothing if known is None else known.expand_as(nothing),
+            nothing.bool() if mask is None else mask,
+            noise,
+            self.levels,
+            (self.levels.t_max, *refinements),
+            low=-1.0 if low is None else low,
+            high=1.0 if high is None else high,
+            tanh=tanh,
         )
 
     def forward(

@@ -95,6 +95,35 @@ def test_t_min_gives_the_action_back() -> None:
     assert not torch.equal(actor.evaluate(state, x, torch.full((9,), 0.5)), x)
 
 
+def test_given_dimensions_are_held_and_the_others_made() -> None:
+    actor, state = make_actor(), torch.randn(50, S, generator=seeded())
+    noise = torch.randn(actor.noise_shape(state), generator=seeded(1))
+    known, mask = torch.tensor([0.25, torch.nan]), torch.tensor([True, False])
+    action = actor.sample(state, noise=noise, known=known, mask=mask)
+    assert (action[:, 0] == 0.25).all() and action[:, 1].abs().max() <= 1 and action[:, 1].std() > 0
+    # What is held tells the rest what to be, from the second step on.
+    other = actor.sample(state, noise=noise, known=-known, mask=mask)
+    assert (action[:, 1] != other[:, 1]).all()
+    # An operator may override in some states only.
+    some = torch.zeros(50, A, dtype=torch.bool)
+    some[:10, 0] = True
+    mixed = actor.sample(state, noise=noise, known=known, mask=some)
+    torch.testing.assert_close(mixed[:10], action[:10])
+    torch.testing.assert_close(
+        mixed[10:], actor.sample(state, noise=noise)[10:], msg="nothing is held: as ever"
+    )
+    with pytest.raises(ValueError, match="known and mask go together"):
+        actor.sample(state, known=known)
+
+
+def test_bounds_may_be_narrower_and_by_state() -> None:
+    actor, state = make_actor(), torch.randn(50, S, generator=seeded())
+    low, high = torch.full((50, A), -0.1), torch.tensor([0.05, 0.3])
+    action = actor.sample(state, generator=seeded(), low=low, high=high)
+    assert (action >= low).all() and (action <= high).all() and (action.std(0) > 0).all()
+    assert actor.sample(state, generator=seeded(), high=0.2).min() >= -1
+
+
 def test_a_sample_is_differentiable_in_everything() -> None:
     """Every weight, the state and the noise of every step get a finite gradient that isn't all zero."""
     actor = make_actor()

@@ -67,7 +67,7 @@ def test_editing_is_the_papers_algorithm(rotated: bool) -> None:
     if rotated:  # the same as one large matrix: permute, then turn each group
         a = np.kron(np.eye(2), rotation.numpy()) @ np.eye(6)[places.flatten().numpy()]
     for i in range(5):
-        expected = by_hand(y[i].numpy(), mask[i].numpy(), z[:, i].numpy(), a)
+        expected = by_hand(y[i].numpy(), ~mask[i].numpy(), z[:, i].numpy(), a)
         np.testing.assert_allclose(found[i].numpy(), expected, rtol=0, atol=1e-12)
 
 
@@ -75,9 +75,9 @@ def test_what_is_kept_is_kept_to_the_bit() -> None:
     y, z = normal(50, 6).float(), normal(len(TIMES), 50, 6, seed=1).float()
     mask = torch.rand(50, 6, generator=torch.Generator().manual_seed(2)) < 0.5
     out = inpaint(f, y, mask, z, LEVELS, TIMES)
-    assert torch.equal(out[~mask], y[~mask]) and (out[mask] != y[mask]).all()
-    # What lies under the mask is nobody's business, not even where it is no number.
-    assert torch.equal(out, inpaint(f, torch.where(mask, torch.nan, y), mask, z, LEVELS, TIMES))
+    assert torch.equal(out[mask], y[mask]) and (out[~mask] != y[~mask]).all()
+    # What lies in the hole is nobody's business, not even where it is no number.
+    assert torch.equal(out, inpaint(f, torch.where(mask, y, torch.nan), mask, z, LEVELS, TIMES))
 
 
 def test_what_is_kept_tells_the_rest_what_to_be() -> None:
@@ -93,7 +93,7 @@ def test_what_is_kept_tells_the_rest_what_to_be() -> None:
     levels = Levels(0.002, 20.0)
     times = [20.0 * 0.75**k for k in range(24)]
     y = torch.tensor([1.0, 0.0], dtype=torch.float64).expand(4000, 2)
-    mask = torch.tensor([False, True])
+    mask = torch.tensor([True, False])
     out = inpaint(exact, y, mask, normal(24, 4000, 2), levels, times)[:, 1]
     # Given x_1 = 1 the mean of x_2 is 0.9. The algorithm is no exact sampler of it, but goes most of the way.
     assert 0.65 < out.mean() < 0.95
@@ -103,7 +103,7 @@ def test_what_is_kept_tells_the_rest_what_to_be() -> None:
 
 def test_bounds_hold_for_what_is_made() -> None:
     y, z = normal(200, 2), normal(len(TIMES), 200, 2, seed=1)
-    mask = torch.tensor([True, False])
+    mask = torch.tensor([False, True])
     low, high = (torch.tensor(bounds, dtype=torch.float64) for bounds in ([-0.1, -1.0], [0.2, 1.0]))
     out = edit(f, y, mask, z, LEVELS, TIMES, low=low, high=high)
     assert out[:, 0].min() == -0.1 and out[:, 0].max() == 0.2 and torch.equal(out[:, 1], y[:, 1])
@@ -192,7 +192,7 @@ def test_interpolation_begins_and_ends_at_the_samples() -> None:
 
 def test_editing_is_differentiable() -> None:
     scale = torch.ones((), requires_grad=True)
-    y, mask, z = torch.ones(3, 2), torch.tensor([True, False]), normal(2, 3, 2).float()
+    y, mask, z = torch.ones(3, 2), torch.tensor([False, True]), normal(2, 3, 2).float()
     out = inpaint(lambda x, t: scale * f(x, t), y, mask, z, LEVELS, (80.0, 1.0))
     (gradient,) = torch.autograd.grad(out.sum(), scale)
     assert gradient.abs() > 0

@@ -3,11 +3,18 @@
 Noise levels `t` are in the units of the data's standard deviation. A consistency function `f(x, t)` maps
 a sample `x` noised to level `t` back to clean data; at the smallest level it is the identity. `function.py`
 builds it from a network, `levels.py` says which noise levels there are, `objectives.py` trains it,
-`sampling.py` draws from it.
+`sampling.py` draws from it, `editing.py` keeps a part of a sample and makes the rest.
 """
 
 from __future__ import annotations
 
+from cpql.consistency.editing import colourise as colourise
+from cpql.consistency.editing import edit as edit
+from cpql.consistency.editing import inpaint as inpaint
+from cpql.consistency.editing import interpolate as interpolate
+from cpql.consistency.editing import slerp as slerp
+from cpql.consistency.editing import stroke as stroke
+from cpql.consistency.editing import super_resolve as super_resolve
 from cpql.consistency.function import PARAMETERISATIONS as PARAMETERISATIONS
 from cpql.consistency.function import ConsistencyFunction as ConsistencyFunction
 from cpql.consistency.function import Function as Function

@@ -1,14 +1,15 @@
 """Editing without training for it: part of a sample is given, the consistency function makes the rest.
 
     y        what is given, in some coordinates A y of it
-    mask     True for the coordinates that are made, False for those that are kept as given
+    mask     True for the coordinates that are kept as given, False for those that are made
 
     x = A^-1 [A y where kept, 0 where made]
     for each level t:  x = f(x + noise of level t, t),  x = A^-1 [A y where kept, A x where made]
 
-Source: Song et al. 2023 (Consistency Models), Algorithm 4. The tasks differ in A and the mask alone:
+Source: Song et al. 2023 (Consistency Models), Algorithm 4, whose Omega is 1 where this mask is False. Tasks
+differ in A and the mask alone:
 
-    inpainting          A = 1; the mask is where the hole is. An action with a joint held is one, too.
+    inpainting          A = 1; the mask is all but the hole. An action with a joint held is such a one, too.
     colourisation       A turns a pixel's channels so that the first is its brightness, which is kept
     super-resolution    A turns a patch's pixels so that the first is their mean, which is kept
     stroke              nothing is kept, and a drawing is what the first noise is added to
@@ -121,8 +122,8 @@ def edit(
 
     Args:
         f: consistency function on [*shape, D], [*shape].
-        y: [*shape, D]; what it holds where the mask is True doesn't matter.
-        mask: True where it is made, bool, of the coordinates' shape or what broadcasts against that:
+        y: [*shape, D]; what it holds where the mask is False doesn't matter.
+        mask: True where it is kept, bool, of the coordinates' shape or what broadcasts against that:
             [*shape, D], or [*shape, D / G, G] with `coordinates`.
         z: standard normal noise [len(times), *shape, D].
         levels: gives t_min and t_max.
@@ -135,7 +136,7 @@ def edit(
         tanh: see `perturb`.
 
     Returns:
-        Samples [*shape, D]. Where the mask is False their coordinates are y's: exactly, where A is the
+        Samples [*shape, D]. Where the mask is True their coordinates are y's: exactly, where A is the
         identity.
 
     Raises:
@@ -154,21 +155,23 @@ def edit(
         return x if coordinates is None else coordinates.back(x)
 
     given = of(y)
-    x = back(torch.where(mask, 0.0, given)) if start is None else start
+    x = back(torch.where(mask, given, 0.0)) if start is None else start
     for i, t in enumerate(times):
         spread = t if i == 0 else math.sqrt(t**2 - levels.t_min**2)
         full = torch.full(y.shape[:-1], t, dtype=y.dtype, device=y.device)
         x = f(perturb(x, torch.full_like(full, spread), z[i], tanh=tanh), full)
-        if low is not None or high is not None:
-            x = torch.clamp(x, low, high)  # type: ignore[arg-type]
-        x = back(torch.where(mask, of(x), given))
+        if low is not None:
+            x = torch.maximum(x, torch.as_tensor(low).to(x))
+        if high is not None:
+            x = torch.minimum(x, torch.as_tensor(high).to(x))
+        x = back(torch.where(mask, given, of(x)))
     return x
 
 
 def inpaint(
     f: Function, y: Tensor, mask: Tensor, z: Tensor, levels: Levels, times: Sequence[float]
 ) -> Tensor:
-    """Fill the hole where the mask [*shape, D] is True; see `edit`."""
+    """Fill the hole where the mask [*shape, D] is False; see `edit`."""
     return edit(f, y, mask, z, levels, times)
 
 
@@ -191,7 +194,7 @@ def colourise(
     along = torch.tensor(weights, dtype=brightness.dtype, device=brightness.device)
     # The point nearest the origin of all that are this bright: it has no other coordinate.
     y = (brightness.unsqueeze(-1) * along / along.square().sum()).flatten(-2)
-    mask = torch.arange(len(weights), device=y.device) > 0
+    mask = torch.arange(len(weights), device=y.device) == 0
     return edit(f, y, mask, z, levels, times, coordinates=coordinates)
 
 
@@ -221,13 +224,13 @@ def super_resolve(
     # Groups go by rows and columns of patches, and then by channels, as the small image's numbers do.
     y = small.unsqueeze(-1).expand(*small.shape, patch * patch).flatten(-2)
     y = y[..., coordinates.groups.flatten().argsort()]
-    mask = torch.arange(patch * patch, device=y.device) > 0
+    mask = torch.arange(patch * patch, device=y.device) == 0
     return edit(f, y, mask, z, levels, times, coordinates=coordinates)
 
 
 def stroke(f: Function, drawing: Tensor, z: Tensor, levels: Levels, times: Sequence[float]) -> Tensor:
     """Make a sample that resembles a drawing [*shape, D]: the lower the first level, the more so."""
-    mask = torch.ones((), dtype=torch.bool, device=drawing.device)
+    mask = torch.zeros((), dtype=torch.bool, device=drawing.device)
     return edit(f, drawing, mask, z, levels, times, start=drawing)
 
 
