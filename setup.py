@@ -11,6 +11,7 @@ extras = {
     "robotics": ["gymnasium-robotics>=1.3"],
     "export": ["onnx>=1.17", "onnxruntime>=1.20", "onnxscript>=0.3"],
     "behaviours": ["sbx-rl>=0.20"],
+    "examples": ["scikit-learn>=1.4"],
 }
 
 setup(
@@ -48,6 +49,7 @@ setup(
             *extras["tensorboard"],
             *extras["robotics"],
             *extras["export"],
+            *extras["examples"],
             "hypothesis>=6.100",
             "mypy>=1.15",
             "pytest>=8",

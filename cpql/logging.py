@@ -165,7 +165,7 @@ class Bar:
             left = f"{minutes}:{seconds:02d} left" if speed and done < self.total else ""
             line = (
                 f"{self.title} {done:,}/{self.total:,}",
-                f"{speed:,.0f}/s",
+                f"{speed:,.0f}/s" if speed else "",
                 text,
                 left,
             )

@@ -41,6 +41,17 @@ def test_bandit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         assert [len(row["levels"]) for row in table[kind]["ect"]["steps"].values()] == [0, 1, 3]
 
 
+def test_digits(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A few updates make no digits, but what is given is kept, and all files are there."""
+    digits = load("digits", monkeypatch)
+    scores = digits.main(["--updates", "20", "--out", str(tmp_path)])
+    assert scores["inpainting"]["error_of_known_pixels"] == 0.0
+    assert scores["super_resolution"]["error_of_known_means"] < 1e-5
+    assert scores == json.loads((tmp_path / "scores.json").read_text())
+    names = ("samples", "inpainting", "super_resolution", "interpolation")
+    assert all((tmp_path / f"{name}.png").stat().st_size > 5_000 for name in names)
+
+
 def test_td3_actor(monkeypatch: pytest.MonkeyPatch) -> None:
     module = load("td3_actor", monkeypatch)
     returns = module.train(steps=600, warm_up=300, batch_size=16)
