@@ -18,6 +18,8 @@ from torch.nn import functional
 
 __all__ = ["MLP", "LayerNorm", "Linear", "Mish", "TimeEmbedding", "set_product"]
 
+THICK = 16  # least width, in and out, of a layer whose products `set_product` changes
+
 
 class Linear(nn.Module):
     """`x W^T + b` for each member; initialised as `torch.nn.Linear` is.
@@ -45,12 +47,13 @@ class Linear(nn.Module):
 
 
 def set_product(module: nn.Module, dtype: torch.dtype | None) -> None:
-    """Take all matrix products of a module in another type, `torch.bfloat16`: weights and the rest stay.
+    """Take a module's large matrix products in another type, `torch.bfloat16`: weights and the rest stay.
 
     Faster where the processor has units for it; of each factor eight bits are left.
     """
     for part in module.modules():
-        if isinstance(part, Linear):
+        # Thin layers take longer in it, by far where they have three outputs.
+        if isinstance(part, Linear) and min(part.weight.shape[-2:]) >= THICK:
             part.product = dtype
 
 
