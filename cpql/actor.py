@@ -385,6 +385,7 @@ def choose(
     value = q(state, actions).amin(0)
     if temperature > 0:  # adding Gumbel noise and taking the maximum draws from the softmax
         uniform = torch.rand(value.shape, generator=generator, device=value.device)
-        value = value / temperature - torch.log(-torch.log(uniform.clamp(1e-20, 1 - 1e-7)))
+        gumbel = uniform.clamp_(1e-20, 1 - 1e-7).log_().neg_().log_().neg_()
+        value = gumbel.add_(value, alpha=1 / temperature)
     best = value.argmax(-1)[:, None, None].expand(-1, 1, actions.shape[-1])
     return actions.gather(1, best).squeeze(1)

@@ -18,7 +18,7 @@ from cpql.actor import ActorConfig, ConsistencyActor, choose
 from cpql.config import build
 from cpql.critic import TwinCritic
 from cpql.errors import CheckpointError
-from cpql.export import FoldedActor, fold
+from cpql.export import FoldedActor, FoldedCritic, fold, fold_critic
 from cpql.tasks import Task
 
 __all__ = ["Policy", "PolicyConfig", "find_policy"]
@@ -67,7 +67,7 @@ class Policy:
     Attributes:
         actor: the consistency actor, an ordinary module; `predict` uses its weights as they were when it was
             first called.
-        critic: the twin critic that ranks candidates.
+        critic: the twin critic that ranks candidates; likewise.
         config: see `PolicyConfig`.
         candidates: may be changed at any time, as may `temperature`.
     """
@@ -96,6 +96,10 @@ class Policy:
     @cached_property
     def _program(self) -> FoldedActor:
         return self.folded.to(self.device)
+
+    @cached_property
+    def _ranking(self) -> FoldedCritic:
+        return fold_critic(self)
 
     def predict(
         self,
@@ -129,7 +133,7 @@ class Policy:
             # One observation is small work, for which torch takes longer than numpy.
             action: NDArray[np.float32] = self.folded(array, self._noise((), deterministic).numpy())
             return action, None
-        with torch.no_grad():
+        with torch.inference_mode():
             actions = self._act(torch.from_numpy(np.atleast_2d(array)).to(self.device), deterministic)
         scaled = self._low + (actions.cpu().numpy() + 1.0) * (0.5 * self._span)
         return (scaled if array.ndim == 2 else scaled[0]), None
@@ -162,7 +166,7 @@ class Policy:
 
         return choose(
             sample,
-            self.critic,
+            self._ranking,
             states,
             candidates=self.candidates,
             temperature=0.0 if deterministic else self.temperature,

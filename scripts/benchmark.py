@@ -4,6 +4,7 @@
     python scripts/benchmark.py size              updates a second by width, batch and dataset, and a plot
     python scripts/benchmark.py side              several seeds as one process, against processes side by side
     python scripts/benchmark.py acting            latency of an action, by rule, batch and form
+    python scripts/benchmark.py evaluating        ten episodes at once against one after the other
     python scripts/benchmark.py official          updates and actions beside the papers' own codes
     python scripts/benchmark.py loading           reading 2M transitions against bare h5py, and the memory
     python scripts/benchmark.py keep RUN...       keep the results of finished runs, in benchmarks/results/
@@ -89,6 +90,10 @@ def main() -> None:
     command = commands.add_parser("acting", help="latency of an action")
     command.add_argument("--rounds", type=int, default=7)
     command.set_defaults(run=lambda options: keep("acting", measured("acting", options)))
+    command = commands.add_parser("evaluating", help="whole evaluations")
+    command.add_argument("--steps", type=int, default=1000, help="of an episode (default: %(default)s)")
+    command.add_argument("--rounds", type=int, default=3)
+    command.set_defaults(run=lambda options: keep("evaluating", measured("evaluating", options)))
     command = commands.add_parser("official", help="beside checkouts of the papers' own codes")
     command.add_argument("--cpql", type=Path, required=True, metavar="DIR", help="of cccedric/cpql")
     command.add_argument(

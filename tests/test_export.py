@@ -9,9 +9,9 @@ import onnxruntime  # type: ignore[import-untyped]
 import pytest
 import torch
 
-from cpql.actor import ActorConfig, ConsistencyActor
+from cpql.actor import ActorConfig, ConsistencyActor, choose
 from cpql.critic import TwinCritic
-from cpql.export import fold, to_onnx
+from cpql.export import fold, fold_critic, to_onnx
 from cpql.policy import Policy, PolicyConfig
 from cpql.tasks import Task
 
@@ -93,3 +93,64 @@ def test_one_observation_takes_the_short_way_to_the_same_action(policy: Policy) 
         long = [policy.predict(o[None], deterministic=deterministic)[0][0] for o in observations]
         np.testing.assert_allclose(short, long, atol=1e-5)
         assert short[0].dtype == long[0].dtype == np.float32 and short[0].shape == (2,)
+
+
+@pytest.mark.parametrize("layer_norm", [True, False])
+def test_ranked_candidates_are_those_of_the_modules(policy: Policy, layer_norm: bool) -> None:
+    critic = TwinCritic(5, 2, (32, 16), layer_norm=layer_norm)
+    for parameter in critic.parameters():  # LayerNorm's too, and no two values almost the same
+        parameter.data += torch.randn_like(parameter)
+    ranked = Policy(policy.actor, critic, policy.config)
+    ranked.candidates, ranked.temperature = 20, 0.7
+    mean, std = torch.tensor(policy.config.observation_mean), torch.tensor(policy.config.observation_std)
+    observations, _ = drawn(policy, 64)
+    states = (torch.from_numpy(observations) - mean) / std
+    low, high = np.array(policy.config.action_low), np.array(policy.config.action_high)
+    for deterministic in (False, True):
+        for count in (1, 64):
+            generator = torch.Generator().manual_seed(0 if deterministic else 3)
+            rows = 1 if deterministic else count
+
+            def sample(state: torch.Tensor) -> torch.Tensor:
+                noise = torch.randn((policy.actor.steps, rows, 20, 2), generator=generator)  # noqa: B023
+                action: torch.Tensor = policy.actor.sample(
+                    state, noise=noise.expand(policy.actor.noise_shape(state))
+                )
+                return action
+
+            with torch.no_grad():
+                unit = choose(
+                    sample,
+                    critic,
+                    states[:count],
+                    candidates=20,
+                    temperature=0.0 if deterministic else 0.7,
+                    generator=generator,
+                ).numpy()
+            ranked.seed(3)
+            actions, _ = ranked.predict(observations[:count], deterministic=deterministic)
+            np.testing.assert_allclose(actions, low + (unit + 1) / 2 * (high - low), atol=1e-5)
+    pairs = states[:, None], torch.rand(64, 20, 2) * 2 - 1
+    with torch.no_grad():
+        values, wanted = fold_critic(ranked)(*pairs), critic(*pairs)
+    spread = float(wanted.std())
+    assert spread > 1.0
+    torch.testing.assert_close(values, wanted, atol=1e-5 * spread, rtol=0.0)
+
+
+def test_a_critic_has_the_weights_that_it_first_ranked_with(policy: Policy) -> None:
+    observations, _ = drawn(policy, 8)
+    policy.candidates = 30
+
+    def actions() -> np.ndarray:
+        policy.seed(0)
+        return policy.predict(observations)[0]
+
+    before = actions()
+    for parameter in policy.critic.parameters():
+        parameter.data.mul_(-50.0)
+    np.testing.assert_array_equal(actions(), before)
+    again = Policy(policy.actor, policy.critic, policy.config)
+    again.candidates = 30
+    again.seed(0)
+    assert not np.array_equal(again.predict(observations)[0], before)

@@ -1,0 +1,65 @@
+"""Evaluating many episodes at once scores what episode by episode would."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+from cpql.actor import ActorConfig, ConsistencyActor, choose
+from cpql.config import load_task
+from cpql.critic import TwinCritic
+from cpql.environments import make_task_environment
+from cpql.evaluation import evaluate
+from cpql.policy import Policy, PolicyConfig
+
+CANDIDATES = 6
+
+
+@pytest.fixture
+def policy() -> Policy:
+    """An untrained policy of Hopper that ranks candidates."""
+    torch.manual_seed(0)
+    hidden = (32, 32)
+    task = dataclasses.replace(load_task("hopper-medium"), env_options={"max_episode_steps": 12})
+    actor = ConsistencyActor(11, 3, ActorConfig(hidden=hidden, clamp="inside"))
+    bounds = (-1.0,) * 3, (1.0,) * 3
+    config = PolicyConfig(11, 3, *bounds, actor.config, hidden, True, CANDIDATES, 1.0, task)
+    return Policy(actor, TwinCritic(11, 3, hidden, layer_norm=True), config)
+
+
+def test_the_best_candidates_score_as_the_modules_do_one_by_one(policy: Policy) -> None:
+    task, returns = policy.config.task, []
+    noise = torch.randn((1, 1, CANDIDATES, 3), generator=torch.Generator().manual_seed(0))
+    for episode in range(3):
+        environment = make_task_environment(task)
+        observation, _ = environment.reset(seed=episode)
+        total, over = 0.0, False
+        while not over:
+            state = torch.from_numpy(observation[None].astype(np.float32))
+            with torch.no_grad():
+                action = choose(
+                    lambda s: policy.actor.sample(s, noise=noise),
+                    policy.critic,
+                    state,
+                    candidates=CANDIDATES,
+                    temperature=0.0,
+                )
+            observation, reward, terminated, truncated, _ = environment.step(action[0].numpy())
+            total += float(reward)
+            over = terminated or truncated
+        returns.append(total)
+    found = evaluate(policy, task, 3, deterministic=True)
+    np.testing.assert_allclose(found.returns, returns, rtol=1e-4)
+    assert np.ptp(returns) > 0.01  # episodes differ, or agreeing would be easy
+    assert evaluate(policy, task, 3, deterministic=True, at_once=2).returns == pytest.approx(
+        found.returns, rel=1e-4
+    )
+
+
+def test_a_seed_gives_its_returns_again(policy: Policy) -> None:
+    task = policy.config.task
+    first, again, other = (evaluate(policy, task, 4, seed=seed).returns for seed in (1, 1, 2))
+    assert first == again != other
