@@ -167,9 +167,6 @@ class FoldedCritic:
         return torch.stack(values).squeeze(-1)
 
 
-_ONE = torch.ones(())
-
-
 def _layers(y: Any, layers: tuple[Layer, ...]) -> Any:
     """What an MLP makes of its first product; may overwrite it."""
     if not isinstance(y, Tensor):
@@ -193,7 +190,7 @@ def _mish(x: Any) -> Any:
     """
     if isinstance(x, Tensor):
         q = torch.sigmoid(x)
-        return x.addcdiv_(x, torch.addcmul(_ONE, q, q, out=q), value=-2.0)
+        return x.addcdiv_(x, q.mul_(q).add_(1.0), value=-2.0)
     n = np.exp(x.clip(max=20.0))  # one exponential, as in cpql.networks.Mish
     n *= n + 2.0
     n /= n + 2.0
