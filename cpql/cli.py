@@ -190,6 +190,7 @@ def _members(content: DictConfig) -> list[tuple[TrainConfig, dict[str, Any]]]:
         said = cast(dict[str, Any], OmegaConf.to_container(own, resolve=True))
         del said["seeds"]
         said["agent"].pop("published", None)
+        _leave_out_anothers_options(said["agent"])
         members.append((build(TrainConfig, said, "configuration"), said))
     if len({config.run_dir for config, _ in members}) == count:
         return members
@@ -201,6 +202,22 @@ def _members(content: DictConfig) -> list[tuple[TrainConfig, dict[str, Any]]]:
     if len({config.run_dir for config, _ in named}) < count:
         raise ConfigError(f"two members are alike: {', '.join(f'{k}={v}' for k, v in lists.items())}")
     return named
+
+
+def _leave_out_anothers_options(agent: dict[str, Any]) -> None:
+    """Drop default options, such as Consistency-AC's weight, that another chosen objective doesn't have."""
+    from cpql.agents import AGENTS
+    from cpql.consistency import OBJECTIVES, keywords
+
+    if agent["name"] not in AGENTS:
+        return  # an error, which is told later
+    default = AGENTS[agent["name"]].config_class().actor
+    actor = agent["actor"]
+    if actor["objective"] in OBJECTIVES and actor["objective"] != default.objective:
+        known = keywords(OBJECTIVES[actor["objective"]])
+        for option, value in default.objective_options.items():
+            if option not in known and actor["objective_options"].get(option) == value:
+                del actor["objective_options"][option]
 
 
 @_task

@@ -40,7 +40,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "cd": {"t_max": 5.0, "objective_options": {"count": 40, "metric": "huber", "weight": "interval"}},
     "scm": {"t_max": 5.0},
     "meanflow": {"t_max": 20.0, "objective_options": {"share": 0.5}},
-    "shortcut": {"t_max": 20.0},
+    "shortcut": {"t_max": 80.0},
     "distill": {},
 }
 
@@ -206,15 +206,20 @@ def main(arguments: list[str] | None = None) -> Row:
     parser.add_argument("--bandits", nargs="+", default=["fixed", "conditional"])
     parser.add_argument("--updates", type=int, default=15_000)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", type=Path, help="where to write the table")
+    parser.add_argument("--json", type=Path, help="the table's file; other rows of the same setting are kept")
     parser.add_argument("--picture", type=Path, help="where to draw the samples of the first bandit")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    table: Row = {"updates": options.updates, "seed": options.seed, "hidden": HIDDEN, "batch": BATCH}
+    setting = {"updates": options.updates, "seed": options.seed, "hidden": list(HIDDEN), "batch": BATCH}
+    table: Row = dict(setting)
+    if options.json and options.json.exists():
+        before = json.loads(options.json.read_text())
+        if setting.items() <= before.items():
+            table = before
     pictures: dict[str, dict[int, Tensor]] = {}
     for kind in options.bandits:
         bandit = Bandit(kind == "conditional")
-        table[kind] = {"data": reference(bandit)}
+        table.setdefault(kind, {})["data"] = reference(bandit)
         print(f"{kind:12} {'data':9} -  {table[kind]['data']}", flush=True)
         for name in options.objectives:
             began = time.process_time()
@@ -223,10 +228,10 @@ def main(arguments: list[str] | None = None) -> Row:
             rows, actions = evaluate(actor, bandit)
             table[kind][name] = {"settings": SETTINGS[name], "cpu_seconds": seconds, "steps": rows}
             pictures.setdefault(name, actions)
+            if options.json:
+                options.json.write_text(json.dumps(table, indent=2) + "\n")
             for steps, row in rows.items():
                 print(f"{kind:12} {name:9} {steps}  {row}  {seconds} s", flush=True)
-    if options.json:
-        options.json.write_text(json.dumps(table, indent=2) + "\n")
     if options.picture:
         draw(options.picture, pictures)
     return table

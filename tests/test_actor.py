@@ -411,6 +411,28 @@ def check_members(members: tuple[int, ...], **options: Any) -> None:
     assert not torch.equal(results[0], results[1])
 
 
+@pytest.mark.parametrize("size", [10, 10_000])
+def test_mish_has_its_derivative_under_every_transform(size: int) -> None:
+    """Its short cut without gradients works in place, which no transform around it may notice."""
+    x = torch.linspace(-30, 30, size, dtype=torch.float64, requires_grad=True)
+    (slope,) = torch.autograd.grad(functional.mish(x).sum(), x)
+    x = x.detach()
+    ones = torch.ones_like(x)
+    for context in (torch.enable_grad(), torch.no_grad()):
+        with context:
+            value, derivative = torch.func.jvp(Mish(), (x,), (ones,))  # type: ignore[misc]
+        torch.testing.assert_close(value, functional.mish(x))
+        torch.testing.assert_close(derivative, slope)
+
+    def along(scale: Tensor) -> Tensor:
+        value, derivative = torch.func.jvp(lambda x: Mish()(scale * x), (x,), (ones,))  # type: ignore[misc]
+        total: Tensor = (value + derivative.detach()).sum()
+        return total
+
+    found = torch.func.grad(along)(torch.ones((), dtype=torch.float64))
+    torch.testing.assert_close(found, (slope * x).sum())
+
+
 @pytest.mark.parametrize("layer_norm", [False, True])
 def test_a_critics_members_are_critics(layer_norm: bool) -> None:
     together = TwinCritic(S, A, (16, 16), layer_norm=layer_norm, members=(2,))

@@ -7,11 +7,13 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import yaml
 
+from cpql import cli
 from cpql.data import d4rl
 
 ROOT = Path(__file__).parent.parent
@@ -149,3 +151,20 @@ def test_help(script: str, tmp_path: Path) -> None:
     assert f"python scripts/{script}" in done.stdout
     assert "Powered by" not in done.stdout
     assert not left(tmp_path)
+
+
+def test_a_chosen_objective_goes_without_the_options_of_the_agents_own() -> None:
+    """Consistency-AC's are `ct`'s: `ect` has both, `meanflow` neither; what a user said stays, for an error."""
+    own = {"weight": "interval", "scale": 100.0}
+    for objective, given, left in (
+        ("ct", own, own),
+        ("ect", own, own),
+        ("meanflow", {**own, "share": 0.5}, {"share": 0.5}),
+        ("meanflow", {"weight": "none"}, {"weight": "none"}),
+    ):
+        agent: dict[str, Any] = {
+            "name": "consistency_ac",
+            "actor": {"objective": objective, "objective_options": dict(given)},
+        }
+        cli._leave_out_anothers_options(agent)
+        assert agent["actor"]["objective_options"] == left

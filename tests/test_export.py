@@ -21,7 +21,7 @@ ACTORS = {
     "unscaled": ActorConfig(hidden=(32, 32), parameterisation="unscaled", refinements=(2.0,)),
     "trig": ActorConfig("scm", hidden=(32, 32), refinements=(1.0, 0.3)),
     "flow": ActorConfig("ect", parameterisation="flow", hidden=(32,), refinements=(0.5,)),
-    "average velocity": ActorConfig("meanflow", hidden=(32, 32), t_max=20.0, refinements=(1.0,)),
+    "average velocity": ActorConfig("meanflow", hidden=(32, 32), t_max=5.0, refinements=(1.0,)),
     "with a guide": ActorConfig("distill", hidden=(32, 32)),
     "before a tanh": ActorConfig(hidden=(32, 32), t_max=5.0, refinements=(0.8,), action_norm=True),
 }
