@@ -154,7 +154,7 @@ def test_help(script: str, tmp_path: Path) -> None:
 
 
 def test_a_chosen_objective_goes_without_the_options_of_the_agents_own() -> None:
-    """Consistency-AC's are `ct`'s: `ect` has both, `meanflow` neither. What a user said stays."""
+    """Consistency-AC's are `ct`'s: `ect` has both, `meanflow` neither; what a user said stays."""
     own = {"weight": "interval", "scale": 100.0}
     for objective, given, left in (
         ("ct", own, own),
