@@ -97,7 +97,7 @@ def show(path: Path, rows: list[Tensor], names: list[str]) -> None:
     axes = figure.subplots(len(rows), columns, squeeze=False)
     for line, images, name in zip(axes, rows, names, strict=True):
         for panel, image in zip(line, images, strict=True):
-            panel.imshow(image.view(SIDE, SIDE), cmap="gray_r", vmin=-1, vmax=1)
+            panel.imshow(image.view(SIDE, SIDE).numpy(), cmap="gray_r", vmin=-1, vmax=1)
             panel.set(xticks=[], yticks=[])
             panel.spines[:].set_color("0.85")
         line[0].set_ylabel(name, rotation=0, ha="right", va="center", fontsize=8)
