@@ -165,7 +165,8 @@ def keep_results(options: argparse.Namespace) -> None:
         ]
         curve = [[e["step"], e["episodes"], round(e["score"], 2)] for e in evaluations]
         content = {"curve_of_step_episodes_score": curve, **result, "configuration": said}
-        name = f"{result['task']}-{result['agent']}-seed{result['training_seed']}.json"
+        precision = "" if said["precision"] == "fp32" else f"-{said['precision']}"
+        name = f"{result['task']}-{result['agent']}{precision}-seed{result['training_seed']}.json"
         lines = (f"{json.dumps(key)}: {json.dumps(value)}" for key, value in content.items())
         write_text(folder / name, "{\n" + ",\n".join(lines) + "\n}\n")
         print(f"benchmarks/results/{name}: {result['score']:.1f}")
@@ -185,7 +186,9 @@ def table() -> str:
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     cells: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for result in results:
-        cells.setdefault((result["task"], result["agent"]), []).append(result)
+        precision = result["configuration"].get("precision", "fp32")  # there was no other one at first
+        agent = f"`{result['agent']}`" + ("" if precision == "fp32" else f", {precision}")
+        cells.setdefault((result["task"], agent), []).append(result)
     for (task, agent), runs in sorted(cells.items()):
         runs = sorted(runs, key=lambda run: int(run["training_seed"]))
         scores = [run["score"] for run in runs]
@@ -196,7 +199,7 @@ def table() -> str:
             for run, unit in zip(runs, percent, strict=True)
         )
         behaviour = f"{runs[0]['behaviour_score']:.1f}"
-        row = [task, f"`{agent}`", f"**{statistics.mean(scores):.1f}**", spread, each, behaviour]
+        row = [task, agent, f"**{statistics.mean(scores):.1f}**", spread, each, behaviour]
         lines.append(f"| {' | '.join(row)} |")
     return "\n".join(lines)
 
