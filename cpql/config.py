@@ -146,7 +146,7 @@ class TrainConfig:
         precision: of the update's matrix products: `fp32`; `bf16`, faster where the processor has units for
             it, with weights, optimiser and losses in fp32; `tf32`, which only a GPU has.
         threads: CPU threads of PyTorch; 0 leaves its own choice.
-        compile: fuse the update into one program: a minute to build, then more than twice as fast on a CPU.
+        compile: fuse the update into one program: a minute to build, then about twice as fast on a CPU.
         run_dir: the run's folder; never overwritten.
         resume: go on with the run in `run_dir`.
         traceback: show Python's traceback with an error.
