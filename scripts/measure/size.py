@@ -79,12 +79,14 @@ def plot(found: dict[Size, float], options: argparse.Namespace) -> None:
     left.set(xlabel="batch", ylabel="transitions a second", xscale="log", yscale="log")
     left.set_xticks(options.batches, [str(batch) for batch in options.batches])
     left.minorticks_off()
-    left.legend(fontsize=8)
+    low, high = left.get_ylim()
+    left.set_ylim(low, 4 * high)
+    left.legend(fontsize=8, ncols=len(options.precisions), loc="upper right")
     rows = sorted({each.rows for each in found})
     base = [found[Size("fp32", options.widths[0], options.batches[0], n)] for n in rows]
     right.plot(rows, base, "o-", color="C0")
     right.set(xlabel="transitions in the dataset", ylabel="updates a second", xscale="log")
-    right.set_ylim(bottom=0)
+    right.set_ylim(0, 1.2 * max(base))
     right.set_title(f"width {options.widths[0]}, batch {options.batches[0]}, fp32", fontsize=9)
     for axes in (left, right):
         axes.grid(alpha=0.25)
