@@ -60,10 +60,15 @@ def _rate(options: argparse.Namespace, members: int, threads: int, processes: in
         )
         for _ in range(processes)
     ]
-    for process in started:  # all of them are ready before any is let go
-        assert process.stdout is not None
-        process.stdout.readline()
-    lines = [process.communicate("go\n")[0] for process in started]
+    pipes = [(process.stdin, process.stdout) for process in started]
+    for _, out in pipes:  # all of them are ready before any is let go, and all are let go before one is heard
+        assert out is not None
+        out.readline()
+    for into, _ in pipes:
+        assert into is not None
+        into.write("go\n")
+        into.flush()
+    lines = [process.communicate()[0] for process in started]
     return sum(float(json.loads(line)) for line in lines)
 
 
