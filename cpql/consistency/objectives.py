@@ -28,8 +28,9 @@ resumed runs and exported programs agree to the bit. A new objective is one func
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Mapping
+from functools import cache, partial
+from types import MappingProxyType
 from typing import Any, Literal, get_type_hints
 
 import torch
@@ -513,8 +514,9 @@ GIVEN = ("u2", "guide", "tanh")
 """Keywords of objectives that aren't settings."""
 
 
-def keywords(objective: Objective) -> dict[str, Any]:
+@cache
+def keywords(objective: Objective) -> Mapping[str, Any]:
     """The types of an objective's keyword arguments by name: its settings, and what it wants of `GIVEN`."""
     hints = get_type_hints(objective.func if isinstance(objective, partial) else objective)
     parameters = inspect.signature(objective).parameters.values()
-    return {p.name: hints[p.name] for p in parameters if p.kind is p.KEYWORD_ONLY}
+    return MappingProxyType({p.name: hints[p.name] for p in parameters if p.kind is p.KEYWORD_ONLY})
