@@ -157,7 +157,6 @@ def evaluate(
         torch.randn(steps[-1], len(trial), 2, generator=generator),
         levels,
         lambda action: kernel_distance(turned_back(action, trial, bandit), trial_fresh),
-        iterations=7,
         clamp=1.0,
     )
     rows, actions = {}, {}

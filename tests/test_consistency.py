@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from statistics import NormalDist
 from typing import Any, Literal
 
 import pytest
@@ -322,6 +323,19 @@ def test_denoise_against_a_loop(tanh: bool, options: dict[str, Any]) -> None:
         expected.append((ti**-2 + sigma**-2) * sum((p - q) ** 2 for p, q in zip(out, a, strict=True)) / D)
     loss, metrics = denoise(curved, refuse, x0, z, u, number(0.3), LEVELS, tanh=tanh, **options)
     assert loss.tolist() == pytest.approx(expected, rel=1e-9) and metrics == {}
+
+
+def test_denoise_with_the_levels_of_edm() -> None:
+    x0, z, u = inputs()
+    low, high = (NormalDist(-0.5, 0.9).cdf(math.log(t)) for t in (LEVELS.t_min, LEVELS.t_max))
+    expected = []
+    for a, b, c in zip(x0.tolist(), z.tolist(), u.tolist(), strict=True):
+        ti = math.exp(NormalDist(-0.5, 0.9).inv_cdf(low + c * (high - low)))
+        out = curved_slowly(noised(a, ti, b, False), ti)
+        expected.append((ti**-2 + 4) * sum((p - q) ** 2 for p, q in zip(out, a, strict=True)) / D)
+    options: dict[str, Any] = {"noise": "lognormal", "mean": -0.5, "std": 0.9}
+    loss, _ = denoise(curved, refuse, x0, z, u, number(0.3), LEVELS, **options)
+    assert loss.tolist() == pytest.approx(expected, rel=1e-9)
 
 
 def test_denoise_uses_every_level_but_t_min() -> None:

@@ -547,6 +547,23 @@ def test_the_search_finds_the_level_of_the_least_distance() -> None:
     sample(f, z, levels, found)
 
 
+def test_the_search_looks_for_the_deeper_of_two_valleys() -> None:
+    """A wide one at 0.05, which a ternary search alone runs into, and a deeper one at 2."""
+    levels, z = Levels(0.01, 5.0), torch.zeros(2, 4, 1, dtype=torch.float64)
+
+    def distance(x: Tensor) -> float:
+        level = math.log(x.mean().item())
+        return min(0.5 + 0.1 * abs(level - math.log(0.05)), abs(level - math.log(2.0)))
+
+    found = [
+        greedy_refinements(
+            lambda x, t: t.unsqueeze(-1) + 0 * x, z, levels, distance, grid=grid, iterations=40
+        )[0]
+        for grid in (0, 10)
+    ]
+    assert found == pytest.approx([0.05, 2.0], rel=1e-5)
+
+
 def test_the_search_is_deterministic_and_keeps_what_it_found() -> None:
     f, levels = function("trig"), Levels(0.01, 5.0)
     z = torch.randn(3, 200, D, dtype=torch.float64, generator=torch.Generator().manual_seed(0))

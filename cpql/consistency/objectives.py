@@ -72,6 +72,7 @@ Objective = Callable[..., tuple[Tensor, Metrics]]
 
 Metric = Literal["l2", "l1", "huber"]
 Weight = Literal["none", "interval"]
+Noise = Literal["uniform", "lognormal"]
 
 
 def denoise(
@@ -84,7 +85,10 @@ def denoise(
     levels: Levels,
     *,
     tanh: bool = False,
+    noise: Noise = "uniform",
     count: int = 40,
+    mean: float = -1.2,
+    std: float = 1.2,
     sigma_data: float = 0.5,
 ) -> tuple[Tensor, Metrics]:
     """Regress to the clean data: `(1/t^2 + 1/sigma_data^2) |f(x0 + t z, t) - x0|^2 / D`.
@@ -93,9 +97,20 @@ def denoise(
     away): EDM's denoising loss with Karras' weights on a fixed grid of 40 levels, all but t_min. Its
     minimiser at level t is E[x0 | x_t], at t_max the mean of the data: sampled in one step it has a single
     mode by construction. In a policy the Q-function moves that mode to the good actions.
+
+    Args:
+        f, teacher, x0, z, u, progress, levels, tanh: see the module's text; the teacher is not used.
+        noise: how t is drawn: from the grid (`uniform`), or as EDM has it (`lognormal`, Karras et al. 2022,
+            Table 1), which leaves less of the loss to the smallest levels.
+        count: levels of the grid.
+        mean, std: of ln t, for `lognormal`.
+        sigma_data: of the weight.
     """
-    n = torch.full_like(u, float(count))
-    t = levels.level(uniform_index(u, n) + 1, n)
+    if noise == "lognormal":
+        t = lognormal_level(u, levels, mean, std)
+    else:
+        n = torch.full_like(u, float(count))
+        t = levels.level(uniform_index(u, n) + 1, n)
     weight = t**-2 + sigma_data**-2
     error = f(perturb(x0, t, z, tanh=tanh), t) - x0
     return weight * error.square().mean(-1), {}
@@ -129,7 +144,7 @@ def ct(
     curriculum: Literal["root", "doubling"] = "root",
     s0: int = 2,
     s1: int = 150,
-    noise: Literal["uniform", "lognormal"] = "uniform",
+    noise: Noise = "uniform",
     mean: float = -1.1,
     std: float = 2.0,
     target: Literal["ema", "self"] = "ema",
@@ -505,7 +520,7 @@ KINDS: dict[str, Literal["trig", "average"]] = {"scm": "trig", "meanflow": "aver
 """The parameterisation that f must have, of the objectives that train the network F itself."""
 
 GUIDES: dict[str, tuple[Objective, Literal["edm", "flow"]]] = {
-    "cd": (denoise, "edm"),
+    "cd": (partial(denoise, noise="lognormal"), "edm"),
     "distill": (flow_matching, "flow"),
 }
 """How the guide of an objective is trained, and its parameterisation."""

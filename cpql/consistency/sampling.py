@@ -63,21 +63,24 @@ def greedy_refinements(
     levels: Levels,
     distance: Callable[[Tensor], float],
     *,
-    iterations: int = 12,
+    grid: int = 10,
+    iterations: int = 6,
     tanh: bool = False,
     clamp: float | None = None,
 ) -> tuple[float, ...]:
     """Good levels to refine at, found one after the other by ternary search.
 
     Song et al. 2023 choose each level so, with FID as the distance. It takes the distance to fall and then
-    rise along the level, which nothing promises; here along its logarithm. The same noise at every trial
-    makes the search deterministic.
+    rise along the level, which nothing promises: so a grid is asked first, and the search goes on around its
+    best level. Both run along the level's logarithm. The same noise at every trial makes the search
+    deterministic.
 
     Args:
         f, tanh, clamp: as for `sample`.
         z: standard normal noise [1 + number of levels wanted, *shape, D], of enough samples for the distance.
         levels: gives t_min and t_max.
         distance: how far samples [*shape, D] are from what they should be.
+        grid: how many levels are asked first; 0 leaves that out, as the paper does.
         iterations: of the search for each level; each asks twice and leaves two thirds of the interval.
         tanh: squash the noisy inputs.
 
@@ -94,6 +97,10 @@ def greedy_refinements(
 
         # Not the ends themselves: rounding would put them outside.
         low, high = math.log(levels.t_min) + 1e-9, math.log(found[-1] if found else levels.t_max) - 1e-9
+        if grid:
+            width = (high - low) / (grid + 1)
+            best = min((low + (i + 1) * width for i in range(grid)), key=at)
+            low, high = best - width, best + width
         for _ in range(iterations):
             third = (high - low) / 3
             if at(low + third) <= at(high - third):
