@@ -7,6 +7,7 @@
     python scripts/benchmark.py evaluating        ten episodes at once against one after the other
     python scripts/benchmark.py official          updates and actions beside the papers' own codes
     python scripts/benchmark.py loading           reading 2M transitions against bare h5py, and the memory
+    python scripts/benchmark.py objectives RUN... scores, diversity and Q bias of finished runs, by objective
     python scripts/benchmark.py keep RUN...       keep the results of finished runs, in benchmarks/results/
     python scripts/benchmark.py table             print those as the README's table, a row a task
 
@@ -112,6 +113,9 @@ def main() -> None:
     command.add_argument("--transitions", type=int, default=2_000_000)
     command.add_argument("--repeats", type=int, default=7)
     command.set_defaults(run=loading)
+    command = commands.add_parser("objectives", help="what finished runs came to, by objective")
+    command.add_argument("runs", type=Path, nargs="*", metavar="RUN", help="added to those measured before")
+    command.set_defaults(run=lambda options: keep("objectives", measured("objectives", options)))
     command = commands.add_parser("keep", help="keep the results of finished runs as data")
     command.add_argument("runs", type=Path, nargs="+", metavar="RUN")
     command.set_defaults(run=keep_results)

@@ -1,0 +1,149 @@
+"""What finished runs came to, by their actor's objective: scores, diversity of actions, bias of values."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from cpql.environments import make_task_environment
+from cpql.policy import Policy
+
+__all__ = ["objectives"]
+
+EPISODES, SEED, DRAWS = 10, 1000, 32
+# At gamma 0.99 what comes after so many steps is 5% of a return: a time limit nearer than that spoils it.
+HORIZON = 300
+
+Array = NDArray[np.float64]
+
+
+def objectives(options: argparse.Namespace) -> dict[str, Any]:
+    """Measure each run, beside those that were measured before, and group the seeds of what else is the same."""
+    torch.set_num_threads(1)
+    kept = Path(__file__).resolve().parents[2] / "benchmarks" / "objectives.json"
+    rows: list[dict[str, Any]] = json.loads(kept.read_text())["runs"] if kept.exists() else []
+    for folder in options.runs:
+        row = of_run(folder)
+        rows = [old for old in rows if (name(old), old["seed"]) != (name(row), row["seed"])] + [row]
+    rows.sort(key=lambda row: (name(row), row["seed"]))
+    table = Table(title="last checkpoints, mean ± spread over seeds")
+    for column in ("task", "agent", "objective", "seeds", "score", "diversity", "Q bias"):
+        table.add_column(column)
+    groups: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault(name(row), []).append(row)
+    for key, group in groups.items():
+        columns = [[row[column] for row in group] for column in ("score", "diversity", "q_bias")]
+        table.add_row(*key, str(len(group)), *(spread(values) for values in columns))
+    Console().print(table)
+    return {"episodes": EPISODES, "draws": DRAWS, "horizon": HORIZON, "runs": rows}
+
+
+def name(row: dict[str, Any]) -> tuple[str, str, str]:
+    """What the seeds of a group have in common."""
+    return row["task"], row["agent"], row["objective"]
+
+
+def spread(values: list[float]) -> str:
+    """Mean and standard deviation, in short."""
+    deviation = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.2f}{deviation}"
+
+
+def of_run(folder: Path) -> dict[str, Any]:
+    """A run's row: its score is its own evaluation's; the rest is measured in episodes of its last policy."""
+    result = json.loads((folder / "result.json").read_text())
+    said = yaml.safe_load((folder / "config.yaml").read_text())
+    policy = Policy.load(folder)
+    states, bias, value = visited(policy, said["agent"].get("discount", 0.99))
+    row = {
+        "task": result["task"],
+        "agent": result["agent"],
+        "objective": policy.config.actor.objective,
+        "seed": result["training_seed"],
+        "score": round(result["score"], 2),
+        "episodes": result["episodes"],
+        "diversity": round(diversity(policy, states), 4),
+        "q_bias": round(bias, 3),
+        "return_to_go": round(value, 3),
+        "curve_of_step_score": [
+            [e["step"], round(e["score"], 1)]
+            for e in (
+                json.loads(file.read_text()) for file in sorted((folder / "evaluations").glob("*.json"))
+            )
+        ],
+        "behaviour_score": round(result["behaviour_score"], 2),
+        "data": f"{result['data']['source']} {result['data']['id']}",
+        "precision": said["precision"],
+        "settings": said["agent"],
+        "budget": said["budget"],
+        "versions": result["versions"],
+    }
+    row["settings"].pop("published", None)
+    return row
+
+
+def visited(policy: Policy, discount: float) -> tuple[Array, float, float]:
+    """States [N, S] of some episodes, the mean of Q minus the discounted return that followed, and of that."""
+    policy.seed(SEED)
+    states: list[Array] = []
+    errors: list[Array] = []
+    returns: list[Array] = []
+    for episode in range(EPISODES):
+        environment = make_task_environment(policy.config.task)
+        observation, _ = environment.reset(seed=SEED + episode)
+        seen, actions, rewards, terminated, truncated = [], [], [], False, False
+        while not (terminated or truncated):
+            action, _ = policy.predict(observation)
+            seen.append(observation)
+            actions.append(action)
+            observation, reward, terminated, truncated, _ = environment.step(action)
+            rewards.append(float(reward))
+        environment.close()
+        to_go = np.zeros(len(rewards) + 1)
+        for step in range(len(rewards) - 1, -1, -1):
+            to_go[step] = rewards[step] + discount * to_go[step + 1]
+        count = len(rewards) if terminated else max(1, len(rewards) - HORIZON)
+        q = values(policy, np.stack(seen[:count]), np.stack(actions[:count]))
+        states.append(np.stack(seen[:count]))
+        errors.append(q - to_go[:count])
+        returns.append(to_go[:count])
+    every = np.concatenate(states)
+    return every, float(np.concatenate(errors).mean()), float(np.concatenate(returns).mean())
+
+
+@torch.no_grad()
+def values(policy: Policy, states: Array, actions: Array) -> Array:
+    """The smaller value of the twins [N], of observations and actions as the environment has them."""
+    low, high = (torch.tensor(bound) for bound in (policy.config.action_low, policy.config.action_high))
+    action = 2.0 * (torch.from_numpy(actions).float() - low) / (high - low) - 1.0
+    q: Tensor = policy.critic(seen_by(policy, states), action)
+    return q.amin(0).double().numpy()
+
+
+@torch.no_grad()
+def diversity(policy: Policy, states: Array) -> float:
+    """Standard deviation of one-step actions over their noise, mean over states and dimensions."""
+    state = seen_by(policy, states)
+    generator = torch.Generator().manual_seed(SEED)
+    actions = [policy.actor.sample(state, steps=1, generator=generator) for _ in range(DRAWS)]
+    return float(torch.stack(actions).std(0).mean())
+
+
+def seen_by(policy: Policy, states: Array) -> Tensor:
+    """Observations as the policy's networks take them."""
+    config, state = policy.config, torch.from_numpy(states).float()
+    if not config.observation_mean:
+        return state
+    return (state - torch.tensor(config.observation_mean)) / torch.tensor(config.observation_std)
