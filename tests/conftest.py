@@ -31,7 +31,9 @@ CONFIGS: dict[str, tuple[type[Agent], AgentConfig]] = {
     "cpql-ict": (CPQL, CPQLConfig(actor=ActorConfig("ict", t_max=5.0, refinements=(0.8,), action_norm=True))),
     "cpiql": (CPQL, CPQLConfig(critic="expectile")),
     "cpiql-online": (CPQL, CPQLConfig(critic="expectile", expectile_q="online")),
+    "cpql-online-published": (CPQL, CPQLConfig(alpha=0.05, critic_layer_norm=False, q_loss="min")),
     "consistency_ac": (ConsistencyAC, ConsistencyACConfig()),
+    "consistency_ac-online-published": (ConsistencyAC, ConsistencyACConfig(alpha=0.0, actor_lr=1e-5)),
     "consistency_ac-published": (
         ConsistencyAC,
         ConsistencyACConfig(

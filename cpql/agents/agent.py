@@ -58,10 +58,13 @@ class AgentConfig:
         lr_decay: `cosine` lets both rates fall to zero over the whole training. (Both official codes step
             their cosine at the wrong pace: it does nothing in Consistency-AC and oscillates in CPQL.)
         max_grad_norm: gradient norm of actor and of critic, each clipped to it.
+        alpha: weight of the actor's imitation loss; at 0 it isn't computed.
         eta: weight of the policy's Q-loss.
         eta_warmup: gradient steps over which that weight rises from 0, linearly. A young critic's values look
             only a few steps ahead (at rate 0.005, one target update in 200 steps), and a policy that follows
             them falls over; until it sees further the policy imitates. The papers have none.
+        q_loss: `normalised` divides by the values' size, so that eta means the same on every task; `min` is
+            the mean of the twins' smaller value as it is, as CPQL's code has it online.
         critic_hidden: widths of the critic's hidden layers.
         critic_layer_norm: LayerNorm before the critic's activations.
         critic_target: how the target critic follows.
@@ -82,8 +85,10 @@ class AgentConfig:
     critic_lr: float | tuple[float, ...] = 3e-4
     lr_decay: Literal["none", "cosine"] = "none"
     max_grad_norm: float = 10.0
+    alpha: float = 1.0
     eta: float | tuple[float, ...] = 1.0
     eta_warmup: int = 0
+    q_loss: Literal["normalised", "min"] = "normalised"
     critic_hidden: tuple[int, ...] = (256, 256, 256)
     critic_layer_norm: bool = False
     critic_target: TargetConfig = field(default_factory=TargetConfig)
@@ -167,11 +172,13 @@ class Agent:
         with torch.random.fork_rng(devices=[]):
             for one in [seed] if isinstance(seed, int) else seed:
                 torch.manual_seed(one)
-                initial.append([Network(module).initial for module in self._modules()])
+                alone = [Network(module) for module in self._modules()]
+                initial.append([network.initial for network in alone])
             modules = self._modules(self.members)
         for module in modules:
             set_product(module, product)
         self.actor, self.critic = (Network(module, self.members) for module in modules)
+        self._alone = alone  # the structure of one member, which acts by itself
         self.steps = 1 + len(self.config.actor.refinements)
         self.state: dict[str, Tensor] = {"step": torch.zeros((), device=device)}
         for name, each in zip(("actor", "critic"), zip(*initial, strict=True), strict=True):
@@ -278,13 +285,17 @@ class Agent:
         """`-mean Q_i(s, pi(s)) / stop_gradient(mean |Q_j(s, pi(s))|)`, i and j the two critics by a coin.
 
         The denominator makes eta mean the same on every task. Both official codes take it from the other
-        critic at the policy's actions, as Diffusion-QL does; CPQL's paper writes Q on the data.
+        critic at the policy's actions, as Diffusion-QL does; CPQL's paper writes Q on the data. With
+        `q_loss="min"` it is `-mean min_i Q_i(s, pi(s))`.
         """
         action = self.actor(actor, "sample", batch.observations, noise=steps_first(noise["action"]))
         q = self.critic(self.state["critic"], "q", batch.observations, action)
+        metrics = {"actor/q": q.mean((-2, -1))}
+        if self.config.q_loss == "min":
+            return -q.amin(-2).mean(-1), metrics
         first, (q_1, q_2) = (noise["coin"] == 0).unsqueeze(-1), q.unbind(-2)
         q_i, q_j = torch.where(first, q_1, q_2), torch.where(first, q_2, q_1)
-        return -q_i.mean(-1) / q_j.abs().mean(-1).detach(), {"actor/q": q.mean((-2, -1))}
+        return -q_i.mean(-1) / q_j.abs().mean(-1).detach(), metrics
 
     def imitation_loss(
         self, actor: Tensor, batch: Batch, noise: Noise, progress: Tensor
@@ -311,6 +322,18 @@ class Agent:
         )
         means = {name: value.mean(-1) if value.ndim else value for name, value in metrics.items()}
         return loss.mean(-1), {f"actor/{name}": value for name, value in means.items()}
+
+    def weighted_loss(
+        self, actor: Tensor, batch: Batch, noise: Noise, progress: Tensor
+    ) -> tuple[Tensor, Metrics]:
+        """`alpha` times the imitation loss plus `eta` times the Q-loss, [*members]."""
+        q_loss, metrics = self.q_loss(actor, batch, noise)
+        metrics = {"actor/q_loss": q_loss, **metrics}
+        if not self.config.alpha:
+            return self.eta * q_loss, metrics
+        imitation, more = self.imitation_loss(actor, batch, noise, progress)
+        metrics = {"actor/imitation": imitation, **metrics, **more}
+        return self.config.alpha * imitation + self.eta * q_loss, metrics
 
     # The update.
 
@@ -353,21 +376,28 @@ class Agent:
         return module.to(weights.device)
 
     @torch.no_grad()
-    def act(self, state: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Actions [B, A] in [-1, 1] for states [B, S], by the configured candidates rule.
+    def act(
+        self,
+        state: Tensor,
+        generator: torch.Generator | None = None,
+        member: int = 0,
+        candidates: int | None = None,
+    ) -> Tensor:
+        """Actions [B, A] in [-1, 1] of a member for states [B, S], by the candidates rule.
 
-        Raises:
-            ValueError: it is a group; each member's `module`s act by themselves.
+        Args:
+            state: [B, S].
+            generator: of the noise and the choice.
+            member: whose.
+            candidates: how many compete; the configured ones where None.
         """
-        if self.members:
-            raise ValueError(
-                "a group of agents doesn't act: make a member's actor with module('actor', member)"
-            )
+        weights = self.state_dict(member)
+        actor, critic = self._alone
         return choose(
-            lambda s: self.actor(self.state["actor"], "sample", s, generator=generator),
-            lambda s, a: self.critic(self.state["critic_target"], "q", s, a),
+            lambda s: actor(weights["actor"], "sample", s, generator=generator),
+            lambda s, a: critic(weights["critic_target"], "q", s, a),
             state,
-            candidates=self.config.candidates,
+            candidates=self.config.candidates if candidates is None else candidates,
             temperature=self.config.temperature,
             generator=generator,
         )

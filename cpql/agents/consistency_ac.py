@@ -1,7 +1,7 @@
 """Consistency-AC: Ding and Jin 2023, Consistency Models as a Rich and Efficient Policy Class for RL.
 
     critic   (Q_i(s, a) - y)^2,  y = r + gamma (1 - d) min_j Q'_j(s', a'),  a' from the EMA actor
-    actor    L = L_CT + eta L_Q
+    actor    L = alpha L_CT + eta L_Q
 
 L_CT is consistency training on the data with the EMA actor as teacher, `cpql.consistency.ct`. The gradient
 of L_Q flows through all sampling steps.
@@ -62,10 +62,7 @@ class ConsistencyAC(Agent):
         return loss, {"critic/q": q.mean((-2, -1)), "critic/target": target.mean(-1)}
 
     def actor_loss(self, actor: Tensor, batch: Batch, noise: Noise) -> tuple[Tensor, Metrics]:
-        """`L_CT + eta L_Q`."""
+        """`alpha L_CT + eta L_Q`; the paper's alpha is 1, and 0 online."""
         restarts = self.config.curriculum_restarts
         progress = torch.remainder(self.progress * restarts, 1.0) if restarts > 1 else self.progress
-        imitation, metrics = self.imitation_loss(actor, batch, noise, progress)
-        q_loss, more = self.q_loss(actor, batch, noise)
-        metrics |= {"actor/imitation": imitation, "actor/q_loss": q_loss, **more}
-        return imitation + self.eta * q_loss, metrics
+        return self.weighted_loss(actor, batch, noise, progress)

@@ -30,7 +30,6 @@ class CPQLConfig(AgentConfig):
     Attributes:
         critic_layer_norm: on, as published for offline training.
         backup_actor: the online actor's action in the critic's target, as published.
-        alpha: weight of the actor's imitation loss.
         critic: `q` is CPQL, `expectile` is CPIQL.
         expectile: tau of CPIQL's value function.
         expectile_q: whose Q the value function follows: the `target` critic's, as IQL's and CPQL's papers
@@ -39,7 +38,6 @@ class CPQLConfig(AgentConfig):
 
     critic_layer_norm: bool = True
     backup_actor: Literal["target", "online"] = "online"
-    alpha: float = 1.0
     critic: Literal["q", "expectile"] = "q"
     expectile: float = 0.7
     expectile_q: Literal["target", "online"] = "target"
@@ -83,7 +81,4 @@ class CPQL(Agent):
 
     def actor_loss(self, actor: Tensor, batch: Batch, noise: Noise) -> tuple[Tensor, Metrics]:
         """`alpha L_RC + eta L_Q`."""
-        imitation, metrics = self.imitation_loss(actor, batch, noise, self.progress)
-        q_loss, more = self.q_loss(actor, batch, noise)
-        metrics |= {"actor/imitation": imitation, "actor/q_loss": q_loss, **more}
-        return self.config.alpha * imitation + self.eta * q_loss, metrics
+        return self.weighted_loss(actor, batch, noise, self.progress)

@@ -29,7 +29,7 @@ Array = NDArray[np.float64]
 
 
 def objectives(options: argparse.Namespace) -> dict[str, Any]:
-    """Measure each run, beside those that were measured before, and group the seeds of what else is the same."""
+    """Measure each run, beside those measured before, and group the seeds of what else is the same."""
     torch.set_num_threads(1)
     kept = Path(__file__).resolve().parents[2] / "benchmarks" / "objectives.json"
     rows: list[dict[str, Any]] = json.loads(kept.read_text())["runs"] if kept.exists() else []
@@ -95,7 +95,7 @@ def of_run(folder: Path) -> dict[str, Any]:
 
 
 def visited(policy: Policy, discount: float) -> tuple[Array, float, float]:
-    """States [N, S] of some episodes, the mean of Q minus the discounted return that followed, and of that."""
+    """States [N, S] of some episodes, the mean of Q minus the discounted return to go, and of that."""
     policy.seed(SEED)
     states: list[Array] = []
     errors: list[Array] = []
