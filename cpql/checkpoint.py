@@ -22,9 +22,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from cpql.errors import CheckpointError
-from cpql.policy import Policy
+from cpql.policy import Policy, find_policy
 
-__all__ = ["load_training", "save_checkpoint", "saved_steps", "write_text"]
+__all__ = ["find_training", "load_training", "save_checkpoint", "saved_steps", "write_text"]
 
 
 def write_text(path: Path, text: str) -> None:
@@ -90,6 +90,18 @@ def load_training(folder: Path, step: int) -> tuple[dict[str, Tensor], dict[str,
         return load_file(path / "state.safetensors"), json.loads((path / "state.json").read_text())
     except Exception as error:
         raise CheckpointError(f"{path}: no readable training state: {error}") from error
+
+
+def find_training(path: Path) -> tuple[Path, int]:
+    """The folder of checkpoints and the step that `load_training` wants, of a run's last checkpoint or any.
+
+    Raises:
+        CheckpointError: there is none, or it is a policy alone.
+    """
+    step = find_policy(path).resolve().parent
+    if not (step / "training" / "state.json").is_file():
+        raise CheckpointError(f"{path}: a policy alone, without the networks and optimisers of its training")
+    return step.parent, int(step.name.removeprefix("step_"))
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from rich.table import Table
 from cpql.config import (
     BudgetConfig,
     DatasetConfig,
+    OnlineConfig,
     TrainConfig,
     build,
     config_folder,
@@ -29,6 +30,8 @@ from cpql.config import (
 from cpql.errors import ConfigError, CpqlError, did_you_mean
 
 __all__ = ["evaluate", "train"]
+
+GROUPS = ("mode", "env", "agent", "dataset", "budget")
 
 
 def _plain(value: Any) -> Any:
@@ -56,9 +59,13 @@ def _register() -> None:
     store = ConfigStore.instance()
     store.repo["env"] = _Shared()
     for name in task_names():
-        store.store(group="env", name=name, node=_plain(load_task(name)))
+        node = _plain(load_task(name))
+        if node["id"] is None:  # any environment, and called by its id
+            node["name"] = "${env.id}"
+        store.store(group="env", name=name, node=node)
     store.store(group="schema", name="budget", package="budget", node=_plain(BudgetConfig()))
     store.store(group="schema", name="dataset", package="dataset", node=_plain(DatasetConfig()))
+    store.store(group="schema", name="online", package="online", node=_plain(OnlineConfig()))
     for name, agent in AGENTS.items():
         node = _plain(agent.config_class())
         del node["updates"]  # the budget says it
@@ -97,19 +104,15 @@ def _check_words(config_name: str, words: list[str]) -> None:
             raise ConfigError(
                 f"{word!r}: expected KEY=VALUE, for example env=hopper-medium; --help shows all"
             )
-        if (
-            key in ("env", "agent", "dataset", "budget")
-            and config_name == "train"
-            and value not in _choices(key)
-        ):
+        if key in GROUPS and config_name == "train" and value not in _choices(key):
             raise ConfigError(f"{key}={value} does not exist: {did_you_mean(value, _choices(key))}")
     try:
         with initialize_config_dir(str(config_folder()), version_base="1.3"):
             plain = compose(
                 config_name,
-                [w for w in words if w.partition("=")[0] in ("env", "agent", "dataset", "budget")],
+                [w for w in words if w.partition("=")[0] in GROUPS],
             )
-            known = set(_keys(OmegaConf.to_container(plain, resolve=False)))
+            known = {*GROUPS, *_keys(OmegaConf.to_container(plain, resolve=False))}
             for word in words:
                 key = word.partition("=")[0]
                 # Of an environment's own options Hydra says better what to type: a + before them.
@@ -178,6 +181,10 @@ def _members(content: DictConfig) -> list[tuple[TrainConfig, dict[str, Any]]]:
         if not OmegaConf.is_list(content.seeds):
             raise ConfigError(f"seeds={content.seeds}: expected a list, such as [0,1,2,3]; seed takes one")
         lists["seed"] = list(content.seeds)
+    if OmegaConf.is_missing(content, "checkpoint"):
+        raise ConfigError(
+            "mode=finetune: checkpoint=... is missing: the run to go on with, or one of its checkpoints"
+        )
     count = len(next(iter(lists.values()))) if lists else 1
     for key, values in lists.items():
         if len(values) != count or not values:
@@ -189,6 +196,12 @@ def _members(content: DictConfig) -> list[tuple[TrainConfig, dict[str, Any]]]:
             OmegaConf.update(own, key, values[k])
         said = cast(dict[str, Any], OmegaConf.to_container(own, resolve=True))
         del said["seeds"]
+        if said["env"]["name"] is None:
+            raise ConfigError(
+                "no environment: expected env.id, such as env.id=Pendulum-v1, or a task, such as env=hopper"
+            )
+        if said["checkpoint"] is not None:
+            _go_on_from(said)
         said["agent"].pop("published", None)
         _leave_out_anothers_options(said["agent"])
         members.append((build(TrainConfig, said, "configuration"), said))
@@ -202,6 +215,38 @@ def _members(content: DictConfig) -> list[tuple[TrainConfig, dict[str, Any]]]:
     if len({config.run_dir for config, _ in named}) < count:
         raise ConfigError(f"two members are alike: {', '.join(f'{k}={v}' for k, v in lists.items())}")
     return named
+
+
+def _go_on_from(said: dict[str, Any]) -> None:
+    """Take task, agent and dataset from the run that this one starts from, but for what the command says.
+
+    Raises:
+        CheckpointError: there is no such run.
+        ConfigError: the command chooses another agent.
+    """
+    import yaml
+    from hydra.core.hydra_config import HydraConfig
+
+    from cpql.checkpoint import find_training
+
+    run = find_training(Path(said["checkpoint"]))[0].parent
+    before = yaml.safe_load((run / "config.yaml").read_text())
+    keys = [word.lstrip("+").partition("=")[0] for word in HydraConfig.get().overrides.task]
+    if "agent" in keys:
+        raise ConfigError(
+            f"agent=...: the agent is that of checkpoint={said['checkpoint']}; agent.KEY=VALUE changes it"
+        )
+    for part in ("env", "agent", "dataset"):
+        if part in keys:
+            continue
+        chosen, said[part] = said[part], before[part]
+        for key in keys:
+            if key.startswith(f"{part}."):
+                *path, last = key.split(".")[1:]
+                into, value = said[part], chosen
+                for name in path:
+                    into, value = into[name], value[name]
+                into[last] = value[last]
 
 
 def _leave_out_anothers_options(agent: dict[str, Any]) -> None:

@@ -20,6 +20,7 @@ from cpql.tasks import Task, expand, patterns
 __all__ = [
     "BudgetConfig",
     "DatasetConfig",
+    "OnlineConfig",
     "TrainConfig",
     "build",
     "config_folder",
@@ -132,14 +133,57 @@ class BudgetConfig:
 
 
 @dataclass(frozen=True)
+class OnlineConfig:
+    """How an agent acts while it learns, `mode=online` and `mode=finetune`.
+
+    Attributes:
+        environments: how many at once, for each member.
+        updates_per_step: gradient steps for each step of an environment; budget.updates counts the former.
+        start_steps: steps before the first update.
+        start: what acts in them: `random` actions, or the `policy`.
+        candidates: actions drawn when exploring, of which one is chosen by its value, see `AgentConfig`.
+        epsilon: share of uniformly random actions after that, at first;
+        epsilon_end: in the end;
+        epsilon_steps: steps of an environment on the way.
+        buffer_size: transitions that are kept, the newest.
+        save_buffer: keep them in checkpoints. Else a resumed run fills its buffer anew before it goes on.
+        offline_share: of each batch, from the dataset (`mode=finetune`).
+    """
+
+    environments: int = 1
+    updates_per_step: float = 1.0
+    start_steps: int = 5_000
+    start: Literal["random", "policy"] = "random"
+    candidates: int = 1
+    epsilon: float = 0.0
+    epsilon_end: float = 0.0
+    epsilon_steps: int = 0
+    buffer_size: int = 1_000_000
+    save_buffer: bool = True
+    offline_share: float = 0.0
+
+    def __post_init__(self) -> None:
+        for key, least in (("environments", 1), ("candidates", 1), ("start_steps", 0), ("buffer_size", 1)):
+            if getattr(self, key) < least:
+                raise ConfigError(f"online.{key} must be at least {least}, found {getattr(self, key)}")
+        if self.updates_per_step <= 0.0:
+            raise ConfigError(f"online.updates_per_step must be positive, found {self.updates_per_step}")
+        for key in ("epsilon", "epsilon_end", "offline_share"):
+            if not 0.0 <= getattr(self, key) <= 1.0:
+                raise ConfigError(f"online.{key} must be in [0, 1], found {getattr(self, key)}")
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """One training run.
 
     Attributes:
         env: the task.
         agent: the algorithm's name and its settings, checked against its own dataclass.
-        dataset: what to learn from.
+        dataset: what to learn from; not with `mode=online`.
         budget: how long.
+        online: how to act meanwhile; null is offline.
+        checkpoint: a run whose last checkpoint this one starts from: every network and optimiser.
         logger: where metrics go besides CSV.
         seed: of weights, data order and noise.
         device: `auto` takes a GPU where there is one.
@@ -156,6 +200,8 @@ class TrainConfig:
     agent: dict[str, Any]
     dataset: DatasetConfig = field(default_factory=DatasetConfig)
     budget: BudgetConfig = field(default_factory=BudgetConfig)
+    online: OnlineConfig | None = None
+    checkpoint: str | None = None
     logger: Literal["csv", "tensorboard", "wandb"] = "csv"
     seed: int = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -205,5 +251,8 @@ def _refuse_unknown(cls: type[Any], values: Mapping[str, Any], where: str) -> No
     for key, value in values.items():
         if key not in types:
             raise ConfigError(f"{where}: unknown key {key!r}: {did_you_mean(key, types)}")
-        if dataclasses.is_dataclass(types[key]) and isinstance(value, Mapping):
-            _refuse_unknown(typing.cast(type[Any], types[key]), value, f"{where}: {key}")
+        inner = next(
+            (kind for kind in typing.get_args(types[key]) if dataclasses.is_dataclass(kind)), types[key]
+        )
+        if dataclasses.is_dataclass(inner) and isinstance(value, Mapping):
+            _refuse_unknown(typing.cast(type[Any], inner), value, f"{where}: {key}")

@@ -37,7 +37,8 @@ def learning_curve(
             if metrics and name in metrics[0]:
                 axes.plot(x, [row[name] for row in metrics], label=name)
         axes.set_title(title)
-        axes.legend(loc="best", fontsize=8)
+        if metrics:
+            axes.legend(loc="best", fontsize=8)
     losses.set_yscale("log")
     for axes in panels:
         axes.set_xlabel("updates")
@@ -45,7 +46,7 @@ def learning_curve(
         axes.grid(alpha=0.25)
         axes.set_xlim(left=0)
     source = run["data"]["source"]
-    source = "self-collected data, not D4RL" if source == "embedded" else source
+    source = source.replace("embedded", "self-collected data, not D4RL")
     figure.suptitle(f"{run['agent']} on {run['task']} ({source})", fontsize=11)
     aside = path.with_name(f".{path.stem}.{os.getpid()}.png")
     try:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -109,10 +109,11 @@ class Run:
             )
         return tensors
 
-    def begin(self, step: int, agent: str, task: Task, data: Provenance) -> None:
+    def begin(self, step: int, agent: str, task: Task, data: Callable[[], Provenance]) -> None:
         """Make the folder, once everything that can be checked beforehand has been, and open its tables.
 
-        What was written after `step` is dropped: a resumed run writes it anew.
+        What was written after `step` is dropped: a resumed run writes it anew. `data` says what the run has
+        learnt from by now.
         """
         self.agent, self.task, self.data = agent, task, data
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -157,19 +158,20 @@ class Run:
 
     def provenance(self) -> dict[str, Any]:
         """What every result file says about where it came from."""
-        behaviour = self.data.return_mean
+        data = self.data()
+        behaviour = data.return_mean
         return {
             "task": self.task.name,
             "agent": self.agent,
             "training_seed": self.config.seed,
             "behaviour_return": behaviour,
             "behaviour_score": None if behaviour is None else self.task.score(behaviour),
-            "data": self.data.to_dict(),
+            "data": data.to_dict(),
         }
 
     def save(self, step: int, policy: Policy, tensors: dict[str, Tensor]) -> None:
         """Write a checkpoint that training can go on from."""
-        state = {"data_sha256": self.data.sha256}
+        state = {"data_sha256": self.data().sha256}
         save_checkpoint(self.checkpoints, step, policy, tensors, state, self.config.budget.keep)
 
     def finish(self, step: int) -> dict[str, Any]:

@@ -9,7 +9,8 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 from rich.console import Console
@@ -17,15 +18,17 @@ from torch import Tensor
 
 import cpql.data
 from cpql.agents import AGENTS, BY_MEMBER, Agent, AgentConfig
-from cpql.config import TrainConfig, build
+from cpql.checkpoint import find_training, load_training
+from cpql.config import DatasetConfig, TrainConfig, build
 from cpql.critic import TwinCritic
 from cpql.data import transforms
 from cpql.data.embedded import cache_folder
-from cpql.data.transitions import Transitions
+from cpql.data.transitions import Batch, Provenance, Transitions
 from cpql.environments import facts
 from cpql.errors import CheckpointError, ConfigError, CpqlError, did_you_mean
 from cpql.evaluation import versions
 from cpql.logging import progress
+from cpql.online import Experience
 from cpql.policy import Policy, PolicyConfig
 from cpql.program import Update, program
 from cpql.runs import Run
@@ -34,7 +37,70 @@ from cpql.tasks import Task
 __all__ = ["Interrupted", "train", "train_group"]
 
 # What one program's members may differ in.
-OWN = ("seed", "run_dir", "agent")
+OWN = ("seed", "run_dir", "agent", "checkpoint")
+
+
+# What the progress line shows of the metrics: a word, the metric's name, its format.
+SHOWN = (
+    ("Q", "critic/q", ".1f"),
+    ("imitation", "actor/imitation", ".3f"),
+    ("steps", "online/steps", ",.0f"),
+    ("acting", "online/return", ",.0f"),
+)
+
+
+class Source(Protocol):
+    """What a training learns from: a dataset, or the members' own experience (`cpql.online.Experience`)."""
+
+    device: torch.device
+    normalisation: tuple[Tensor, Tensor] | None
+
+    @property
+    def state_dim(self) -> int:
+        """S."""
+
+    @property
+    def action_dim(self) -> int:
+        """A."""
+
+    @property
+    def provenance(self) -> Provenance:
+        """Where the data come from, and how many there are by now."""
+
+    def batch(self, agent: Agent, generators: Sequence[torch.Generator]) -> Batch:
+        """The batch of one update, from a generator for each member."""
+
+    def figures(self, member: int) -> dict[str, float]:
+        """More for a member's metrics."""
+
+    def state_dict(self, member: int) -> dict[str, Tensor]:
+        """What a member's checkpoint holds of it."""
+
+    def load_state_dict(self, state: dict[str, Tensor], member: int) -> None:
+        """Take over what `state_dict` gave."""
+
+
+class Dataset:
+    """Transitions as a source: they stay as they are."""
+
+    def __init__(self, data: Transitions) -> None:
+        self.data, self.device, self.normalisation = data, data.device, data.normalisation
+        self.state_dim, self.action_dim, self.provenance = data.state_dim, data.action_dim, data.provenance
+
+    def batch(self, agent: Agent, generators: Sequence[torch.Generator]) -> Batch:
+        """Drawn uniformly."""
+        return self.data.sample(agent.config.batch_size, generators if agent.members else generators[0])
+
+    def figures(self, member: int) -> dict[str, float]:
+        """None."""
+        return {}
+
+    def state_dict(self, member: int) -> dict[str, Tensor]:
+        """Nothing."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Tensor], member: int) -> None:
+        """Nothing."""
 
 
 class Interrupted(CpqlError):
@@ -69,9 +135,7 @@ def bounds_of(task: Task, action_dim: int) -> Bounds:
     return tuple(low.tolist()), tuple(high.tolist())
 
 
-def make_policy(
-    agent: Agent, config: TrainConfig, data: Transitions, bounds: Bounds, member: int = 0
-) -> Policy:
+def make_policy(agent: Agent, config: TrainConfig, data: Source, bounds: Bounds, member: int = 0) -> Policy:
     """A member's present policy, as it is deployed: the online actor and the target critic."""
     c = agent.config
     mean, std = ((), ()) if data.normalisation is None else (tuple(x.tolist()) for x in data.normalisation)
@@ -163,8 +227,8 @@ def choose_device(name: str) -> torch.device:
     )
 
 
-def load_data(config: TrainConfig, console: Console, discount: float) -> tuple[Task, Transitions]:
-    """The dataset as the agent is to see it, and the task as the dataset has it."""
+def load_data(config: TrainConfig, console: Console) -> tuple[Task, Transitions]:
+    """The dataset as it is, and the task as the dataset has it."""
     bars: dict[str, Any] = {}
 
     def show(title: str, done: int, total: int) -> None:
@@ -192,10 +256,33 @@ def load_data(config: TrainConfig, console: Console, discount: float) -> tuple[T
         for context, _ in bars.values():
             context.__exit__(None, None, None)
     console.print(data.provenance.line(), highlight=False, soft_wrap=True)
+    return task, data
+
+
+def load_source(
+    config: TrainConfig, seeds: Sequence[int], device: torch.device, console: Console, discount: float
+) -> tuple[Task, Source]:
+    """What the members learn from, and the task as it has it.
+
+    Raises:
+        ConfigError: a setting of the dataset that can't be had while acting.
+    """
+    d, online = config.dataset, config.online
+    if online is not None and not online.offline_share:
+        for key, default in vars(DatasetConfig()).items():
+            if key in ("reward", "normalise_observations", "n_step") and getattr(d, key) != default:
+                raise ConfigError(f"dataset.{key}={getattr(d, key)}: there is no dataset to do it to")
+        return config.env, Experience(config.env, online, seeds, device)
+    task, data = load_data(config, console)
+    rule = transforms.reward_rule(data, d.reward)
     data = transforms.reward(data, d.reward)
     if d.normalise_observations:
         data = transforms.normalise_observations(data)
-    return task, transforms.n_step(data, d.n_step, discount)
+    if online is None:
+        return task, Dataset(transforms.n_step(data, d.n_step, discount).to(device))
+    if d.n_step != 1:
+        raise ConfigError(f"dataset.n_step={d.n_step}: an agent that acts meanwhile learns from single steps")
+    return task, Experience(task, online, seeds, device, data.to(device), rule)
 
 
 def train(config: TrainConfig, said: dict[str, Any], console: Console) -> dict[str, Any]:
@@ -249,12 +336,12 @@ def train_group(
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high" if config.precision == "tf32" else "highest")
     kind, settings = _settings_of_all([run.config for run in runs])
-    task, data = load_data(config, console, settings.discount)
     seeds = [run.config.seed for run in runs]
+    task, source = load_source(config, seeds, device, console, settings.discount)
     seed: int | list[int] = seeds if len(seeds) > 1 else seeds[0]
     product = torch.bfloat16 if config.precision == "bf16" else None
-    agent = kind(data.state_dim, data.action_dim, settings, seed=seed, device=device, product=product)
-    return _Training(runs, task, agent, data.to(device), console).run_to_end()
+    agent = kind(source.state_dim, source.action_dim, settings, seed=seed, device=device, product=product)
+    return _Training(runs, task, agent, source, console).run_to_end()
 
 
 def _settings_of_all(configs: Sequence[TrainConfig]) -> tuple[type[Agent], AgentConfig]:
@@ -299,23 +386,28 @@ class _Training:
     """One program under way, and the runs that are its members."""
 
     def __init__(
-        self, runs: Sequence[Run], task: Task, agent: Agent, data: Transitions, console: Console
+        self, runs: Sequence[Run], task: Task, agent: Agent, source: Source, console: Console
     ) -> None:
-        self.runs, self.agent, self.data, self.console = runs, agent, data, console
+        self.runs, self.agent, self.source, self.console = runs, agent, source, console
         self.config = replace(runs[0].config, env=task)
         self.bounds = bounds_of(task, agent.action_dim)
-        self.generators = [torch.Generator(data.device).manual_seed(run.config.seed) for run in runs]
+        self.generators = [torch.Generator(source.device).manual_seed(run.config.seed) for run in runs]
         self.means = Means(agent.members)
         self.diverged: dict[int, CpqlError] = {}
         self.step = _common_step(runs)
         if self.step:
             self.restore()
+        else:
+            self.start_from_checkpoints()
         for run in runs:
-            run.begin(self.step, agent.name, task, data.provenance)
+            run.begin(self.step, agent.name, task, lambda: source.provenance)
 
     def run_to_end(self) -> list[dict[str, Any]]:
         """Train what is left, evaluating and saving on the way."""
         try:
+            if self.config.checkpoint and not self.step:  # where it starts from, in the same episodes
+                for k, run in self.going():
+                    run.evaluate(0, self.policy(k, run), self.config.budget.episodes)
             self.loop()
             results = [run.finish(self.step) for _, run in self.going()]
             if self.diverged:
@@ -348,7 +440,7 @@ class _Training:
         ):
             while self.step < budget.updates:
                 self.step += 1
-                batch = self.data.sample(agent.config.batch_size, draws)
+                batch = self.source.batch(agent, self.generators)
                 self.means.add(update(batch, agent.draw(draws)))
                 if self.config.compile and self.step == first + 1:
                     # One program for the whole run: a second one would mean that something depends on data.
@@ -375,13 +467,16 @@ class _Training:
     def policy(self, member: int, run: Run) -> Policy:
         """A member's present policy, for the task as the data have it."""
         config = replace(run.config, env=self.config.env)
-        return make_policy(self.agent, config, self.data, self.bounds, member)
+        return make_policy(self.agent, config, self.source, self.bounds, member)
 
     def log(self, seconds: float, updates: int) -> str:
         """Write the interval's means, and say them in short: over the members that haven't diverged."""
-        means = self.means.take()
+        means = [each | self.source.figures(k) for k, each in enumerate(self.means.take())]
         for k, run in self.going():
-            wrong = next((name for name, value in means[k].items() if not math.isfinite(value)), None)
+            wrong = next(
+                (n for n, value in means[k].items() if not math.isfinite(value) and n != "online/return"),
+                None,
+            )
             if wrong is None:
                 run.log(self.step, means[k], seconds, updates)
                 continue
@@ -399,8 +494,12 @@ class _Training:
             self.diverged[k] = error
             self.console.print(str(error), style="red", highlight=False, soft_wrap=True)
         going = [means[k] for k, _ in self.going()]
-        q, imitation = (statistics.fmean(m[name] for m in going) for name in ("critic/q", "actor/imitation"))
-        return f"Q {q:.1f}  imitation {imitation:.3f}  {self.last_scores()}"
+        text = [
+            f"{word} {statistics.fmean(m[name] for m in going):{form}}"
+            for word, name, form in SHOWN
+            if name in going[0]
+        ]
+        return "  ".join([*text, self.last_scores()])
 
     def last_scores(self) -> str:
         """The last evaluations, for the bar."""
@@ -419,26 +518,39 @@ class _Training:
             tensors["means_count"] = torch.tensor(self.means.count)
             sums = self.means.sums.items()
             tensors |= {f"means.{name}": value[k] if self.agent.members else value for name, value in sums}
+            tensors |= {f"source.{name}": value for name, value in self.source.state_dict(k).items()}
             run.save(self.step, self.policy(k, run), tensors)
+
+    def start_from_checkpoints(self) -> None:
+        """Take every network and optimiser from the runs that these start from, where they name one."""
+        for k, run in enumerate(self.runs):
+            if run.config.checkpoint:
+                tensors, _ = load_training(*find_training(Path(run.config.checkpoint)))
+                try:
+                    self.agent.load_state_dict(_named("agent.", tensors), k)
+                except ValueError as error:
+                    raise CheckpointError(f"checkpoint={run.config.checkpoint}: {error}") from error
 
     def restore(self) -> None:
         """Take up the last checkpoint that all members have."""
         sums: list[dict[str, Tensor]] = []
         for k, run in enumerate(self.runs):
-            tensors = run.restore(self.step, self.data.provenance.sha256)
-
-            def named(prefix: str, tensors: dict[str, Tensor] = tensors) -> dict[str, Tensor]:
-                return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
-
+            tensors = run.restore(self.step, self.source.provenance.sha256)
             try:
-                self.agent.load_state_dict(named("agent."), k)
+                self.agent.load_state_dict(_named("agent.", tensors), k)
+                self.source.load_state_dict(_named("source.", tensors), k)
                 self.generators[k].set_state(tensors["generator"])
                 self.means.count = int(tensors["means_count"])
             except (ValueError, KeyError) as error:
                 raise CheckpointError(f"{run.checkpoints}, step {self.step}: {error}") from error
-            sums.append({name: value.to(self.data.device) for name, value in named("means.").items()})
+            sums.append({n: value.to(self.source.device) for n, value in _named("means.", tensors).items()})
         self.means.sums = (
             {name: torch.stack([each[name] for each in sums]) for name in sums[0]}
             if self.agent.members
             else sums[0]
         )
+
+
+def _named(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Those whose names have a prefix, without it."""
+    return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}

@@ -64,7 +64,14 @@ def left(folder: Path) -> set[str]:
         ),
         (["env=hopper-medum"], r"env=hopper-medum does not exist: did you mean hopper-medium"),
         (["agent=cpq"], "agent=cpq does not exist: did you mean cpql"),
-        (["budget=fast"], "budget=fast does not exist: choose from full, quick"),
+        (["budget=fast"], "budget=fast does not exist: choose from finetune, full, online, quick"),
+        (["mode=finetun"], "mode=finetun does not exist: did you mean finetune"),
+        (["mode=online"], "no environment: expected env.id, such as env.id=Pendulum-v1"),
+        (["mode=online", "env=hopper", "dataset.n_step=2"], "dataset.n_step=2: there is no dataset"),
+        (["env=hopper"], "hopper has no dataset: expected mode=online"),
+        (["mode=finetune"], "checkpoint=... is missing: the run to go on with"),
+        (["mode=finetune", "checkpoint=nowhere"], "nowhere: does not exist"),
+        (["online.start_steps=3"], "unknown setting 'online.start_steps'"),
         (["agent.etaa=1"], "unknown setting 'agent.etaa': did you mean agent.eta"),
         (["agent.eta=much"], "agent: eta: Input should be a valid number"),
         (["agent.actor.objective=itc"], "objective 'itc' does not exist: did you mean ict"),
@@ -86,6 +93,30 @@ def test_bad_words(words: list[str], message: str, tmp_path: Path) -> None:
     assert not left(tmp_path)
 
 
+def test_learning_online(tmp_path: Path) -> None:
+    little = (
+        "agent.actor.hidden=[16,16]",
+        "agent.critic_hidden=[16,16]",
+        "agent.batch_size=8",
+        "compile=false",
+    )
+    words = (
+        "env.id=Pendulum-v1",
+        "budget.updates=20",
+        "budget.final_episodes=2",
+        "online.start_steps=250",
+        *little,
+    )
+    done = run("train.py", "mode=online", *words, folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "over 2 episodes of Pendulum-v1" in done.stdout
+    folder = tmp_path / "runs" / "Pendulum-v1" / "cpql_online" / "online" / "seed0"
+    assert json.loads((folder / "result.json").read_text())["data"]["details"]["steps"] == 270
+    scored = run("evaluate.py", f"checkpoint={folder}", "episodes=2", folder=tmp_path)
+    assert scored.returncode == 0, scored.stderr
+    assert "none: a return, and no score" in scored.stdout
+
+
 def test_train_from_an_empty_home_then_evaluate_then_resume(tmp_path: Path) -> None:
     """The main job, small: collects data by itself and says so, trains, scores and saves."""
     words = ("env=hopper-medium", *QUICK, "dataset.size=2000", "run_dir=run")
@@ -103,6 +134,17 @@ def test_train_from_an_empty_home_then_evaluate_then_resume(tmp_path: Path) -> N
     assert "already holds a run" in again.stderr
     resumed = run("train.py", *words, "resume=true", folder=tmp_path)
     assert resumed.returncode == 0, resumed.stderr
+
+    fast = ("compile=false", "budget.updates=6", "budget.evaluate_every=6", "budget.save_every=6",
+            "budget.episodes=2", "budget.final_episodes=2", "online.start_steps=20")  # fmt: skip
+    tuned = run("train.py", "mode=finetune", "checkpoint=run", "agent.eta=0.3", *fast, folder=tmp_path)
+    assert tuned.returncode == 0, tuned.stderr
+    assert "embedded + online hopper-medium" in tuned.stdout
+    kept = yaml.safe_load((tmp_path / "run-finetune" / "config.yaml").read_text())
+    before = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    assert kept["agent"] == before["agent"] | {"eta": 0.3} and kept["dataset"] == before["dataset"]
+    refused = run("train.py", "mode=finetune", "checkpoint=run", "agent=cpiql", folder=tmp_path)
+    assert refused.returncode == 1 and "the agent is that of checkpoint=run" in refused.stderr
 
     scored = run("evaluate.py", "checkpoint=run", "episodes=2", "candidates=5", folder=tmp_path)
     assert scored.returncode == 0, scored.stderr

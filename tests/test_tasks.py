@@ -20,14 +20,24 @@ from hypothesis import strategies as st
 from omegaconf import DictConfig, open_dict
 
 from cpql import cli
-from cpql.config import TrainConfig, build, config_folder, load_task, task_names, task_patterns
+from cpql.config import OnlineConfig, TrainConfig, build, config_folder, load_task, task_names, task_patterns
 from cpql.environments import make_environment
 from cpql.errors import ConfigError
 from cpql.tasks import Task, expand, patterns
 from cpql.training import agent_config
 
 ROOT = Path(__file__).parent.parent
-AGENTS = ("consistency_ac", "consistency_ac_published", "cpiql", "cpql", "cpql_published")
+AGENTS = (
+    "consistency_ac",
+    "consistency_ac_online",
+    "consistency_ac_online_published",
+    "consistency_ac_published",
+    "cpiql",
+    "cpql",
+    "cpql_online",
+    "cpql_online_published",
+    "cpql_published",
+)
 
 
 # The table.
@@ -99,7 +109,17 @@ def test_the_table_holds_every_task_once() -> None:
         for kind in ("human", "cloned", "expert")
     ]
     expected += [f"kitchen-{kind}" for kind in ("complete", "partial", "mixed")]
-    assert names == expected and len(names) == 54
+    assert len(expected) == 54
+    expected += [
+        "gymnasium",
+        "hopper",
+        "halfcheetah",
+        "walker2d",
+        "ant",
+        "humanoid",
+        "pendulum",
+    ]  # without data
+    assert names == expected
     for name in names:
         task = load_task(name)
         assert task.name == name
@@ -109,7 +129,7 @@ def test_the_table_holds_every_task_once() -> None:
 def test_ids_paths_and_references_are_the_d4rl_package_s() -> None:
     lines = (Path(__file__).parent / "d4rl_1.1_infos.txt").read_text().splitlines()[1:]
     infos = {id: (url, float(low), float(high)) for id, url, low, high in map(str.split, lines)}
-    tasks = [load_task(name) for name in task_names()]
+    tasks = [task for task in map(load_task, task_names()) if task.dataset]
     assert {t.dataset: (t.url, t.random_return, t.expert_return) for t in tasks} == infos
 
 
@@ -321,6 +341,36 @@ def test_every_task_with_every_agent(composed: Composed) -> None:
         assert config.budget.episodes == config.env.episodes
 
 
+@pytest.mark.parametrize(
+    ("agent", "settings", "online"),
+    [
+        ("cpql_online", {"alpha": 0.05, "q_loss": "normalised", "candidates": 1}, OnlineConfig()),
+        (
+            "cpql_online_published",
+            {"alpha": 0.05, "q_loss": "min", "critic_layer_norm": False, "candidates": 50},
+            OnlineConfig(start_steps=10_000, candidates=50),
+        ),
+        (
+            "consistency_ac_online_published",
+            {"alpha": 0.0, "actor_lr": 1e-5, "max_grad_norm": 5.0},
+            OnlineConfig(
+                start_steps=0, updates_per_step=0.25, candidates=50, epsilon=1.0, epsilon_end=0.01,
+                epsilon_steps=100_000, buffer_size=100_000
+            ),
+        ),
+    ],
+)  # fmt: skip
+def test_what_is_published_for_learning_online(
+    agent: str, settings: dict[str, Any], online: OnlineConfig
+) -> None:
+    cli._register()
+    with initialize_config_dir(str(config_folder()), version_base="1.3"):
+        config = built(compose("train", ["mode=online", "env=hopper", f"agent={agent}", "run_dir=x"]))
+    assert config.online == online and config.env.id == "Hopper-v4" and config.budget.updates == 1_000_000
+    _, found = agent_config(config)
+    assert {key: getattr(found, key) for key in settings} == settings
+
+
 # By agent: columns, then a task's published values, from the codes' tables (hyperparameters of main.py and
 # offline.py). The antmaze rows stand there for v0.
 CPQL = "actor_lr alpha eta max_grad_norm expectile updates max_q_backup reward"
@@ -456,7 +506,7 @@ def test_help_names_every_task_in_a_few_lines(tmp_path: Path) -> None:
     text = run("--help", "env=pen-human", "agent=consistency_ac", folder=tmp_path)
     start = text.index("env      ")
     lines = text[start : text.index("agent    ")].split()[1:]
-    assert lines == task_patterns() and len(lines) == 5
+    assert lines == task_patterns() and len(lines) == 6
     named = []
     for line in lines:  # as a shell would expand the braces
         lists = [part.split(",") for part in re.findall(r"\{(.*?)\}", line)]

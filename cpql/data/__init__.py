@@ -75,6 +75,11 @@ def load(
         raise ConfigError(
             f"dataset.id={id}: expected none with dataset=embedded, which has the task's own alone"
         )
+    if path is None and id is None and not task.dataset:
+        raise DataError(
+            f"{task.name} has no dataset: expected mode=online, a task that has one, such as hopper-medium, "
+            "or dataset.path=FILE"
+        )
     folder = Path(path) if path is not None and Path(path).is_dir() else None
     if folder is None and path is None and source == "minari":
         id = id or task.minari

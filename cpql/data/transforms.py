@@ -7,6 +7,7 @@ observations, n steps: a sum over steps is of the rewards that the agent is to s
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 from cpql.data.transitions import Batch, Transitions
 from cpql.errors import ConfigError, DataError
 
-__all__ = ["REWARD_RULES", "RewardRule", "n_step", "normalise_observations", "reward"]
+__all__ = ["REWARD_RULES", "RewardRule", "n_step", "normalise_observations", "reward", "reward_rule"]
 
 RewardRule = Literal["none", "normalize", "antmaze", "cql_antmaze", "iql_antmaze", "iql_locomotion"]
 
@@ -52,10 +53,8 @@ def _replaced(data: Transitions, what: dict[str, Any], batch: Batch, **changes: 
     return dataclasses.replace(data, table=table, **changes)
 
 
-def reward(data: Transitions, rule: str) -> Transitions:
-    """Change the rewards by a rule of `REWARD_RULES`.
-
-    Returns in the provenance stay those of the environment's own rewards.
+def reward_rule(data: Transitions, rule: str) -> Callable[[Tensor], Tensor]:
+    """A rule of `REWARD_RULES` as a function of rewards, with this dataset's statistics.
 
     Raises:
         ConfigError: there is no such rule.
@@ -63,31 +62,43 @@ def reward(data: Transitions, rule: str) -> Transitions:
     """
     if rule not in REWARD_RULES:
         raise ConfigError(f"reward={rule!r} is no rule: expected one of {', '.join(REWARD_RULES)}")
-    if rule == "none":
-        return data
-    r = data.rewards
     if rule == "normalize":
-        std = r.std(correction=0)
+        mean, std = data.rewards.mean(), data.rewards.std(correction=0)
         if not std > 0:
             raise DataError(
-                f"{_name(data)}: all rewards are {r[0]:g}: reward=normalize expects some to differ"
+                f"{_name(data)}: all rewards are {data.rewards[0]:g}: reward=normalize expects some to differ"
             )
-        r = (r - r.mean()) / std
-    elif rule == "antmaze":
-        r = 2.0 * (r - 0.25)
-    elif rule == "cql_antmaze":
-        r = 4.0 * (r - 0.5)
-    elif rule == "iql_antmaze":
-        r = r - 1.0
-    else:
+        return lambda r: (r - mean) / std
+    if rule == "iql_locomotion":
         low, high = data.provenance.return_min, data.provenance.return_max
         if low is None or high is None or low == high:
             raise DataError(
                 f"{_name(data)}: {data.provenance.episodes} complete episodes, returns from {low} to {high}: "
                 "reward=iql_locomotion expects two with different returns"
             )
-        r = r * (1000.0 / (high - low))
-    return _replaced(data, {"reward": rule}, data.columns._replace(rewards=r))
+        scale = 1000.0 / (high - low)
+        return lambda r: r * scale
+    simple: dict[str, Callable[[Tensor], Tensor]] = {
+        "none": lambda r: r,
+        "antmaze": lambda r: 2.0 * (r - 0.25),
+        "cql_antmaze": lambda r: 4.0 * (r - 0.5),
+        "iql_antmaze": lambda r: r - 1.0,
+    }
+    return simple[rule]
+
+
+def reward(data: Transitions, rule: str) -> Transitions:
+    """Change the rewards by a rule of `REWARD_RULES`.
+
+    Returns in the provenance stay those of the environment's own rewards.
+
+    Raises:
+        ConfigError, DataError: see `reward_rule`.
+    """
+    changed = reward_rule(data, rule)
+    if rule == "none":
+        return data
+    return _replaced(data, {"reward": rule}, data.columns._replace(rewards=changed(data.rewards)))
 
 
 def normalise_observations(data: Transitions) -> Transitions:

@@ -41,7 +41,7 @@ from torch import Tensor
 
 from cpql.errors import DataError
 
-__all__ = ["Batch", "Provenance", "Reading", "TimeLimits", "Transitions"]
+__all__ = ["Batch", "Provenance", "Reading", "TimeLimits", "Transitions", "split"]
 
 TimeLimits = Literal["keep", "drop"]
 
@@ -79,6 +79,12 @@ class Batch(NamedTuple):
     rewards: Tensor  # [..., B]
     next_observations: Tensor  # [..., B, S]
     discounts: Tensor  # [..., B]
+
+
+def split(rows: Tensor, state_dim: int, action_dim: int) -> Batch:
+    """The columns of rows [..., S + A + S + 2], in the order of `Transitions.table`: views."""
+    observations, actions, following, scalars = torch.split(rows, [state_dim, action_dim, state_dim, 2], -1)
+    return Batch(observations, actions, scalars[..., 0], following, scalars[..., 1])
 
 
 @dataclass(frozen=True)
@@ -155,15 +161,10 @@ class Transitions:
     provenance: Provenance
     normalisation: tuple[Tensor, Tensor] | None = None
 
-    def _split(self, rows: Tensor) -> Batch:
-        widths = [self.state_dim, self.action_dim, self.state_dim, 2]
-        observations, actions, following, scalars = torch.split(rows, widths, -1)
-        return Batch(observations, actions, scalars[..., 0], following, scalars[..., 1])
-
     @property
     def columns(self) -> Batch:
         """All of it as one batch of N: views of the table."""
-        return self._split(self.table)
+        return split(self.table, self.state_dim, self.action_dim)
 
     @property
     def observations(self) -> Tensor:
@@ -215,13 +216,19 @@ class Transitions:
                 batch, and the result has a leading axis for them.
         """
         if isinstance(generator, torch.Generator):
-            rows = torch.randint(len(self), (batch_size,), generator=generator, device=self.device)
+            rows = self.rows(batch_size, generator)
         else:
             draw = [
                 torch.randint(len(self), (batch_size,), generator=g, device=self.device) for g in generator
             ]
-            rows = torch.stack(draw)
-        return self._split(self.table.index_select(0, rows.flatten()).view(*rows.shape, -1))
+            drawn = torch.stack(draw)
+            rows = self.table.index_select(0, drawn.flatten()).view(*drawn.shape, -1)
+        return split(rows, self.state_dim, self.action_dim)
+
+    def rows(self, count: int, generator: torch.Generator) -> Tensor:
+        """Draw rows of the table uniformly, with replacement, [count, ...]."""
+        drawn = torch.randint(len(self), (count,), generator=generator, device=self.device)
+        return self.table.index_select(0, drawn)
 
     def validate_for(self, state_dim: int, action_dim: int) -> None:
         """Check the widths against an environment's.

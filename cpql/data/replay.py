@@ -1,0 +1,77 @@
+"""A replay buffer: the last transitions of an agent that learns while it acts, on its device."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from cpql.data.transitions import Batch, split
+
+__all__ = ["ReplayBuffer"]
+
+
+class ReplayBuffer:
+    """A ring of transitions, in the layout of `Transitions.table`: [capacity, S + A + S + 2].
+
+    Args:
+        capacity: how many it holds; from then on the oldest go.
+        state_dim: S.
+        action_dim: A.
+        device: where it lies.
+    """
+
+    def __init__(
+        self, capacity: int, state_dim: int, action_dim: int, device: torch.device | str = "cpu"
+    ) -> None:
+        self.state_dim, self.action_dim = state_dim, action_dim
+        self.table = torch.zeros(capacity, 2 * state_dim + action_dim + 2, device=device)
+        self.added = 0
+
+    def __len__(self) -> int:
+        """How many transitions it holds."""
+        return min(self.added, len(self.table))
+
+    def add(
+        self, observations: Tensor, actions: Tensor, rewards: Tensor, following: Tensor, terminated: Tensor
+    ) -> None:
+        """Take transitions [B, ...]; those that end at a time limit bootstrap like any other.
+
+        Args:
+            observations: [B, S].
+            actions: [B, A] in [-1, 1].
+            rewards: [B].
+            following: the next observations [B, S], the last of an episode and not the next one's first.
+            terminated: [B] bool, where the task ended.
+        """
+        scalars = torch.stack([rewards, 1.0 - terminated.float()], -1)
+        rows = torch.cat([observations, actions, following, scalars], -1).to(self.table)
+        places = torch.arange(self.added, self.added + len(rows)) % len(self.table)
+        self.table[places.to(self.table.device)] = rows
+        self.added += len(rows)
+
+    def rows(self, count: int, generator: torch.Generator) -> Tensor:
+        """Draw rows of the table uniformly, with replacement, [count, ...]."""
+        drawn = torch.randint(len(self), (count,), generator=generator, device=self.table.device)
+        return self.table.index_select(0, drawn)
+
+    def sample(self, batch_size: int, generator: torch.Generator) -> Batch:
+        """Draw transitions uniformly, with replacement."""
+        return split(self.rows(batch_size, generator), self.state_dim, self.action_dim)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What it holds, and how many there have been."""
+        return {"table": self.table[: len(self)], "added": torch.tensor(self.added)}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Take over what `state_dict` gave.
+
+        Raises:
+            ValueError: it is wider or longer than this one.
+        """
+        table = state["table"]
+        if table.shape[1] != self.table.shape[1] or len(table) > len(self.table):
+            raise ValueError(
+                f"a buffer of shape {list(table.shape)} doesn't fit into one of {list(self.table.shape)}"
+            )
+        self.table[: len(table)] = table
+        self.added = int(state["added"])

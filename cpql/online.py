@@ -1,0 +1,238 @@
+"""Learning while acting: each update's batch comes from a buffer that the agent fills meanwhile."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from statistics import fmean
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from cpql.agents import Agent
+from cpql.config import OnlineConfig
+from cpql.data.replay import ReplayBuffer
+from cpql.data.transitions import Batch, Provenance, Transitions, split
+from cpql.environments import action_bounds, make_task_environment, widths
+from cpql.tasks import Task
+
+__all__ = ["Experience", "Explorer"]
+
+# Episodes over which the return that training shows is a mean.
+RECENT = 10
+
+
+class Explorer:
+    """One member's environments, the transitions it has seen in them, and how it explores.
+
+    Time limits end an episode and bootstrap: only what the environment calls terminated stops it. (Both
+    official codes store them as terminals.)
+
+    Args:
+        task: where to act.
+        config: how.
+        seed: of the environments and of exploration.
+        device: of the buffer.
+        reward: what training makes of rewards [B].
+        normalisation: mean and standard deviation [S] that the agent's states are normalised with.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        config: OnlineConfig,
+        seed: int,
+        device: torch.device,
+        reward: Callable[[Tensor], Tensor] = lambda r: r,
+        normalisation: tuple[Tensor, Tensor] | None = None,
+    ) -> None:
+        self.config, self.reward, self.normalisation = config, reward, normalisation
+        self.environments = [make_task_environment(task) for _ in range(config.environments)]
+        state_dim, action_dim = widths(self.environments[0])
+        self.low, high = action_bounds(self.environments[0])
+        self.span = high - self.low
+        self.buffer = ReplayBuffer(config.buffer_size, state_dim, action_dim, device)
+        self.coins = torch.Generator().manual_seed(seed)
+        self.steps, self.owed = 0, 0.0
+        self.recent: deque[float] = deque(maxlen=RECENT)
+        self.episodes = 0
+        self._begin(seed)
+
+    def _begin(self, seed: int) -> None:
+        seeds = np.random.SeedSequence(seed).generate_state(len(self.environments))
+        resets = zip(self.environments, seeds, strict=True)
+        self.observations: list[NDArray[np.float64]] = [e.reset(seed=int(s))[0] for e, s in resets]
+        self.returns = [0.0] * len(self.environments)
+
+    @property
+    def epsilon(self) -> float:
+        """The present share of uniformly random actions."""
+        c = self.config
+        done = min(1.0, self.steps / c.epsilon_steps) if c.epsilon_steps else 1.0
+        return c.epsilon + done * (c.epsilon_end - c.epsilon)
+
+    def explore(self, agent: Agent, member: int, generator: torch.Generator) -> None:
+        """Act as often as one update makes due, once the buffer holds what the first one waits for."""
+        while len(self.buffer) < max(1, min(self.config.start_steps, self.config.buffer_size)):
+            self.step(agent, member, generator)
+        self.owed += 1.0 / self.config.updates_per_step
+        while self.owed > 0.0:
+            self.step(agent, member, generator)
+            self.owed -= len(self.environments)
+
+    def step(self, agent: Agent, member: int, generator: torch.Generator) -> None:
+        """Act once in every environment."""
+        c, device = self.config, self.buffer.table.device
+        count = len(self.environments)
+        state = self._seen(self.observations)
+        action = 2.0 * torch.rand(count, self.buffer.action_dim, generator=self.coins) - 1.0
+        coin = torch.rand(count, generator=self.coins)
+        if self.steps >= c.start_steps or c.start == "policy":
+            chosen = agent.act(state.to(device), generator, member, c.candidates).cpu()
+            action = torch.where((coin < self.epsilon).unsqueeze(-1), action, chosen)
+        scaled = self.low + (action.numpy() + 1.0) * (0.5 * self.span)
+        following, rewards, ended = [], [], []
+        for k, environment in enumerate(self.environments):
+            observation, reward, terminated, truncated, _ = environment.step(scaled[k])
+            following.append(observation)
+            rewards.append(float(reward))
+            ended.append(terminated)
+            self.returns[k] += float(reward)
+            if terminated or truncated:
+                self.recent.append(self.returns[k])
+                self.episodes += 1
+                self.returns[k] = 0.0
+                observation, _ = environment.reset()
+            self.observations[k] = observation
+        self.buffer.add(
+            state,
+            action,
+            self.reward(torch.tensor(rewards)),
+            self._seen(following),
+            torch.tensor(ended),
+        )
+        self.steps += count
+
+    def _seen(self, observations: list[NDArray[np.float64]]) -> Tensor:
+        """Observations as the agent takes them, [B, S]."""
+        state = torch.from_numpy(np.stack(observations)).float()
+        if self.normalisation is None:
+            return state
+        mean, std = (tensor.cpu() for tensor in self.normalisation)
+        return (state - mean) / std
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What exploring goes on from. Environments can't be saved: going on begins new episodes."""
+        state = {
+            "steps": torch.tensor(self.steps),
+            "owed": torch.tensor(self.owed, dtype=torch.float64),
+            "episodes": torch.tensor(self.episodes),
+            "recent": torch.tensor(list(self.recent), dtype=torch.float64),
+            "coins": self.coins.get_state(),
+        }
+        if self.config.save_buffer:
+            state |= {f"buffer.{name}": tensor for name, tensor in self.buffer.state_dict().items()}
+        return state
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Go on from there; without a saved buffer a new one is filled before the next update.
+
+        Raises:
+            KeyError: something is missing.
+            ValueError: the buffer doesn't fit.
+        """
+        self.steps, self.owed = int(state["steps"]), float(state["owed"])
+        self.episodes, self.recent = int(state["episodes"]), deque(state["recent"].tolist(), RECENT)
+        self.coins.set_state(state["coins"])
+        if self.config.save_buffer:
+            prefix = "buffer."
+            self.buffer.load_state_dict(
+                {n.removeprefix(prefix): t for n, t in state.items() if n.startswith(prefix)}
+            )
+        self._begin(int(torch.randint(2**31, (), generator=self.coins)))
+
+
+class Experience:
+    """What an agent learns from while it acts: its members' own experience, and a share of a dataset's.
+
+    The training loop sees it as a dataset whose batches take some acting to get.
+
+    Args:
+        task: where to act.
+        config: how.
+        seeds: one for each member.
+        device: of buffers and batches.
+        offline: what a share `config.offline_share` of each batch is drawn from.
+        reward: what training makes of rewards, of `offline`'s already.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        config: OnlineConfig,
+        seeds: Sequence[int],
+        device: torch.device,
+        offline: Transitions | None = None,
+        reward: Callable[[Tensor], Tensor] = lambda r: r,
+    ) -> None:
+        self.task, self.config, self.device, self.offline = task, config, device, offline
+        self.normalisation = None if offline is None else offline.normalisation
+        self.explorers = [Explorer(task, config, seed, device, reward, self.normalisation) for seed in seeds]
+
+    @property
+    def state_dim(self) -> int:
+        """S."""
+        return self.explorers[0].buffer.state_dim
+
+    @property
+    def action_dim(self) -> int:
+        """A."""
+        return self.explorers[0].buffer.action_dim
+
+    @property
+    def provenance(self) -> Provenance:
+        """The environment and the steps taken so far, and the dataset's own where there is one."""
+        steps = self.explorers[0].steps
+        acted = {"environment": self.task.id, "steps": steps}
+        if self.offline is not None:
+            p = self.offline.provenance
+            return replace(p, source=f"{p.source} + online", details=p.details | {"online": acted})
+        none = None
+        return Provenance(
+            "online", str(self.task.id), none, none, steps, 0, none, none, none, none, none, acted
+        )
+
+    def batch(self, agent: Agent, generators: Sequence[torch.Generator]) -> Batch:
+        """Let every member act, and draw a batch for each from what it has seen."""
+        size = agent.config.batch_size
+        old = round(self.config.offline_share * size) if self.offline is not None else 0
+        each = []
+        for k, (explorer, generator) in enumerate(zip(self.explorers, generators, strict=True)):
+            explorer.explore(agent, k, generator)
+            rows = [explorer.buffer.rows(size - old, generator)]
+            if self.offline is not None:
+                rows.append(self.offline.rows(old, generator))
+            each.append(torch.cat(rows))
+        return split(torch.stack(each) if agent.members else each[0], self.state_dim, self.action_dim)
+
+    def figures(self, member: int) -> dict[str, float]:
+        """For the metrics: steps and episodes so far, and the mean return of the last ones."""
+        explorer = self.explorers[member]
+        recent = fmean(explorer.recent) if explorer.recent else float("nan")
+        return {
+            "online/steps": explorer.steps,
+            "online/episodes": explorer.episodes,
+            "online/return": recent,
+            "online/epsilon": explorer.epsilon,
+        }
+
+    def state_dict(self, member: int) -> dict[str, Tensor]:
+        """What a member's experience goes on from."""
+        return self.explorers[member].state_dict()
+
+    def load_state_dict(self, state: dict[str, Tensor], member: int) -> None:
+        """Take over what `state_dict` gave."""
+        self.explorers[member].load_state_dict(state)
