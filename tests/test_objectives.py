@@ -342,7 +342,13 @@ def test_the_tangent_of_scm_is_the_derivative_of_f() -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"share": 1.0, "power": 0.5, "c": 0.1}, {"share": 0.0}, {"share": 0.6, "mean": 0.5, "std": 2.0}],
+    [
+        {},
+        {"power": 1.0},
+        {"share": 1.0, "power": 0.5, "c": 0.1},
+        {"share": 0.0},
+        {"share": 0.6, "mean": 0.5, "std": 2.0},
+    ],
 )
 def test_meanflow_against_a_loop(options: dict[str, Any]) -> None:
     x0, z, u, u2 = inputs()
@@ -359,7 +365,7 @@ def test_meanflow_against_a_loop(options: dict[str, Any]) -> None:
         x, v = (1 - s) * x_0 + s * noise, noise - x_0
         change = np.imag(net_slowly(x + 1j * h * v, s + 1j * h, s - r + 1j * h)) / h
         error = sum((net_slowly(x, s, s - r) - v + (s - r) * change) ** 2)
-        expected.append(error / (error + options.get("c", 1e-3)) ** options.get("power", 1.0))
+        expected.append(error / (error + options.get("c", 1e-3)) ** options.get("power", 0.0))
     loss, _ = meanflow(function("average"), refuse, x0, z, u, number(0.5), LEVELS, u2=u2, **options)
     check(loss, expected)
     assert apart == {0.0: 0, 1.0: BATCH}.get(share, apart) and 0 <= apart <= BATCH
@@ -562,6 +568,24 @@ def test_the_search_looks_for_the_deeper_of_two_valleys() -> None:
         for grid in (0, 10)
     ]
     assert found == pytest.approx([0.05, 2.0], rel=1e-5)
+
+
+def test_sweeps_find_what_greed_misses() -> None:
+    """x = t + x / 10 is to end at 0.7: 0.2 is best for two steps, and leaves three at 0.27."""
+    levels, z = Levels(0.01, 5.0), torch.zeros(3, 4, 1, dtype=torch.float64)
+
+    def search(sweeps: int) -> tuple[float, ...]:
+        return greedy_refinements(
+            lambda x, t: t.unsqueeze(-1) + 0.1 * x,
+            z,
+            levels,
+            lambda x: abs(x.mean().item() - 0.7),
+            iterations=40,
+            sweeps=sweeps,
+        )
+
+    assert search(0) == pytest.approx((0.2, 0.2), rel=1e-4)
+    assert search(1) == pytest.approx((4.5, 0.2), rel=1e-4)
 
 
 def test_the_search_is_deterministic_and_keeps_what_it_found() -> None:

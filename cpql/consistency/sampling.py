@@ -65,6 +65,7 @@ def greedy_refinements(
     *,
     grid: int = 10,
     iterations: int = 6,
+    sweeps: int = 0,
     tanh: bool = False,
     clamp: float | None = None,
 ) -> tuple[float, ...]:
@@ -82,30 +83,43 @@ def greedy_refinements(
         distance: how far samples [*shape, D] are from what they should be.
         grid: how many levels are asked first; 0 leaves that out, as the paper does.
         iterations: of the search for each level; each asks twice and leaves two thirds of the interval.
+        sweeps: how often all levels are then searched for anew, each with the others as they are: a level
+            that is the best one to end at may not be the best to go on from. The paper has none.
         tanh: squash the noisy inputs.
 
     Returns:
         Descending levels, as `sample` takes them.
     """
-    found: tuple[float, ...] = ()
-    for _ in range(len(z) - 1):
 
-        def at(log_level: float, found: tuple[float, ...] = found) -> float:
-            refinements = (*found, math.exp(log_level))
-            noise = z[: 1 + len(refinements)]
-            return distance(sample(f, noise, levels, refinements, tanh=tanh, clamp=clamp))
+    def at(refinements: tuple[float, ...]) -> float:
+        noise = z[: 1 + len(refinements)]
+        return distance(sample(f, noise, levels, refinements, tanh=tanh, clamp=clamp))
+
+    def search(before: tuple[float, ...], after: tuple[float, ...]) -> tuple[float, ...]:
+        """The best level between those before it and those after it, with them."""
+
+        def of(log_level: float) -> float:
+            return at((*before, math.exp(log_level), *after))
 
         # Not the ends themselves: rounding would put them outside.
-        low, high = math.log(levels.t_min) + 1e-9, math.log(found[-1] if found else levels.t_max) - 1e-9
+        low = math.log(after[0] if after else levels.t_min) + 1e-9
+        high = math.log(before[-1] if before else levels.t_max) - 1e-9
         if grid:
             width = (high - low) / (grid + 1)
-            best = min((low + (i + 1) * width for i in range(grid)), key=at)
+            best = min((low + (i + 1) * width for i in range(grid)), key=of)
             low, high = best - width, best + width
         for _ in range(iterations):
             third = (high - low) / 3
-            if at(low + third) <= at(high - third):
+            if of(low + third) <= of(high - third):
                 high -= third
             else:
                 low += third
-        found = (*found, math.exp(0.5 * (low + high)))
+        return (*before, math.exp(0.5 * (low + high)), *after)
+
+    found: tuple[float, ...] = ()
+    for _ in range(len(z) - 1):
+        found = search(found, ())
+    for _ in range(sweeps):
+        for i in range(len(found)):
+            found = min(found, search(found[:i], found[i + 1 :]), key=at)
     return found
