@@ -5,10 +5,10 @@
 
 The actions of a bandit lie at eight places of a circle, each a normal of deviation 0.05. In the conditional
 bandit the state turns the circle, by a quarter of the gap between two modes at most. (Were it half of it, the
-modes of all states together would be an even ring: denoise, ct and cd then don't notice the state within 15,000
-updates, and spread their samples over the ring.) Every objective trains the same network for the same number of updates of
-the same batches. The levels of the later steps are then searched for, with other noise: by the distance of the
-shares of samples that are near each mode, or near none, from what is due.
+modes of all states together would be an even ring: denoise, ct and cd then don't notice the state within
+15,000 updates, and spread their samples over the ring.) Every objective trains the same network for the same
+number of updates of the same batches. The levels of the later steps are then searched for, with other noise:
+by the distance of the shares of samples that are near each mode, or near none, from what is due.
 """
 
 from __future__ import annotations
@@ -133,7 +133,7 @@ def shares(action: Tensor, state: Tensor, bandit: Bandit) -> Tensor:
 
 
 def variation(found: Tensor) -> float:
-    """Total variation distance of the shares [8], and of what is near no mode, from an eighth each and none."""
+    """Total variation distance of the shares [8] and of what is near no mode from an eighth each and none."""
     missing = 1.0 - found.sum()
     return 0.5 * float((found - 1 / MODES).abs().sum() + missing.abs())
 
