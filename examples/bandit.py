@@ -128,7 +128,7 @@ def turned_back(action: Tensor, state: Tensor, bandit: Bandit) -> Tensor:
 
 def shares(action: Tensor, state: Tensor, bandit: Bandit) -> Tensor:
     """The share [8] of actions [N, 2] within three deviations of each mode."""
-    near = (action.unsqueeze(-2) - bandit.centres(state)).norm(dim=-1) < 3 * SPREAD
+    near: Tensor = (action.unsqueeze(-2) - bandit.centres(state)).norm(dim=-1) < 3 * SPREAD
     return near.double().mean(0)
 
 
