@@ -9,6 +9,7 @@ extras = {
     "tensorboard": ["tensorboard>=2.15"],
     "minari": ["minari[hdf5,hf]>=0.5.4"],
     "robotics": ["gymnasium-robotics>=1.3"],
+    "dmc": ["shimmy[dm-control]>=2.0", "mujoco>=3.17,<4"],
     "export": ["onnx>=1.17", "onnxruntime>=1.20", "onnxscript>=0.3"],
     "behaviours": ["sbx-rl>=0.20"],
     "examples": ["scikit-learn>=1.4"],

@@ -7,6 +7,7 @@ import io
 import sys
 import warnings
 from collections.abc import Iterator
+from dataclasses import replace
 from importlib.metadata import version
 from typing import Any, NamedTuple
 
@@ -29,6 +30,9 @@ __all__ = [
 
 # From 3.12 on, Gymnasium-Robotics' kitchen fails an assertion over MuJoCo's enumerations.
 KITCHEN_BELOW = (3, 12)
+# dm_control 1.0 asks mujoco 4 for what it no longer has.
+CONTROL_BELOW = (4,)
+CONTROL = "dm_control/"
 ROBOTICS = ("AdroitHand", "AntMaze", "Fetch", "FrankaKitchen", "PointMaze")
 
 
@@ -50,13 +54,9 @@ def make_environment(id: str, **options: Any) -> gymnasium.Env[Any, Any]:
         raise ConfigError("no environment id given: expected one such as 'Hopper-v4'")
     if id.startswith(ROBOTICS) and id not in gymnasium.registry:
         _register_robotics(id)
-    if id.startswith("FrankaKitchen"):
-        found = version("mujoco")
-        if tuple(map(int, found.split(".")[:2])) >= KITCHEN_BELOW:
-            raise ConfigError(
-                f"environment '{id}' needs mujoco below 3.12, found {found}: pip install 'mujoco<3.12', "
-                "or train without an environment (env.id=null)"
-            )
+    _refuse_new_mujoco(id)
+    if id.startswith(CONTROL) and id not in gymnasium.registry:
+        _register_control(id)
     try:
         with warnings.catch_warnings(), _without_advice_on_models():
             warnings.filterwarnings("ignore", ".*The environment .* is out of date")
@@ -67,6 +67,20 @@ def make_environment(id: str, **options: Any) -> gymnasium.Env[Any, Any]:
     except (ImportError, TypeError, gymnasium.error.Error) as error:  # TypeError: options it doesn't know
         reason = " ".join(str(error).split())
         raise ConfigError(f"environment '{id}' can't be made: {reason}") from error
+
+
+def _refuse_new_mujoco(id: str) -> None:
+    found = version("mujoco")
+    for start, below, instead in (
+        ("FrankaKitchen", KITCHEN_BELOW, ", or train without an environment (env.id=null)"),
+        (CONTROL, CONTROL_BELOW, ""),
+    ):
+        if id.startswith(start) and tuple(map(int, found.split(".")[:2])) >= below:
+            limit = ".".join(map(str, below))
+            raise ConfigError(
+                f"environment '{id}' needs mujoco below {limit}, found {found}: "
+                f"pip install 'mujoco<{limit}'{instead}"
+            )
 
 
 @contextlib.contextmanager
@@ -96,13 +110,21 @@ def _register_robotics(id: str) -> None:
     gymnasium.register_envs(gymnasium_robotics)
 
 
+def _register_control(id: str) -> None:
+    try:
+        import shimmy  # type: ignore[import-not-found]
+    except ImportError:
+        raise ConfigError(f"environment '{id}' needs packages: pip install 'cpql[dmc]'") from None
+    gymnasium.register_envs(shimmy)
+
+
 class TaskEnvironment(gymnasium.Wrapper[Any, Any, Any, Any]):
     """An environment as a task describes it: flat observations [S], and resets with the task's options.
 
     Args:
         environment: as Gymnasium makes it.
-        task: `observation` names the parts of a dict observation that are laid end to end; `reset_options`
-            go into every reset.
+        task: `observation` names the parts of a dict observation that are laid end to end (dm_control's:
+            all, where it names none); `reset_options` go into every reset.
 
     Raises:
         ConfigError: observations are dicts and the task names no parts, or parts that aren't there, or they
@@ -111,8 +133,14 @@ class TaskEnvironment(gymnasium.Wrapper[Any, Any, Any, Any]):
 
     def __init__(self, environment: gymnasium.Env[Any, Any], task: Task) -> None:
         super().__init__(environment)
-        self.task = task
         space = environment.observation_space
+        if (
+            isinstance(space, gymnasium.spaces.Dict)
+            and not task.observation
+            and str(task.id).startswith(CONTROL)
+        ):
+            task = replace(task, observation=tuple(space.spaces))
+        self.task = task
         if isinstance(space, gymnasium.spaces.Dict):
             missing = [key for key in task.observation if key not in space.spaces]
             if missing or not task.observation:
@@ -127,18 +155,20 @@ class TaskEnvironment(gymnasium.Wrapper[Any, Any, Any, Any]):
             )
         else:
             parts = [space]
-        boxes = [part for part in parts if isinstance(part, gymnasium.spaces.Box) and len(part.shape) == 1]
+        boxes = [part for part in parts if isinstance(part, gymnasium.spaces.Box) and len(part.shape) < 2]
         if len(boxes) != len(parts):
             raise ConfigError(f"{task.id}: its observations are {space}: expected numbers in one axis")
         self.observation_space = gymnasium.spaces.Box(
-            np.concatenate([box.low for box in boxes]),
-            np.concatenate([box.high for box in boxes]),
+            np.concatenate([box.low.ravel() for box in boxes]),
+            np.concatenate([box.high.ravel() for box in boxes]),
             dtype=np.result_type(*(box.dtype for box in boxes)).type,
         )
 
     def _flat(self, observation: Any) -> NDArray[Any]:
         keys = self.task.observation
-        return np.concatenate([observation[key] for key in keys]) if keys else np.asarray(observation)
+        return (
+            np.concatenate([np.ravel(observation[key]) for key in keys]) if keys else np.asarray(observation)
+        )
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None

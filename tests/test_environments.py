@@ -7,7 +7,9 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
+from typing import Any
 
+import gymnasium
 import mujoco  # type: ignore[import-untyped]
 import numpy as np
 import pytest
@@ -16,6 +18,7 @@ from cpql import environments
 from cpql.config import load_task
 from cpql.environments import action_bounds, make_environment, make_task_environment, widths
 from cpql.errors import ConfigError
+from cpql.tasks import Task
 
 
 def test_the_old_version_is_made_without_its_warning() -> None:
@@ -121,3 +124,35 @@ def test_kitchen_says_which_simulator_it_needs(monkeypatch: pytest.MonkeyPatch) 
         ConfigError, match=r"'FrankaKitchen-v1' needs mujoco below 3\.12, found 3\.12\.1: pip"
     ):
         make_task_environment(load_task("kitchen-mixed"))
+
+
+class Suite(gymnasium.Env[Any, Any]):
+    """As shimmy gives the DeepMind Control suite: a dict with a number that has no axis."""
+
+    action_space = gymnasium.spaces.Box(-1.0, 1.0, (2,))
+    observation_space = gymnasium.spaces.Dict(
+        {"height": gymnasium.spaces.Box(0.0, 9.0, ()), "angles": gymnasium.spaces.Box(-5.0, 5.0, (3,))}
+    )
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[Any, dict[str, Any]]:
+        super().reset(seed=seed)
+        return {"angles": np.ones(3, np.float32), "height": np.array(7.0, np.float32)}, {}
+
+
+def test_the_control_suite_s_observations_are_laid_end_to_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    task = Task("suite", "dm_control/toy-v0", "", None, None)
+    with pytest.raises(ConfigError, match=r"'dm_control/toy-v0' needs mujoco below 4, found 4.*'mujoco<4'$"):
+        monkeypatch.setattr(environments, "version", lambda _: "4.0.0")
+        make_task_environment(task)
+    monkeypatch.setattr(environments, "version", lambda _: "3.17.0")
+    with pytest.raises(ConfigError, match=r"needs packages: pip install 'cpql\[dmc\]'"):
+        make_task_environment(task)
+    gymnasium.register("dm_control/toy-v0", lambda **_: Suite())
+    try:
+        environment = make_task_environment(task)
+        assert widths(environment) == (4, 2)
+        order = list(Suite.observation_space.spaces)
+        parts = {"height": [7.0], "angles": [1.0, 1.0, 1.0]}
+        assert environment.reset(seed=0)[0].tolist() == [x for key in order for x in parts[key]]
+    finally:
+        del gymnasium.registry["dm_control/toy-v0"]
