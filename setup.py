@@ -64,6 +64,7 @@ setup(
         "console_scripts": [
             "cpql-train=cpql.cli:train",
             "cpql-evaluate=cpql.cli:evaluate",
+            "cpql-export=cpql.cli:export",
             "cpql-data=cpql.data_cli:main",
         ],
     },

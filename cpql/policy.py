@@ -18,7 +18,8 @@ from cpql.actor import ActorConfig, ConsistencyActor, choose
 from cpql.config import build
 from cpql.critic import TwinCritic
 from cpql.errors import CheckpointError
-from cpql.export import FoldedActor, FoldedCritic, fold, fold_critic
+from cpql.export import fold, fold_critic
+from cpql.folded import FoldedActor, FoldedCritic
 from cpql.tasks import Task
 
 __all__ = ["Policy", "PolicyConfig", "find_policy"]
@@ -79,10 +80,6 @@ class Policy:
         self.candidates, self.temperature = config.candidates, config.temperature
         self.device = next(actor.parameters()).device
         self.generator = torch.Generator(self.device)
-        self._low = np.asarray(config.action_low, np.float32)
-        self._span = np.asarray(config.action_high, np.float32) - self._low
-        self._mean = torch.tensor(config.observation_mean, device=self.device)
-        self._std = torch.tensor(config.observation_std, device=self.device)
 
     def seed(self, seed: int) -> None:
         """Start the policy's noise anew."""
@@ -99,7 +96,7 @@ class Policy:
 
     @cached_property
     def _ranking(self) -> FoldedCritic:
-        return fold_critic(self)
+        return fold_critic(self).to(self.device)
 
     def predict(
         self,
@@ -135,7 +132,7 @@ class Policy:
             return action, None
         with torch.inference_mode():
             actions = self._act(torch.from_numpy(np.atleast_2d(array)).to(self.device), deterministic)
-        scaled = self._low + (actions.cpu().numpy() + 1.0) * (0.5 * self._span)
+        scaled = self.folded.scale(actions.cpu().numpy())
         return (scaled if array.ndim == 2 else scaled[0]), None
 
     def _noise(self, shape: tuple[int, ...], deterministic: bool) -> Tensor:
@@ -150,10 +147,7 @@ class Policy:
             noise = self._noise((len(observations),), deterministic)
             alone: Tensor = self._program.sample(observations, noise, torch)
             return alone
-        states = observations
-        if self.config.observation_mean:
-            states = (observations - self._mean) / self._std
-        generator, shape = self.generator, (len(states), self.candidates)
+        generator, shape = self.generator, (len(observations), self.candidates)
         if deterministic:
             generator, shape = torch.Generator(self.device).manual_seed(0), (1, self.candidates)
 
@@ -166,8 +160,8 @@ class Policy:
 
         return choose(
             sample,
-            self._ranking,
-            states,
+            lambda observation, action: self._ranking(observation, action, torch),
+            observations,
             candidates=self.candidates,
             temperature=0.0 if deterministic else self.temperature,
             generator=generator,
