@@ -28,10 +28,13 @@ from cpql.config import (
     task_patterns,
 )
 from cpql.errors import CheckpointError, ConfigError, CpqlError, did_you_mean
+from cpql.hub import PREFIX
 
 __all__ = ["evaluate", "export", "train"]
 
-MISSING = "checkpoint=... is missing: a run's folder, one of its checkpoints, or a policy's folder"
+MISSING = (
+    "checkpoint=... is missing: a run's folder, one of its checkpoints, a policy's folder, or hf://owner/name"
+)
 
 
 def _plain(value: Any) -> Any:
@@ -235,6 +238,11 @@ def _train(content: DictConfig) -> None:
     console.print(group_summary(results, folders), highlight=False)
 
 
+def _beside(checkpoint: str, folder: Path) -> Path:
+    """Where what is made of a checkpoint's policy goes: beside it, or here if it came from the Hub."""
+    return Path() if checkpoint.startswith(PREFIX) else folder.resolve().parent
+
+
 @_task
 def _evaluate(content: DictConfig) -> None:
     import torch
@@ -248,7 +256,7 @@ def _evaluate(content: DictConfig) -> None:
     if content.episodes < 1:
         raise ConfigError(f"episodes={content.episodes}: expected at least 1")
     torch.set_num_threads(content.threads)
-    folder = find_policy(Path(content.checkpoint))
+    folder = find_policy(content.checkpoint)
     policy = Policy.load(folder, content.device)
     if content.candidates is not None:
         policy.candidates = content.candidates
@@ -291,11 +299,8 @@ def _evaluate(content: DictConfig) -> None:
         table.add_row(name, value)
     Console().print(table)
     result = {"task": task.name, "policy": origin, **evaluation.to_dict()}
-    out = (
-        Path(content.out)
-        if content.out
-        else folder.resolve().parent / f"evaluation_{content.episodes}_{content.seed}.json"
-    )
+    name = f"evaluation_{content.episodes}_{content.seed}.json"
+    out = Path(content.out or _beside(content.checkpoint, folder) / name)
     write_text(out, json.dumps(result, indent=2, allow_nan=False) + "\n")
     print(out)
 
@@ -312,8 +317,8 @@ def _export(content: DictConfig) -> None:
     if OmegaConf.is_missing(content, "checkpoint"):
         raise ConfigError(MISSING)
     config = build(ExportConfig, cast(dict[str, Any], OmegaConf.to_container(content)), "configuration")
-    folder = find_policy(Path(config.checkpoint))
-    out = Path(config.out or folder.resolve().parent / f"policy.{SUFFIXES[config.format]}")
+    folder = find_policy(config.checkpoint)
+    out = Path(config.out or _beside(config.checkpoint, folder) / f"policy.{SUFFIXES[config.format]}")
     if out.exists():
         raise CheckpointError(f"{out} already exists: name another file by out=...")
     torch.set_num_threads(1)
