@@ -10,6 +10,7 @@ extras = {
     "minari": ["minari[hdf5,hf]>=0.5.4"],
     "robotics": ["gymnasium-robotics>=1.3"],
     "export": ["onnx>=1.17", "onnxruntime>=1.20", "onnxscript>=0.3"],
+    "hub": ["huggingface_hub>=1.0"],
     "behaviours": ["sbx-rl>=0.20"],
     "examples": ["scikit-learn>=1.4"],
 }
@@ -49,6 +50,7 @@ setup(
             *extras["tensorboard"],
             *extras["robotics"],
             *extras["export"],
+            *extras["hub"],
             *extras["examples"],
             "hypothesis>=6.100",
             "mypy>=1.15",
