@@ -347,7 +347,7 @@ def _found(arrays: dict[str, Any], prefix: str) -> tuple[Layer, ...]:
 def _tensor(array: Any, device: Any, sign: float = 1.0) -> Any:
     import torch
 
-    return torch.from_numpy(sign * array).to(device)
+    return torch.tensor(sign * array, device=device)  # a copy: products want torch's alignment
 
 
 def _sign(following: tuple[Layer, ...]) -> float:
