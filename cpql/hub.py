@@ -90,6 +90,9 @@ def card(config: PolicyConfig, result: Mapping[str, Any] | None, name: str) -> s
         config: the policy's.
         result: a result of this policy; None where there is none.
         name: what to load it by, `owner/name` or a folder.
+
+    Raises:
+        CheckpointError: the result lacks something.
     """
     task, origin = config.task, config.origin
     agent = str(origin.get("agent", "unknown"))
@@ -123,7 +126,12 @@ def card(config: PolicyConfig, result: Mapping[str, Any] | None, name: str) -> s
     ]
     if measured:
         assert result is not None
-        rows, metrics = _evaluation(result)
+        try:
+            rows, metrics = _evaluation(result)
+        except (KeyError, TypeError) as error:  # an old cpql's, or nobody's
+            raise CheckpointError(
+                f"the result has no {error}: give one of scripts/evaluate.py by result=..."
+            ) from error
         environment = str(result["environment"])
         head["model-index"] = [
             {
