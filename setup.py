@@ -11,6 +11,7 @@ extras = {
     "robotics": ["gymnasium-robotics>=1.3"],
     "dmc": ["shimmy[dm-control]>=2.0", "mujoco>=3.17,<4"],
     "export": ["onnx>=1.17", "onnxruntime>=1.20", "onnxscript>=0.3"],
+    "hub": ["huggingface_hub>=1.0"],
     "behaviours": ["sbx-rl>=0.20"],
     "examples": ["scikit-learn>=1.4"],
 }
@@ -50,6 +51,7 @@ setup(
             *extras["tensorboard"],
             *extras["robotics"],
             *extras["export"],
+            *extras["hub"],
             *extras["examples"],
             "hypothesis>=6.100",
             "mypy>=1.15",
@@ -65,6 +67,7 @@ setup(
         "console_scripts": [
             "cpql-train=cpql.cli:train",
             "cpql-evaluate=cpql.cli:evaluate",
+            "cpql-export=cpql.cli:export",
             "cpql-data=cpql.data_cli:main",
         ],
     },

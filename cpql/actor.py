@@ -27,6 +27,7 @@ from cpql.consistency import (
     sample,
 )
 from cpql.errors import ConfigError, did_you_mean
+from cpql.folded import pick
 from cpql.networks import MLP, TimeEmbedding
 
 __all__ = ["ActorConfig", "ConsistencyActor", "choose"]
@@ -383,9 +384,8 @@ def choose(
     state = state.unsqueeze(-2)
     actions = sample(state.expand(-1, candidates, -1))
     value = q(state, actions).amin(0)
-    if temperature > 0:  # adding Gumbel noise and taking the maximum draws from the softmax
+    uniform = None
+    if temperature > 0:
         uniform = torch.rand(value.shape, generator=generator, device=value.device)
-        gumbel = uniform.clamp_(1e-20, 1 - 1e-7).log_().neg_().log_().neg_()
-        value = gumbel.add_(value, alpha=1 / temperature)
-    best = value.argmax(-1)[:, None, None].expand(-1, 1, actions.shape[-1])
-    return actions.gather(1, best).squeeze(1)
+    picked: Tensor = pick(actions, value, uniform, temperature, torch)
+    return picked

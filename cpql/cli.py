@@ -19,6 +19,7 @@ from rich.table import Table
 from cpql.config import (
     BudgetConfig,
     DatasetConfig,
+    ExportConfig,
     OnlineConfig,
     TrainConfig,
     build,
@@ -27,9 +28,14 @@ from cpql.config import (
     task_names,
     task_patterns,
 )
-from cpql.errors import ConfigError, CpqlError, did_you_mean
+from cpql.errors import CheckpointError, ConfigError, CpqlError, did_you_mean
+from cpql.hub import PREFIX
 
-__all__ = ["evaluate", "train"]
+__all__ = ["evaluate", "export", "train"]
+
+MISSING = (
+    "checkpoint=... is missing: a run's folder, one of its checkpoints, a policy's folder, or hf://owner/name"
+)
 
 GROUPS = ("mode", "env", "agent", "dataset", "budget")
 
@@ -277,6 +283,11 @@ def _train(content: DictConfig) -> None:
     console.print(group_summary(results, folders), highlight=False)
 
 
+def _beside(checkpoint: str, folder: Path) -> Path:
+    """Where what is made of a checkpoint's policy goes: beside it, or here if it came from the Hub."""
+    return Path() if checkpoint.startswith(PREFIX) else folder.resolve().parent
+
+
 @_task
 def _evaluate(content: DictConfig) -> None:
     import torch
@@ -286,13 +297,11 @@ def _evaluate(content: DictConfig) -> None:
     from cpql.policy import Policy, find_policy
 
     if OmegaConf.is_missing(content, "checkpoint"):
-        raise ConfigError(
-            "checkpoint=... is missing: a run's folder, one of its checkpoints, or a policy's folder"
-        )
+        raise ConfigError(MISSING)
     if content.episodes < 1:
         raise ConfigError(f"episodes={content.episodes}: expected at least 1")
     torch.set_num_threads(content.threads)
-    folder = find_policy(Path(content.checkpoint))
+    folder = find_policy(content.checkpoint)
     policy = Policy.load(folder, content.device)
     if content.candidates is not None:
         policy.candidates = content.candidates
@@ -335,12 +344,46 @@ def _evaluate(content: DictConfig) -> None:
         table.add_row(name, value)
     Console().print(table)
     result = {"task": task.name, "policy": origin, **evaluation.to_dict()}
-    out = (
-        Path(content.out)
-        if content.out
-        else folder.resolve().parent / f"evaluation_{content.episodes}_{content.seed}.json"
-    )
+    name = f"evaluation_{content.episodes}_{content.seed}.json"
+    out = Path(content.out or _beside(content.checkpoint, folder) / name)
     write_text(out, json.dumps(result, indent=2, allow_nan=False) + "\n")
+    print(out)
+
+
+@_task
+def _export(content: DictConfig) -> None:
+    import torch
+
+    from cpql import folded
+    from cpql.export import SUFFIXES
+    from cpql.export import export as run
+    from cpql.policy import Policy, find_policy
+
+    if OmegaConf.is_missing(content, "checkpoint"):
+        raise ConfigError(MISSING)
+    config = build(ExportConfig, cast(dict[str, Any], OmegaConf.to_container(content)), "configuration")
+    folder = find_policy(config.checkpoint)
+    out = Path(config.out or _beside(config.checkpoint, folder) / f"policy.{SUFFIXES[config.format]}")
+    if out.exists():
+        raise CheckpointError(f"{out} already exists: name another file by out=...")
+    torch.set_num_threads(1)
+    policy = Policy.load(folder)
+    if config.candidates is not None:
+        policy.candidates = config.candidates
+    if config.temperature is not None:
+        if policy.candidates == 1:
+            raise ConfigError(f"temperature={config.temperature:g}: expected candidates above 1, found 1")
+        policy.temperature = config.temperature
+    done = run(policy, out, config.format, config.noise)
+    for way in ("inputs", "outputs"):
+        arrays = (f"{name} [{', '.join(map(str, s))}]" for name, s in done.description[way].items())
+        print(f"{way:<8} {', '.join(arrays)}")
+    print(
+        f"differs from PyTorch by at most {done.difference:.1e} of half an action's range "
+        f"({done.states:,} random states)"
+    )
+    if config.format == "numpy":
+        print(f"where cpql isn't installed, take {folded.__file__} along: it needs numpy alone")
     print(out)
 
 
@@ -352,3 +395,8 @@ def train() -> None:
 def evaluate() -> None:
     """`cpql-evaluate`, the same as `python scripts/evaluate.py`."""
     _main("evaluate", _evaluate)
+
+
+def export() -> None:
+    """`cpql-export`, the same as `python scripts/export.py`."""
+    _main("export", _export)

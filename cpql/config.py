@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ from cpql.tasks import Task, expand, patterns
 __all__ = [
     "BudgetConfig",
     "DatasetConfig",
+    "ExportConfig",
     "OnlineConfig",
     "TrainConfig",
     "build",
@@ -211,6 +213,36 @@ class TrainConfig:
     run_dir: str = "runs/run"
     resume: bool = False
     traceback: bool = False
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """One export; `configs/export.yaml` has the defaults.
+
+    Attributes:
+        checkpoint: a run's folder, one of its checkpoints, or a policy's folder.
+        format: see `cpql.export.export`, as for `noise`.
+        candidates: how many actions compete by their value; 1 is the actor alone; None leaves the policy's
+            own rule.
+        temperature: of that choice, likewise; only for several candidates.
+        noise: where it comes from.
+        out: the file, which mustn't exist; None puts it beside the policy.
+        traceback: show Python's traceback with an error.
+    """
+
+    checkpoint: str
+    format: Literal["onnx", "torch", "numpy"]
+    candidates: int | None
+    temperature: float | None
+    noise: Literal["input", "inside"]
+    out: str | None
+    traceback: bool
+
+    def __post_init__(self) -> None:
+        if self.candidates is not None and self.candidates < 1:
+            raise ConfigError(f"candidates={self.candidates}: expected at least 1")
+        if self.temperature is not None and not 0.0 <= self.temperature < math.inf:
+            raise ConfigError(f"temperature={self.temperature}: expected 0 or more")
 
 
 def build(cls: type[T], values: Mapping[str, Any], where: str) -> T:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -17,8 +18,10 @@ from torch import Tensor, nn
 from cpql.actor import ActorConfig, ConsistencyActor, choose
 from cpql.config import build
 from cpql.critic import TwinCritic
-from cpql.errors import CheckpointError
-from cpql.export import FoldedActor, FoldedCritic, fold, fold_critic
+from cpql.errors import CheckpointError, ConfigError
+from cpql.export import fold, fold_critic
+from cpql.folded import FoldedActor, FoldedCritic
+from cpql.hub import PREFIX, card, download, find_result, looks_like_an_id, read_result, upload
 from cpql.tasks import Task
 
 __all__ = ["Policy", "PolicyConfig", "find_policy"]
@@ -70,6 +73,7 @@ class Policy:
         critic: the twin critic that ranks candidates; likewise.
         config: see `PolicyConfig`.
         candidates: may be changed at any time, as may `temperature`.
+        folder: where it was loaded from; None where it wasn't.
     """
 
     def __init__(self, actor: ConsistencyActor, critic: TwinCritic, config: PolicyConfig) -> None:
@@ -77,12 +81,9 @@ class Policy:
         self.critic = critic.eval().requires_grad_(False)
         self.config = config
         self.candidates, self.temperature = config.candidates, config.temperature
+        self.folder: Path | None = None
         self.device = next(actor.parameters()).device
         self.generator = torch.Generator(self.device)
-        self._low = np.asarray(config.action_low, np.float32)
-        self._span = np.asarray(config.action_high, np.float32) - self._low
-        self._mean = torch.tensor(config.observation_mean, device=self.device)
-        self._std = torch.tensor(config.observation_std, device=self.device)
 
     def seed(self, seed: int) -> None:
         """Start the policy's noise anew."""
@@ -99,7 +100,7 @@ class Policy:
 
     @cached_property
     def _ranking(self) -> FoldedCritic:
-        return fold_critic(self)
+        return fold_critic(self).to(self.device)
 
     def predict(
         self,
@@ -135,7 +136,7 @@ class Policy:
             return action, None
         with torch.inference_mode():
             actions = self._act(torch.from_numpy(np.atleast_2d(array)).to(self.device), deterministic)
-        scaled = self._low + (actions.cpu().numpy() + 1.0) * (0.5 * self._span)
+        scaled = self.folded.scale(actions.cpu().numpy())
         return (scaled if array.ndim == 2 else scaled[0]), None
 
     def _noise(self, shape: tuple[int, ...], deterministic: bool) -> Tensor:
@@ -150,10 +151,7 @@ class Policy:
             noise = self._noise((len(observations),), deterministic)
             alone: Tensor = self._program.sample(observations, noise, torch)
             return alone
-        states = observations
-        if self.config.observation_mean:
-            states = (observations - self._mean) / self._std
-        generator, shape = self.generator, (len(states), self.candidates)
+        generator, shape = self.generator, (len(observations), self.candidates)
         if deterministic:
             generator, shape = torch.Generator(self.device).manual_seed(0), (1, self.candidates)
 
@@ -166,8 +164,8 @@ class Policy:
 
         return choose(
             sample,
-            self._ranking,
-            states,
+            lambda observation, action: self._ranking(observation, action, torch),
+            observations,
             candidates=self.candidates,
             temperature=0.0 if deterministic else self.temperature,
             generator=generator,
@@ -182,14 +180,100 @@ class Policy:
         weights = nn.ModuleDict({"actor": self.actor, "critic": self.critic}).state_dict()
         save_file({k: v.contiguous() for k, v in weights.items()}, folder / "model.safetensors")
 
+    def save_pretrained(
+        self, folder: str | Path, *, result: str | Path | None = None, name: str | None = None
+    ) -> None:
+        """Write what the Hub gets: what `save` writes, and a model card, `README.md`.
+
+        Args:
+            folder: where to; it must not exist yet, or be empty.
+            result: an evaluation of this policy for the card, a JSON file of a run or of
+                `scripts/evaluate.py`, which goes along as `result.json`. Where None, that of the run that
+                the policy was loaded from, if it is of this very checkpoint.
+            name: what the card says to load it by; the folder's own where None.
+
+        Raises:
+            CheckpointError: there is something in the folder, or the result is another policy's.
+        """
+        folder, origin = Path(folder), self.config.origin
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise CheckpointError(f"{folder}: expected a new folder or an empty one, found something in it")
+        found = None
+        if result is not None:
+            found = read_result(Path(result), origin)
+        elif self.folder is not None:
+            found = find_result(self.folder, origin)
+        text = card(self.config, found, name or folder.name)
+        if folder.exists():
+            folder.rmdir()
+        self.save(folder)
+        (folder / "README.md").write_text(text)
+        if found is not None:
+            (folder / "result.json").write_text(json.dumps(found, indent=2, allow_nan=False) + "\n")
+
+    def push_to_hub(
+        self,
+        id: str,
+        *,
+        result: str | Path | None = None,
+        private: bool | None = None,
+        token: str | None = None,
+        message: str = "Upload a cpql policy",
+    ) -> str:
+        """Put what `save_pretrained` writes into a model repository on the Hugging Face Hub, as one commit.
+
+        Args:
+            id: the repository, `owner/name`; made where it doesn't exist.
+            result: see `save_pretrained`.
+            private: whether a new repository is private; None leaves it to the owner's setting.
+            token: of the Hub; None takes the one that `hf auth login` keeps.
+            message: of the commit.
+
+        Returns:
+            The repository's URL.
+
+        Raises:
+            ConfigError: huggingface_hub isn't installed.
+            CheckpointError: the Hub can't be reached or refuses, or the result is another policy's.
+        """
+        with tempfile.TemporaryDirectory() as holder:
+            folder = Path(holder) / "policy"
+            self.save_pretrained(folder, result=result, name=id)
+            return upload(folder, id, private=private, token=token, message=message)
+
+    @classmethod
+    def from_pretrained(
+        cls, name: str | Path, *, revision: str | None = None, device: torch.device | str = "cpu"
+    ) -> Policy:
+        """`load`, of a folder where there is one of this name, else of the Hub's repository `owner/name`.
+
+        Args:
+            name: of either.
+            revision: a branch, a tag or a commit of the repository; the newest of `main` where None.
+            device: see `load`.
+
+        Raises:
+            ConfigError: huggingface_hub isn't installed, or a folder was asked for a revision.
+            CheckpointError: there is no such policy, or it can't be read. Nothing is unpickled.
+        """
+        if Path(name).exists() or not looks_like_an_id(str(name)):
+            if revision is not None:
+                raise ConfigError(f"revision={revision}: {name} is a folder, which has none")
+            return cls.load(name, device)
+        return cls.load(f"{PREFIX}{name}" + (f"@{revision}" if revision else ""), device)
+
     @classmethod
     def load(cls, path: str | Path, device: torch.device | str = "cpu") -> Policy:
         """Read a policy from a run's folder (its last checkpoint), a checkpoint's, or a policy's.
 
+        `hf://owner/name` is the Hub's repository, `hf://owner/name@revision` a branch, a tag or a commit of
+        it; any other path is a file system's.
+
         Raises:
+            ConfigError: huggingface_hub isn't installed.
             CheckpointError: there is none, or it can't be read. Nothing is unpickled.
         """
-        folder = find_policy(Path(path))
+        folder = find_policy(path)
         try:
             content = json.loads((folder / "config.json").read_text())
             if content.pop("format", None) != FORMAT:
@@ -210,17 +294,24 @@ class Policy:
         except RuntimeError as error:
             message = " ".join(str(error).split())
             raise CheckpointError(f"{folder / 'model.safetensors'}: {message}") from error
-        return cls(actor, critic, config)
+        policy = cls(actor, critic, config)
+        policy.folder = folder
+        return policy
 
 
-def find_policy(path: Path) -> Path:
-    """The policy's folder below a run, a checkpoint or itself.
+def find_policy(name: str | Path) -> Path:
+    """The policy's folder below a run, a checkpoint or itself; `hf://owner/name` is brought here first.
 
     Raises:
+        ConfigError: huggingface_hub isn't installed.
         CheckpointError: there is none.
     """
+    path = download(name) if isinstance(name, str) and name.startswith(PREFIX) else Path(name)
     for folder in (path, path / "policy", path / "last" / "policy", path / "checkpoints" / "last" / "policy"):
         if (folder / "config.json").is_file() and (folder / "model.safetensors").is_file():
             return folder
     kind = "holds no policy (policy/config.json and model.safetensors)" if path.is_dir() else "does not exist"
-    raise CheckpointError(f"{path}: {kind}; give a run's folder or one of its checkpoints")
+    hint = "; give a run's folder or one of its checkpoints"
+    if looks_like_an_id(str(name)):
+        hint += f", or {PREFIX}{name} for the Hub's"
+    raise CheckpointError(f"{name}: {kind}{hint}")

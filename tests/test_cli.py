@@ -186,7 +186,7 @@ def test_loggers_without_an_account(logger: str, tmp_path: Path) -> None:
     assert any("tfevents" in n or n.endswith(".wandb") for n in written), written
 
 
-@pytest.mark.parametrize("script", ["train.py", "evaluate.py"])
+@pytest.mark.parametrize("script", ["train.py", "evaluate.py", "export.py"])
 def test_help(script: str, tmp_path: Path) -> None:
     done = run(script, "--help", folder=tmp_path)
     assert done.returncode == 0

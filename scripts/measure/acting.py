@@ -14,7 +14,7 @@ from rich.table import Table
 
 from cpql.actor import ActorConfig, ConsistencyActor
 from cpql.critic import TwinCritic
-from cpql.export import fold, to_onnx
+from cpql.export import export, fold
 from cpql.policy import Policy, PolicyConfig
 from cpql.tasks import Task
 from measure.turns import latencies
@@ -59,7 +59,7 @@ def acting(options: argparse.Namespace) -> dict[str, Any]:
             print("onnxruntime isn't installed: no ONNX rows")
         else:
             with tempfile.TemporaryDirectory() as folder:
-                session = onnxruntime.InferenceSession(to_onnx(policy, Path(folder) / "actor.onnx"))
+                session = onnxruntime.InferenceSession(export(policy, Path(folder) / "actor.onnx").path)
             given = {"observation": observations[:1], "noise": noise[:, None]}
             calls[f"ONNX, {steps} step(s), batch 1"] = lambda s=session, g=given: s.run(None, g)
         calls[f"predict, actor alone, {steps} step(s), batch 1"] = lambda p=policy: p.predict(observations[0])
