@@ -11,6 +11,8 @@ extras = {
     "robotics": ["gymnasium-robotics>=1.3"],
     "export": ["onnx>=1.17", "onnxruntime>=1.20", "onnxscript>=0.3"],
     "behaviours": ["sbx-rl>=0.20"],
+    "sb3": ["stable-baselines3~=2.9"],
+    "torchrl": ["torchrl~=0.14.1"],
     "examples": ["scikit-learn>=1.4"],
 }
 
@@ -49,6 +51,8 @@ setup(
             *extras["tensorboard"],
             *extras["robotics"],
             *extras["export"],
+            *extras["sb3"],
+            *extras["torchrl"],
             *extras["examples"],
             "hypothesis>=6.100",
             "mypy>=1.15",
