@@ -103,7 +103,7 @@ def test_td3_actor_and_its_distillation(
 
 
 def test_override(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The held joint and the bounds are asserted on the way; a little training already makes the rest fit."""
+    """The joint that is held and the bounds are asserted on the way, in the example itself."""
     module = load("override", monkeypatch)
     arm = module.Arm()
     check_env(arm, skip_render_check=True)
