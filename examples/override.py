@@ -96,8 +96,9 @@ def collect(rows: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def learn(states: torch.Tensor, actions: torch.Tensor, updates: int) -> ConsistencyActor:
-    """Imitate the demonstrations, in four steps: what is held speaks from the second step on."""
-    config = ActorConfig("ect", t_max=5.0, refinements=(1.5, 0.8, 0.3), hidden=(128, 128, 128))
+    """Imitate the demonstrations, in seven steps: from the second on, what is held tells the rest."""
+    levels = (2.0, 1.0, 0.7, 0.5, 0.35, 0.25)
+    config = ActorConfig("ect", t_max=5.0, refinements=levels, hidden=(128, 128, 128))
     actor = ConsistencyActor(states.shape[1], actions.shape[1], config)
     optimiser = torch.optim.Adam(actor.parameters(), 1e-3)
     decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, updates)
@@ -143,10 +144,10 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     )
     add = parser.add_argument
     add("--rows", type=int, default=40_000, help="of demonstrations (default: %(default)s)")
-    add("--updates", type=int, default=10_000, help="of the actor (default: %(default)s)")
-    add("--speed", type=float, default=0.3, help="of the held joint, in [-1, 1] (default: %(default)s)")
+    add("--updates", type=int, default=8_000, help="of the actor (default: %(default)s)")
+    add("--speed", type=float, default=0.6, help="of the held joint, in [-1, 1] (default: %(default)s)")
     add("--limit", type=float, default=0.8, help="of the other joints' speed (default: %(default)s)")
-    add("--arms", type=int, default=100, help="that it is tried on (default: %(default)s)")
+    add("--arms", type=int, default=50, help="that it is tried on (default: %(default)s)")
     o = parser.parse_args(argv)
     torch.set_num_threads(1)
     torch.manual_seed(0)
