@@ -13,6 +13,8 @@ extras = {
     "export": ["onnx>=1.17", "onnxruntime>=1.20", "onnxscript>=0.3"],
     "hub": ["huggingface_hub>=1.0"],
     "behaviours": ["sbx-rl>=0.20"],
+    "sb3": ["stable-baselines3~=2.9"],
+    "torchrl": ["torchrl~=0.14.1"],
     "examples": ["scikit-learn>=1.4"],
 }
 
@@ -52,6 +54,8 @@ setup(
             *extras["robotics"],
             *extras["export"],
             *extras["hub"],
+            *extras["sb3"],
+            *extras["torchrl"],
             *extras["examples"],
             "hypothesis>=6.100",
             "mypy>=1.15",

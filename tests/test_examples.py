@@ -1,16 +1,23 @@
-"""The examples run."""
+"""The examples run, and the page on other agents."""
 
 from __future__ import annotations
 
 import importlib.util
 import json
 import math
+import re
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from gymnasium.utils.env_checker import check_env
+
+from cpql.evaluation import evaluate
+from cpql.policy import Policy
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -52,8 +59,80 @@ def test_digits(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert all((tmp_path / f"{name}.png").stat().st_size > 5_000 for name in names)
 
 
-def test_td3_actor(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_td3_actor_and_its_distillation(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One saves a policy of two steps, the other makes one step of it; their scores are evaluate's own."""
+    folder = tmp_path / "td3"
     module = load("td3_actor", monkeypatch)
-    returns = module.train(steps=600, warm_up=300, batch_size=16)
-    assert len(returns) == 3
-    assert np.isfinite(returns).all()
+    options = ["--steps", "600", "--warm-up", "300", "--batch-size", "16", "--refinements", "0.8"]
+    trained = module.main([*options, "--episodes", "3", "--folder", str(folder)])
+    said = capsys.readouterr().out
+    assert said.startswith("episodes 1 to 3: mean return -")
+    policy = Policy.load(folder)
+    assert policy.actor.steps == 2 and policy.config.action_high == (2.0,)
+    result = evaluate(policy, policy.config.task, 3, seed=1000)
+    assert f"return {result.mean:.0f} ± {result.std:.0f} over 3 episodes of Pendulum-v1" in said
+    for name, weight in trained.actor.state_dict().items():
+        assert torch.equal(policy.actor.state_dict()[name], weight)
+    with pytest.raises(SystemExit, match="is there already: name another folder"):
+        module.main(["--folder", str(folder)])
+
+    module = load("distil", monkeypatch)
+    few = ["--rounds", "2", "--steps", "200", "--episodes", "3", "--batch-size", "64"]
+    options = ["--checkpoint", str(folder), *few, "--updates", "300"]
+    pupil = module.main([*options, "--folder", str(tmp_path / "pupil")])
+    said = capsys.readouterr().out
+    assert "teacher: return -" in said and "pupil: return -" in said and said.endswith("sampled, 1 step\n")
+    assert pupil.actor.steps == Policy.load(tmp_path / "pupil").actor.steps == 1
+    # it does what the teacher does
+    observations = module.visit(policy, policy.config.task, 300, 7)
+    z = torch.randn(300, 1)
+    states = torch.from_numpy(observations)
+    wanted = policy.actor.sample(states, noise=torch.stack([z, torch.zeros(300, 1)]))
+    error = (pupil.actor.sample(states, noise=z[None]) - wanted).square().mean()
+    assert error < 0.2 * (wanted - wanted.mean()).square().mean()
+
+    # by the candidates' rule and DDPG's term, its own values are higher
+    options = ["--checkpoint", str(folder), *few, "--updates", "100", "--hidden", "32", "32"]
+    by_value = [module.main([*options, "--candidates", "8", "--eta", eta]) for eta in ("0", "30")]
+    values = [policy.critic(states, p.actor.sample(states, noise=z[None])).mean() for p in by_value]
+    assert values[1] > values[0]
+    assert "8 candidates ranked by Q" in capsys.readouterr().out
+    assert by_value[0].candidates == 1 and by_value[0].actor.config.hidden == (32, 32)
+
+
+def test_override(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The joint that is held and the bounds are asserted on the way, in the example itself."""
+    module = load("override", monkeypatch)
+    arm = module.Arm()
+    check_env(arm, skip_render_check=True)
+    arm.reset(seed=1)
+    jacobian, hand = arm.jacobian(), arm.hand()
+    for joint in range(4):
+        arm.angles[joint] += 1e-6
+        np.testing.assert_allclose((arm.hand() - hand) / 1e-6, jacobian[:, joint], atol=1e-4)
+        arm.angles[joint] -= 1e-6
+    assert set(module.main(["--rows", "800", "--updates", "20", "--arms", "5"])) == {
+        "free",
+        "pasted",
+        "edited",
+    }
+
+
+def test_the_page_on_other_agents_does_what_it_says(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = (EXAMPLES.parent / "docs" / "elsewhere.md").read_text("utf-8")
+    blocks = re.findall(r"^```python\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    assert len(blocks) == 3
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    for block in blocks:
+        exec(compile(block, "docs/elsewhere.md", "exec"), names)
+    assert (tmp_path / "td3-pendulum.zip").exists()
+    assert (
+        "pendulum-replay (stable-baselines3): 500 transitions, 2 complete episodes" in capsys.readouterr().out
+    )
+    assert torch.isfinite(names["metrics"]["actor/loss"])
+    assert len(names["buffer"]) == 400 and names["found"]["loss_imitation"] > 0

@@ -1,0 +1,167 @@
+"""Stable-Baselines3: a consistency actor in its TD3, and its replay buffer as our data.
+
+    model = TD3(ConsistencyTD3Policy, "Pendulum-v1", policy_kwargs={"actor_config": ActorConfig(t_max=5.0)})
+    model.learn(10_000)
+    data = transitions(model.replay_buffer)
+
+What trains, saves and loads is SB3's own. The other way round nothing is needed: `cpql.Policy.predict` has
+SB3's contract, so that `evaluate_policy(policy, env)` scores it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from gymnasium import spaces
+from numpy.typing import NDArray
+from torch import Tensor
+
+from cpql.actor import ActorConfig, ConsistencyActor
+from cpql.data.transitions import Batch, Transitions
+from cpql.errors import ConfigError, DataError
+
+try:
+    from stable_baselines3.common.buffers import ReplayBuffer
+    from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
+    from stable_baselines3.common.type_aliases import PyTorchObs, ReplayBufferSamples, Schedule
+    from stable_baselines3.td3.policies import Actor, TD3Policy
+except ImportError:
+    raise ConfigError("cpql.sb3 needs Stable-Baselines3: pip install 'cpql[sb3]'") from None
+
+__all__ = ["ConsistencyTD3Policy", "batch", "transitions"]
+
+
+class _ConsistencyActor(Actor):
+    """SB3's actor with a consistency actor in the place of its layers: `mu`."""
+
+    def __init__(self, config: ActorConfig, **kwargs: Any) -> None:
+        super().__init__(**{**kwargs, "net_arch": []})
+        self.mu: ConsistencyActor = ConsistencyActor(  # type: ignore[assignment]
+            self.features_dim, spaces.flatdim(self.action_space), config
+        )
+
+    def _predict(self, observation: PyTorchObs, deterministic: bool = False) -> Tensor:
+        state = self.extract_features(observation, self.features_extractor)
+        noise = torch.zeros(self.mu.noise_shape(state), device=state.device) if deterministic else None
+        return self.mu.sample(state, noise=noise)
+
+
+class ConsistencyTD3Policy(TD3Policy):
+    """A policy for SB3's TD3 whose actor is a `cpql.ConsistencyActor`, `model.actor.mu`.
+
+    TD3's gradient flows through all sampling steps. Noise is torch's own, which SB3 seeds; with
+    `deterministic=True` it is zero, as in `cpql.Policy.predict`. That is a single action of possibly several
+    modes, and may lie between them: SB3's `evaluate_policy` asks for it unless told otherwise.
+
+    Args:
+        observation_space: see SB3's `TD3Policy`, as for the following and all other keywords.
+        action_space: actions in its bounds.
+        lr_schedule: of both optimisers.
+        net_arch: widths of the critic's layers, as `activation_fn` is the critic's.
+        actor_config: of the actor, with its widths; by default one step from `t_max=5`.
+
+    Raises:
+        ConfigError: `net_arch` has layers of an actor.
+    """
+
+    def __init__(
+        self,
+        observation_space: spaces.Space[Any],
+        action_space: spaces.Box,
+        lr_schedule: Schedule,
+        *,
+        net_arch: list[int] | dict[str, list[int]] | None = None,
+        actor_config: ActorConfig | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if isinstance(net_arch, dict) and net_arch.get("pi"):
+            raise ConfigError(
+                f"net_arch: 'pi' is {net_arch['pi']}: expected [], the actor's widths are actor_config.hidden"
+            )
+        self.actor_config = actor_config or ActorConfig(t_max=5.0)
+        super().__init__(observation_space, action_space, lr_schedule, net_arch=net_arch, **kwargs)
+
+    def _get_constructor_parameters(self) -> dict[str, Any]:
+        return {**super()._get_constructor_parameters(), "actor_config": self.actor_config}
+
+    def make_actor(self, features_extractor: BaseFeaturesExtractor | None = None) -> Actor:
+        """Make an actor; SB3 asks for two, the second as a target."""
+        kwargs = self._update_features_extractor(self.actor_kwargs, features_extractor)
+        return _ConsistencyActor(self.actor_config, **kwargs).to(self.device)
+
+    def _predict(self, observation: PyTorchObs, deterministic: bool = False) -> Tensor:
+        return self.actor._predict(observation, deterministic)
+
+
+def transitions(buffer: ReplayBuffer, id: str = "") -> Transitions:
+    """Turn what a replay buffer holds into a dataset, episodes in order.
+
+    Time limits truncate, where the buffer tells them from terminations: `handle_timeout_termination`, SB3's
+    default. A buffer that has gone round has lost the beginning of each environment's oldest episode, which
+    counts as a shorter one.
+
+    Args:
+        buffer: of an off-policy agent, which stores actions scaled to [-1, 1]. One that was filled by hand
+            must hold such actions too.
+        id: what to call the dataset.
+
+    Raises:
+        DataError: observations are no vectors, actions no numbers in [-1, 1], or next observations aren't
+            kept.
+    """
+    where = id or type(buffer).__name__
+    if not isinstance(buffer.observation_space, spaces.Box) or not isinstance(
+        buffer.action_space, spaces.Box
+    ):
+        raise DataError(
+            f"{where}: its spaces are {buffer.observation_space} and {buffer.action_space}: "
+            "expected a Box for both"
+        )
+    if buffer.optimize_memory_usage:
+        raise DataError(
+            f"{where}: an episode's last observation isn't kept: expected optimize_memory_usage=False"
+        )
+    order = np.roll(np.arange(buffer.buffer_size), -buffer.pos) if buffer.full else np.arange(buffer.pos)
+
+    def rows(array: NDArray[Any]) -> NDArray[Any]:
+        """[time, environments, ...] as [environments x time, ...]."""
+        return array[order].swapaxes(0, 1).reshape(-1, *array.shape[2:])
+
+    timeouts = rows(buffer.timeouts)
+    return Transitions.from_dict(
+        {
+            "observations": rows(buffer.observations),
+            "actions": rows(buffer.actions),
+            "rewards": rows(buffer.rewards),
+            "terminals": rows(buffer.dones) * (1 - timeouts),
+            "timeouts": timeouts,
+            "next_observations": rows(buffer.next_observations),
+        },
+        source="stable-baselines3",
+        id=id,
+        details={
+            "buffer": type(buffer).__name__,
+            "environments": buffer.n_envs,
+            "overwritten": buffer.full,
+            "time_limits_known": buffer.handle_timeout_termination,
+        },
+    )
+
+
+def batch(samples: ReplayBufferSamples) -> Batch:
+    """Turn samples of a replay buffer into a batch for `agent.update`, while the buffer still grows.
+
+    Raises:
+        DataError: the samples are of several steps.
+    """
+    if samples.discounts is not None:
+        raise DataError("samples of several steps: expected n_steps=1, or cpql.data.transforms.n_step")
+    return Batch(
+        samples.observations.float(),
+        samples.actions,
+        samples.rewards.squeeze(-1),
+        samples.next_observations.float(),
+        1.0 - samples.dones.squeeze(-1),
+    )
