@@ -21,6 +21,7 @@ from cpql.consistency import (
     Levels,
     Network,
     Parameterisation,
+    check_grid,
     consistency_function,
     edit,
     keywords,
@@ -112,6 +113,10 @@ class ActorConfig:
             raise ConfigError(
                 f"action_norm doesn't go with objective={self.objective}, whose paths are straight"
             )
+        try:
+            check_grid(self.objective_options.get("grid", 0))
+        except ValueError as error:
+            raise ConfigError(f"objective_options: {error}") from None
         if self.refinements and self.objective == "distill":
             raise ConfigError("objective=distill learns one step: it has no refinements")
         if not 0.0 <= self.dropout < 1.0:

@@ -719,6 +719,10 @@ def test_value_and_gradient_as_a_compiler_sees_it() -> None:
             "=edm doesn't go with objective=scm: leave it at auto",
         ),
         ({"parameterisation": "average"}, "=average doesn't go with objective=denoise"),
+        (
+            {"objective": "shortcut", "objective_options": {"grid": 100}},
+            "objective_options: the grid of shortcuts must be 0 or a power of two, found 100",
+        ),
         ({"objective": "meanflow", "clamp": "inside"}, "clamp=inside doesn't go with objective=meanflow"),
         ({"objective": "cd", "action_norm": True}, "action_norm doesn't go with objective=cd"),
         ({"objective": "distill", "refinements": (0.8,)}, "distill learns one step"),

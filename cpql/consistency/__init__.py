@@ -36,6 +36,7 @@ from cpql.consistency.objectives import KINDS as KINDS
 from cpql.consistency.objectives import OBJECTIVES as OBJECTIVES
 from cpql.consistency.objectives import Objective as Objective
 from cpql.consistency.objectives import cd as cd
+from cpql.consistency.objectives import check_grid as check_grid
 from cpql.consistency.objectives import ct as ct
 from cpql.consistency.objectives import denoise as denoise
 from cpql.consistency.objectives import distill as distill

@@ -54,6 +54,7 @@ __all__ = [
     "OBJECTIVES",
     "Objective",
     "cd",
+    "check_grid",
     "ct",
     "denoise",
     "distill",
@@ -418,8 +419,7 @@ def shortcut(
     Raises:
         ValueError: f or teacher have another parameterisation, or grid is no power of two from 2 on.
     """
-    if grid and (grid < 2 or grid & (grid - 1)):
-        raise ValueError(f"the grid of shortcuts must be 0 or a power of two, found {grid}")
+    check_grid(grid)
     f, teacher = _raw(f, "average"), _raw(teacher, "average")
     jumps, u2 = _coin(u2, share)
     if grid:
@@ -434,6 +434,12 @@ def shortcut(
         second = teacher.network(x - half.unsqueeze(-1) * first, s - half, half)
     wanted = torch.where(jumps.unsqueeze(-1), 0.5 * (first + second).detach(), z - x0)
     return (f.network(x, s, span) - wanted).square().mean(-1), {}
+
+
+def check_grid(grid: int) -> None:
+    """Refuse a grid of `shortcut` that is neither 0 nor a power of two from 2 on, with a ValueError."""
+    if grid and (grid < 2 or grid & (grid - 1)):
+        raise ValueError(f"the grid of shortcuts must be 0 or a power of two, found {grid}")
 
 
 def distill(
