@@ -97,9 +97,10 @@ def card(config: PolicyConfig, result: Mapping[str, Any] | None, name: str) -> s
     task, origin = config.task, config.origin
     agent = str(origin.get("agent", "unknown"))
     measured = result is not None and result.get("return_mean") is not None
+    offline = origin.get("data", {}).get("source") != "online"
     tags = [
         "reinforcement-learning",
-        "offline-reinforcement-learning",
+        *(["offline-reinforcement-learning"] if offline else []),
         "consistency-policy",
         agent,
         task.name,
@@ -112,7 +113,7 @@ def card(config: PolicyConfig, result: Mapping[str, Any] | None, name: str) -> s
     lines = [
         f"# {agent} on {task.name}",
         "",
-        "A consistency policy for continuous control, trained offline with the Python library cpql.",
+        "A consistency policy for continuous control, trained with the Python library cpql.",
         "",
         "```python",
         "from cpql import Policy",
@@ -223,7 +224,7 @@ def _provenance(config: PolicyConfig) -> list[tuple[str, str]]:
         return [*rows, ("data", "unknown")]
     source = f"{data['source']} {data['id']}, {data['transitions']:,} transitions"
     rows.append(("data", source))
-    if data["source"] == "embedded":
+    if data["source"].startswith("embedded"):
         rows.append(
             ("note", "collected by cpql itself, not D4RL's: its scores belong in no table with D4RL's")
         )
