@@ -15,16 +15,18 @@ from __future__ import annotations
 import json
 import statistics
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import yaml
 from torch import Tensor
 
+from cpql.agents import AGENTS
 from cpql.checkpoint import load_training, save_checkpoint, saved_steps, write_text
-from cpql.config import TrainConfig
+from cpql.config import BudgetConfig, DatasetConfig, OnlineConfig, TrainConfig, build
 from cpql.data.transitions import Provenance
-from cpql.errors import CheckpointError
+from cpql.errors import CheckpointError, ConfigError
 from cpql.evaluation import evaluate, versions
 from cpql.logging import CSVTable, make_logger
 from cpql.policy import Policy
@@ -62,10 +64,9 @@ class Run:
         if config.resume:
             before = yaml.safe_load(self.config_file.read_text())
             for key in sorted((before.keys() | said.keys()) - set(FREE)):
-                if before.get(key) != said.get(key):
-                    raise CheckpointError(
-                        f"{self.config_file}: {_difference(key, before.get(key), said.get(key))}"
-                    )
+                then, now = _whole(key, before.get(key)), _whole(key, said.get(key))
+                if then != now:
+                    raise CheckpointError(f"{self.config_file}: {_difference(key, then, now)}")
 
     @property
     def checkpoints(self) -> Path:
@@ -186,6 +187,25 @@ class Run:
             result |= {"step": step, **self.provenance(), "note": self.task.note, "versions": versions()}
         write_text(self.folder / "result.json", json.dumps(result, indent=2, allow_nan=False) + "\n")
         return result
+
+
+def _whole(key: str, settings: Any) -> Any:
+    """A group of settings with every default: what a setting was before there was one."""
+    if not isinstance(settings, dict):
+        return settings
+    kinds: dict[str, type[Any]] = {
+        "env": Task,
+        "dataset": DatasetConfig,
+        "budget": BudgetConfig,
+        "online": OnlineConfig,
+    }
+    rest = dict(settings)
+    if key == "agent" and rest.get("name") in AGENTS:
+        kinds[key] = AGENTS[rest.pop("name")].config_class
+    try:
+        return settings | asdict(build(kinds[key], rest, key))
+    except (KeyError, ConfigError):  # nothing that this version knows: then it is compared as it is
+        return settings
 
 
 def _difference(key: str, before: Any, now: Any) -> str:

@@ -37,6 +37,7 @@ AGENTS = (
     "cpql_online",
     "cpql_online_published",
     "cpql_published",
+    "recommended",
 )
 
 
