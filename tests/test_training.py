@@ -361,7 +361,7 @@ def test_a_run_is_never_overwritten(dataset: Path, tmp_path: Path) -> None:
 def test_a_setting_that_a_run_was_begun_without_is_its_default(
     dataset: Path, tmp_path: Path, interrupt_at: Any
 ) -> None:
-    said = {"dataset": {"path": str(dataset)}, "online": None}
+    said: dict[str, Any] = {"dataset": {"path": str(dataset)}, "online": None}
     interrupt_at(15, ctrl_c)
     with pytest.raises(Interrupted):
         run(settings(dataset, tmp_path / "run"), **said)
