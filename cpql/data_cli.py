@@ -158,11 +158,13 @@ def list_tasks(options: argparse.Namespace) -> None:
     """List the tasks."""
     from cpql.config import load_task, task_names
 
-    names = [name for name in task_names() if fnmatch.fnmatchcase(name, f"*{options.pattern}*")]
+    tasks = {name: task for name in task_names() if (task := load_task(name)).dataset}
+    names = [name for name in tasks if fnmatch.fnmatchcase(name, f"*{options.pattern}*")]
     if not names:
-        hint = did_you_mean(options.pattern, task_names())
-        raise ConfigError(f"no task's name has '{options.pattern}' in it: {hint}")
-    rows = [_facts(load_task(name)) for name in names]
+        raise ConfigError(
+            f"no task's name has '{options.pattern}' in it: {did_you_mean(options.pattern, tasks)}"
+        )
+    rows = [_facts(tasks[name]) for name in names]
     if options.json:
         print(json.dumps(rows, indent=2))
     elif sys.stdout.isatty():
@@ -258,14 +260,14 @@ def _collectable(task: Task) -> bool:
 
 def show(options: argparse.Namespace) -> None:
     """Say what a dataset is like."""
-    from cpql.config import load_task, task_names
+    from cpql.config import task_names
     from cpql.data import files, inspection, minari
 
     task: Task | None
     if options.what in task_names():
         if options.env:
             raise ConfigError(f"--env={options.env}: expected none with a task, which {options.what} is")
-        task = load_task(options.what)
+        task = _with_data(options.what)
         path, source = _on_disk(task, options.source)
         if source == "minari":
             task = minari.task(task, path)
@@ -281,6 +283,16 @@ def show(options: argparse.Namespace) -> None:
     print(inspection.describe(found, task))
     if options.png:
         print(f"\ndrawn in {inspection.picture(found, options.png, task)}")
+
+
+def _with_data(name: str) -> Task:
+    """A task that has a dataset."""
+    from cpql.config import load_task
+
+    task = load_task(name)
+    if not task.dataset:
+        raise ConfigError(f"{name} has no dataset: `cpql-data list` names the tasks that have one")
+    return task
 
 
 def _on_disk(task: Task, source: str | None) -> tuple[Path, str]:
@@ -403,7 +415,7 @@ def _fetch(name: str, source: str) -> Path:
         folder = minari.locate(id, say=say)
         minari.metadata(folder)
         return folder / "data" / minari.ARRAYS
-    task = load_task(name)
+    task = _with_data(name)
     with _progress() as progress:
         return d4rl.download(task.dataset, progress, path=task.url, say=say)
 

@@ -289,6 +289,8 @@ def test_a_replacement_that_fails_leaves_the_old_one(data: Any, monkeypatch: pyt
             ["verify", "a.hdf5", "--env", "Pendulm-v1"],
             "no environment 'Pendulm-v1' .* did you mean Pendulum-v1.*",
         ),
+        (["show", "hopper"], "hopper has no dataset: `cpql-data list` names the tasks that have one"),
+        (["download", "pendulum"], "pendulum has no dataset: .*"),
         (["verify", "."], r"\.: no metadata\.json in it .*"),
     ],
 )
@@ -332,6 +334,7 @@ def test_list_says_what_is_on_this_disk(data: Any, monkeypatch: pytest.MonkeyPat
     assert table["hopper-medium-replay"][0] == ""
     assert table["antmaze-umaze-v0"][3] == "d4rl"
     assert table["antmaze-umaze-v2"][3] == ""
+    assert "hopper" not in table and "gymnasium" not in table  # which have no dataset
     assert table["kitchen-mixed"][4].startswith("FrankaKitchen-v1 works only with mujoco below 3.12")
     assert [line.split("\t")[0] for line in data("list", "antmaze-*-v2").out.splitlines()[1:]] == [
         f"antmaze-{maze}-v2"
