@@ -296,7 +296,8 @@ def _recipe(task: Task) -> tuple[str, str]:
     match = re.fullmatch(rf"(.+?)-({kinds})(-v\d+)?", task.dataset)
     if match is None:
         raise DataError(
-            f"no embedded recipe for '{task.dataset or task.name}': expected NAME-KIND, KIND one of {', '.join(RECIPES)}"
+            f"no embedded recipe for '{task.dataset or task.name}': expected NAME-KIND, "
+            f"KIND one of {', '.join(RECIPES)}"
         )
     return match[1], match[2]
 
