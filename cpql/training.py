@@ -336,6 +336,11 @@ def train_group(
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high" if config.precision == "tf32" else "highest")
     kind, settings = _settings_of_all([run.config for run in runs])
+    if config.checkpoint and settings.lr_decay == "cosine":
+        raise ConfigError(
+            f"agent.lr_decay=cosine: checkpoint={config.checkpoint} is at its end, where the rates are 0: "
+            "expected agent.lr_decay=none"
+        )
     seeds = [run.config.seed for run in runs]
     task, source = load_source(config, seeds, device, console, settings.discount)
     seed: int | list[int] = seeds if len(seeds) > 1 else seeds[0]

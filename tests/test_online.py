@@ -341,6 +341,9 @@ def test_fine_tuning_needs_a_whole_checkpoint(tmp_path: Path) -> None:
     other = {**LITTLE, "name": "cpql", "critic_hidden": [8]}
     with pytest.raises(CheckpointError, match=r"checkpoint=.*run: critic.*: expected shape"):
         run(settings(tmp_path / "tuned", checkpoint=str(tmp_path / "run"), agent=other))
+    ended = {**LITTLE, "name": "cpql", "lr_decay": "cosine"}
+    with pytest.raises(ConfigError, match=r"lr_decay=cosine: checkpoint=.*run is at its end.*lr_decay=none"):
+        run(settings(tmp_path / "tuned", checkpoint=str(tmp_path / "run"), agent=ended))
     assert not (tmp_path / "tuned").exists()
 
 
