@@ -8,6 +8,8 @@
     python scripts/benchmark.py official          updates and actions beside the papers' own codes
     python scripts/benchmark.py loading           reading 2M transitions against bare h5py, and the memory
     python scripts/benchmark.py objectives RUN... scores, diversity and Q bias of finished runs, by objective
+    python scripts/benchmark.py online RUN...     curves of online and finetuned runs, as data and as a plot
+    python scripts/benchmark.py official_online   the papers' own codes learning online
     python scripts/benchmark.py keep RUN...       keep the results of finished runs, in benchmarks/results/
     python scripts/benchmark.py table             print those as the README's table, a row a task
 
@@ -116,6 +118,21 @@ def main() -> None:
     command = commands.add_parser("objectives", help="what finished runs came to, by objective")
     command.add_argument("runs", type=Path, nargs="*", metavar="RUN", help="added to those measured before")
     command.set_defaults(run=lambda options: keep("objectives", measured("objectives", options)))
+    command = commands.add_parser("online", help="what runs came to while they acted, step by step")
+    command.add_argument("runs", type=Path, nargs="*", metavar="RUN", help="added to those kept before")
+    command.add_argument("--label", default="cpql", help="what these runs are called (default: %(default)s)")
+    command.set_defaults(run=lambda options: keep("online", measured("online", options)))
+    command = commands.add_parser("official_online", help="the papers' own codes learning online")
+    command.add_argument("--cpql", type=Path, metavar="DIR", help="a checkout, as for official")
+    command.add_argument("--cac", type=Path, metavar="DIR", help="a checkout, as for official")
+    command.add_argument("--env", default="Pendulum-v1")
+    command.add_argument("--task", help="its name among our curves, where it isn't the environment's")
+    command.add_argument(
+        "--steps", type=int, default=20_000, help="in the environment (default: %(default)s)"
+    )
+    command.add_argument("--every", type=int, default=1_000, help="steps between evaluations")
+    command.add_argument("--seed", type=int, default=0)
+    command.set_defaults(run=lambda options: keep("online", measured("official_online", options)))
     command = commands.add_parser("keep", help="keep the results of finished runs as data")
     command.add_argument("runs", type=Path, nargs="+", metavar="RUN")
     command.set_defaults(run=keep_results)
