@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import json
 import math
 import sys
@@ -124,12 +125,25 @@ def _check_words(config_name: str, words: list[str]) -> None:
                 # Of an environment's own options Hydra says better what to type: a + before them.
                 free = ("+", "~", "hydra", "env.env_options.", "env.reset_options.")
                 if not key.startswith(free) and key not in known:
-                    raise ConfigError(f"unknown setting {key!r}: {did_you_mean(key, known)}")
+                    raise ConfigError(f"unknown setting {key!r}: {_instead(key, known)}")
             compose(config_name, words)
     except HydraException as error:
         raise ConfigError(" ".join(str(error).split())) from None
     finally:
         GlobalHydra.instance().clear()
+
+
+def _instead(key: str, known: set[str]) -> str:
+    """What a setting that doesn't exist may stand for, wherever that is; else all that its group has."""
+    named = {k: k.rpartition(".")[2] for k in known}
+    near = difflib.get_close_matches(key.rpartition(".")[2], set(named.values()), cutoff=0.75)
+    if near:
+        return f"did you mean {' or '.join(sorted(k for k, last in named.items() if last in near))}?"
+    group = key.rpartition(".")[0]
+    inside = sorted(k for k in known if k.rpartition(".")[0] == group)
+    if inside:
+        return f"choose from {', '.join(inside)}"
+    return f"there are no settings in {group} in this mode" if group in known else _instead(group, known)
 
 
 def _keys(content: Any, prefix: str = "") -> list[str]:
