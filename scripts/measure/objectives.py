@@ -12,8 +12,6 @@ import numpy as np
 import torch
 import yaml
 from numpy.typing import NDArray
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
 from cpql.environments import make_task_environment
@@ -29,36 +27,46 @@ Array = NDArray[np.float64]
 
 
 def objectives(options: argparse.Namespace) -> dict[str, Any]:
-    """Measure each run, beside those measured before, and group the seeds of what else is the same."""
+    """Measure each run, beside those measured before, and print tables as the docs have them."""
     torch.set_num_threads(1)
     kept = Path(__file__).resolve().parents[2] / "benchmarks" / "objectives.json"
     rows: list[dict[str, Any]] = json.loads(kept.read_text())["runs"] if kept.exists() else []
     for folder in options.runs:
         row = of_run(folder)
-        rows = [old for old in rows if (name(old), old["seed"]) != (name(row), row["seed"])] + [row]
-    rows.sort(key=lambda row: (name(row), row["seed"]))
-    table = Table(title="last checkpoints, mean ± spread over seeds")
-    for column in ("task", "agent", "objective", "seeds", "score", "diversity", "Q bias"):
-        table.add_column(column)
-    groups: dict[tuple[str, ...], list[dict[str, Any]]] = {}
-    for row in rows:
-        groups.setdefault(name(row), []).append(row)
-    for key, group in groups.items():
-        columns = [[row[column] for row in group] for column in ("score", "diversity", "q_bias")]
-        table.add_row(*key, str(len(group)), *(spread(values) for values in columns))
-    Console().print(table)
+        rows = [old for old in rows if name(old) != name(row)] + [row]
+    rows.sort(key=name)
+    for updates in sorted({row["budget"]["updates"] for row in rows}):
+        print(f"\n{updates:,} updates\n\n{table([r for r in rows if r['budget']['updates'] == updates])}")
     return {"episodes": EPISODES, "draws": DRAWS, "horizon": HORIZON, "runs": rows}
 
 
-def name(row: dict[str, Any]) -> tuple[str, str, str]:
-    """What the seeds of a group have in common."""
-    return row["task"], row["agent"], row["objective"]
+def name(row: dict[str, Any]) -> tuple[str, str, str, int, int]:
+    """What tells a run from the others."""
+    return row["task"], row["agent"], row["objective"], row["budget"]["updates"], row["seed"]
 
 
-def spread(values: list[float]) -> str:
-    """Mean and standard deviation, in short."""
-    deviation = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
-    return f"{statistics.fmean(values):.2f}{deviation}"
+def table(rows: list[dict[str, Any]]) -> str:
+    """As Markdown: a line for each objective, in the order of their names; mean and spread over seeds."""
+    columns = {"score": 1, "diversity": 2, "q_bias": 0}
+    tasks = sorted({row["task"] for row in rows})
+    lines = ["| objective | eta | " + " | ".join(f"{t}: score | diversity | Q bias" for t in tasks) + " |"]
+    lines.append("|---" * (2 + len(columns) * len(tasks)) + "|")
+    for objective in sorted({row["objective"] for row in rows}):
+        alike = [row for row in rows if row["objective"] == objective]
+        cells = [f"`{objective}`", f"{alike[0]['settings']['eta']:g}"]
+        for task in tasks:
+            seeds = [row for row in alike if row["task"] == task]
+            cells += [spread([row[c] for row in seeds], places) for c, places in columns.items()]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def spread(values: list[float], places: int) -> str:
+    """Mean and standard deviation, in short; empty where nothing was run."""
+    if not values:
+        return ""
+    deviation = f" ± {statistics.stdev(values):.{places}f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.{places}f}{deviation}"
 
 
 def of_run(folder: Path) -> dict[str, Any]:
