@@ -147,6 +147,7 @@ class OnlineConfig:
         epsilon: share of uniformly random actions after that, at first;
         epsilon_end: in the end;
         epsilon_steps: steps of an environment on the way.
+        noise: standard deviation of a Gaussian on the other actions, in [-1, 1] (TD3's exploration).
         buffer_size: transitions that are kept, the newest.
         save_buffer: keep them in checkpoints. Else a resumed run fills its buffer anew before it goes on.
         offline_share: of each batch, from the dataset (`mode=finetune`).
@@ -160,6 +161,7 @@ class OnlineConfig:
     epsilon: float = 0.0
     epsilon_end: float = 0.0
     epsilon_steps: int = 0
+    noise: float = 0.0
     buffer_size: int = 1_000_000
     save_buffer: bool = True
     offline_share: float = 0.0
@@ -170,7 +172,7 @@ class OnlineConfig:
                 raise ConfigError(f"online.{key} must be at least {least}, found {getattr(self, key)}")
         if self.updates_per_step <= 0.0:
             raise ConfigError(f"online.updates_per_step must be positive, found {self.updates_per_step}")
-        for key in ("epsilon", "epsilon_end", "offline_share"):
+        for key in ("epsilon", "epsilon_end", "noise", "offline_share"):
             if not 0.0 <= getattr(self, key) <= 1.0:
                 raise ConfigError(f"online.{key} must be in [0, 1], found {getattr(self, key)}")
 

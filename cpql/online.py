@@ -90,8 +90,9 @@ class Explorer:
         state = self._seen(self.observations)
         action = 2.0 * torch.rand(count, self.buffer.action_dim, generator=self.coins) - 1.0
         coin = torch.rand(count, generator=self.coins)
+        push = c.noise * torch.randn(action.shape, generator=self.coins) if c.noise else 0.0
         if self.steps >= c.start_steps or c.start == "policy":
-            chosen = agent.act(state.to(device), generator, member, c.candidates).cpu()
+            chosen = (agent.act(state.to(device), generator, member, c.candidates).cpu() + push).clamp(-1, 1)
             action = torch.where((coin < self.epsilon).unsqueeze(-1), action, chosen)
         scaled = self.low + (action.numpy() + 1.0) * (0.5 * self.span)
         following, rewards, ended = [], [], []

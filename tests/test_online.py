@@ -166,6 +166,20 @@ def test_the_share_of_random_actions_falls() -> None:
     assert policy[:100].mean() < 0.3 < 0.7 < policy[300:400].mean()
 
 
+def test_noise_is_a_gaussian_on_what_the_policy_chose_and_no_more() -> None:
+    explorer, agent = Explorer(TASK, OnlineConfig(start_steps=100, noise=0.2), 0, CPU), agent_of()
+    fixed = torch.tensor([0.25, -1.0])
+    agent.act = lambda state, *rest: fixed.expand(len(state), 2)  # type: ignore[method-assign]
+    for _ in range(2100):
+        explorer.step(agent, 0, torch.Generator())
+    chosen = explorer.buffer.table[100:2100, 4:6]
+    inside, bound = chosen[:, 0] - 0.25, chosen[:, 1]
+    assert inside.mean().abs() < 0.015 and 0.19 < inside.std() < 0.21
+    assert bound.min() == -1.0 and 0.45 < (bound == -1.0).float().mean() < 0.55
+    first = explorer.buffer.table[:100, 4:6]  # random actions stay as they are
+    assert first.std() > 0.5
+
+
 def test_the_policy_can_act_from_the_start() -> None:
     agent = agent_of()
     calls: list[tuple[int, int | None]] = []
