@@ -71,7 +71,7 @@ def left(folder: Path) -> set[str]:
         (["env=hopper"], "hopper has no dataset: expected mode=online"),
         (["mode=finetune"], "checkpoint=... is missing: the run to go on with"),
         (["mode=finetune", "checkpoint=nowhere"], "nowhere: does not exist"),
-        (["online.start_steps=3"], "there are no settings in online in this mode"),
+        (["online.start_steps=3"], "unknown setting 'online.start_steps': there are no settings in online"),
         (["agent.etaa=1"], "unknown setting 'agent.etaa': did you mean agent.eta?"),
         (["eta=1"], "unknown setting 'eta': did you mean agent.eta?"),
         (["foo=1"], "unknown setting 'foo': choose from agent, budget,"),

@@ -35,8 +35,9 @@ def objectives(options: argparse.Namespace) -> dict[str, Any]:
         row = of_run(folder)
         rows = [old for old in rows if name(old) != name(row)] + [row]
     rows.sort(key=name)
-    for updates in sorted({row["budget"]["updates"] for row in rows}):
-        print(f"\n{updates:,} updates\n\n{table([r for r in rows if r['budget']['updates'] == updates])}")
+    for agent, updates in sorted({(row["agent"], row["budget"]["updates"]) for row in rows}):
+        alike = [r for r in rows if (r["agent"], r["budget"]["updates"]) == (agent, updates)]
+        print(f"\n{agent}, {updates:,} updates\n\n{table(alike)}")
     return {"episodes": EPISODES, "draws": DRAWS, "horizon": HORIZON, "runs": rows}
 
 

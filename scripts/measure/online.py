@@ -83,7 +83,9 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
             mean = np.mean([row["returns"][:shared] for row in seeds], 0)
             axes.plot(seeds[0]["steps"][:shared], mean, color=f"C{k}", label=f"{label} (seeds: {len(seeds)})")
             if mode == "finetune":  # until its first update it acts as it did offline
-                axes.plot([0, row["steps"][-1]], [mean[0]] * 2, color="0.4", linestyle=":", linewidth=0.8)
+                axes.plot(
+                    [0, seeds[0]["steps"][-1]], [mean[0]] * 2, color="0.4", linestyle=":", linewidth=0.8
+                )
         axes.set_title(f"{task}, {mode}", fontsize=10)
         axes.set_xlabel("environment steps")
         axes.set_ylabel("return")
