@@ -9,6 +9,7 @@ a terminal, choose among 50 candidates, and are evaluated that way. The agents a
 from __future__ import annotations
 
 import argparse
+import hashlib
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -37,9 +38,9 @@ def official_online(options: argparse.Namespace) -> dict[str, Any]:
     warnings.filterwarnings("ignore", "Implicit dimension choice for softmax")  # theirs
     torch.set_num_threads(1)
     rows = []
-    for label, folder, train in (
-        ("official CPQL", options.cpql, cpql),
-        ("official Consistency-AC", options.cac, cac),
+    for label, folder, source, train in (
+        ("official CPQL", options.cpql, "agents/ql_cm.py", cpql),
+        ("official Consistency-AC", options.cac, "agents/online_agent.py", cac),
     ):
         if folder is None:
             continue
@@ -68,6 +69,7 @@ def official_online(options: argparse.Namespace) -> dict[str, Any]:
                 "episodes": [EPISODES] * len(curve),
                 "data": "none",
                 "precision": "fp32",
+                "sha256": hashlib.sha256((folder / source).read_bytes()).hexdigest(),
                 "versions": versions(),
             }
         )
