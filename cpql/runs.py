@@ -7,7 +7,7 @@ runs/hopper-medium/cpql/full/seed0/
     evaluations/            one JSON file each, with its provenance
     checkpoints/            see `cpql.checkpoint`
     learning_curve.png
-    result.json             written when the run is finished
+    result.json             written when the run is finished; says after how many updates
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from torch import Tensor
 
 from cpql.agents import AGENTS
 from cpql.checkpoint import load_training, save_checkpoint, saved_steps, write_text
-from cpql.config import BudgetConfig, DatasetConfig, OnlineConfig, TrainConfig, build
+from cpql.config import DatasetConfig, OnlineConfig, TrainConfig, build
 from cpql.data.transitions import Provenance
 from cpql.errors import CheckpointError, ConfigError
 from cpql.evaluation import evaluate, versions
@@ -35,8 +35,9 @@ from cpql.tasks import Task
 
 __all__ = ["Run", "group_summary", "summary"]
 
-# What a resumed run may change: none of it touches the course of training.
-FREE = ("device", "threads", "compile", "logger", "resume", "traceback", "run_dir")
+# What a resumed run may change: none of it touches the course of training, but for the budget's length, which
+# `train_group` looks at.
+FREE = ("budget", "device", "threads", "compile", "logger", "resume", "traceback", "run_dir")
 
 
 class Run:
@@ -53,6 +54,7 @@ class Run:
     def __init__(self, config: TrainConfig, said: dict[str, Any]) -> None:
         self.config, self.said = config, said
         self.folder = Path(config.run_dir)
+        self.before: dict[str, Any] = said
         self.config_file = self.folder / "config.yaml"
         if self.config_file.exists() and not config.resume:
             raise CheckpointError(
@@ -62,9 +64,9 @@ class Run:
         if not self.config_file.exists() and config.resume:
             raise CheckpointError(f"{self.folder} holds no run to resume (no config.yaml)")
         if config.resume:
-            before = yaml.safe_load(self.config_file.read_text())
-            for key in sorted((before.keys() | said.keys()) - set(FREE)):
-                then, now = _whole(key, before.get(key)), _whole(key, said.get(key))
+            self.before = yaml.safe_load(self.config_file.read_text())
+            for key in sorted((self.before.keys() | said.keys()) - set(FREE)):
+                then, now = _whole(key, self.before.get(key)), _whole(key, said.get(key))
                 if then != now:
                     raise CheckpointError(f"{self.config_file}: {_difference(key, then, now)}")
 
@@ -75,8 +77,31 @@ class Run:
 
     @property
     def finished(self) -> bool:
-        """Whether the run has come to its end."""
-        return (self.folder / "result.json").exists()
+        """Whether the run has come to its end; a finished one may be asked to go on for longer."""
+        file = self.folder / "result.json"
+        return file.exists() and self.result()["step"] == self.config.budget.updates
+
+    def check_length(self, schedule: str | None) -> None:
+        """See to it that a run whose length has changed is still the same run.
+
+        Args:
+            schedule: the agent's setting that depends on the length, where there is one.
+
+        Raises:
+            CheckpointError: there is one, or the run has gone on for longer already.
+        """
+        now = self.config.budget.updates
+        then = self.before.get("budget", {}).get("updates", now)
+        if then != now and schedule is not None:
+            raise CheckpointError(
+                f"{self.config_file}: the run was started with budget.updates={then}, not {now}, and "
+                f"{schedule} depends on it: resume it with the same, or start a new run"
+            )
+        if max(self.steps()) > now:
+            raise CheckpointError(
+                f"{self.folder} has gone on to {max(self.steps())} updates: expected budget.updates of as "
+                f"many or more, found {now}"
+            )
 
     def result(self) -> dict[str, Any]:
         """What a finished run came to."""
@@ -118,8 +143,9 @@ class Run:
         """
         self.agent, self.task, self.data = agent, task, data
         self.folder.mkdir(parents=True, exist_ok=True)
-        if not self.config_file.exists():
-            write_text(self.config_file, yaml.safe_dump(self.said, sort_keys=False))
+        told = self.before | {"budget": self.said["budget"]} if "budget" in self.said else self.before
+        if told != self.before or not self.config_file.exists():
+            write_text(self.config_file, yaml.safe_dump(told, sort_keys=False))
         for file in (self.folder / "evaluations").glob("step_*.json"):
             if int(file.stem.removeprefix("step_")) > step:
                 file.unlink()
@@ -196,7 +222,6 @@ def _whole(key: str, settings: Any) -> Any:
     kinds: dict[str, type[Any]] = {
         "env": Task,
         "dataset": DatasetConfig,
-        "budget": BudgetConfig,
         "online": OnlineConfig,
     }
     rest = dict(settings)

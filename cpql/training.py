@@ -336,6 +336,8 @@ def train_group(
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high" if config.precision == "tf32" else "highest")
     kind, settings = _settings_of_all([run.config for run in runs])
+    for run in runs:
+        run.check_length(settings.schedule)
     if config.checkpoint and settings.lr_decay == "cosine":
         raise ConfigError(
             f"agent.lr_decay=cosine: checkpoint={config.checkpoint} is at its end, where the rates are 0: "

@@ -17,6 +17,10 @@ from scipy.special import erfinv
 from torch import Tensor
 
 from cpql.consistency import (
+    GUIDES,
+    KINDS,
+    OBJECTIVES,
+    SCHEDULED,
     ConsistencyFunction,
     Levels,
     Parameterisation,
@@ -29,6 +33,7 @@ from cpql.consistency import (
     flow_matching,
     greedy_refinements,
     ict,
+    keywords,
     meanflow,
     sample,
     scm,
@@ -470,6 +475,21 @@ def test_teachers_and_guides_get_no_gradient(name: str) -> None:
     )
     found, nothing = torch.autograd.grad(loss.sum(), (mine, theirs), allow_unused=True)
     assert nothing is None and found.abs() > 1e-3
+
+
+@pytest.mark.parametrize("name", list(OBJECTIVES))
+def test_the_scheduled_objectives_are_those_that_depend_on_progress(name: str) -> None:
+    x0, z, u, u2 = inputs()
+    f = function(KINDS.get(name, "edm"))
+    given: dict[str, Any] = {}
+    if name in GUIDES:
+        given["guide"] = function(GUIDES[name][1], other)
+    if "u2" in keywords(OBJECTIVES[name]):
+        given["u2"] = u2
+    early, late = (
+        OBJECTIVES[name](f, f, x0, z, u, number(progress), LEVELS, **given)[0] for progress in (0.05, 0.9)
+    )
+    assert torch.equal(early, late) == (name not in SCHEDULED)
 
 
 @pytest.mark.parametrize(

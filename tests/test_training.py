@@ -8,7 +8,7 @@ import shutil
 import signal
 import threading
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ import h5py  # type: ignore[import-untyped]
 import numpy as np
 import pytest
 import torch
+import yaml
 from rich.console import Console
 from safetensors.torch import load_file
 
@@ -375,6 +376,49 @@ def test_a_setting_that_a_run_was_begun_without_is_its_default(
         with pytest.raises(CheckpointError, match=message):
             run(config, **later | change)
     assert run(config, **later)[0]["step"] == 40
+
+
+def test_a_finished_run_goes_on_for_longer_as_if_it_had_been_meant_to(dataset: Path, tmp_path: Path) -> None:
+    seeds = (0, 1)
+    longer = BudgetConfig("test", 24, 4, 12, 4, 1, 1, keep=2)
+    for folder, budgets in (("whole", [longer]), ("parts", [replace(longer, updates=12), longer])):
+        for k, budget in enumerate(budgets):
+            said = {"budget": asdict(budget)}
+            members = [
+                (settings(dataset, tmp_path / folder / str(s), seed=s, budget=budget, resume=k > 0), said)
+                for s in seeds
+            ]
+            train_group(members, Console(file=StringIO(), width=200))
+    for s in seeds:
+        parts, whole = (everything(tmp_path / folder / str(s)) for folder in ("parts", "whole"))
+        assert parts == whole
+        assert parts["result.json"]["step"] == 24
+        told = yaml.safe_load((tmp_path / "parts" / str(s) / "config.yaml").read_text())
+        assert told["budget"] == asdict(longer)
+
+
+@pytest.mark.parametrize(
+    ("agent", "schedule"),
+    [({"lr_decay": "cosine"}, "agent.lr_decay=cosine"), ({"actor": {"objective": "ict"}}, "objective=ict")],
+)
+def test_a_run_whose_course_depends_on_its_length_keeps_it(
+    agent: dict[str, Any], schedule: str, dataset: Path, tmp_path: Path
+) -> None:
+    little = settings(dataset, tmp_path / "run")
+    config = replace(little, agent={**little.agent, **agent})
+    run(config, budget={"updates": 40})
+    longer = replace(config, resume=True, budget=replace(config.budget, updates=50))
+    with pytest.raises(CheckpointError, match=rf"budget.updates=40, not 50, and .*{schedule} depends on it"):
+        run(longer, budget={"updates": 50})
+    assert run(replace(config, resume=True), budget={"updates": 40})[0]["step"] == 40
+
+
+def test_a_run_is_not_made_shorter_than_it_is(dataset: Path, tmp_path: Path) -> None:
+    config = settings(dataset, tmp_path / "run")
+    run(config)
+    shorter = replace(config, resume=True, budget=replace(config.budget, updates=39))
+    with pytest.raises(CheckpointError, match=r"run has gone on to 40 updates: .* found 39"):
+        run(shorter)
 
 
 def test_resume_refuses_what_is_not_the_same_run(dataset: Path, tmp_path: Path, interrupt_at: Any) -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from cpql.actor import ActorConfig, ConsistencyActor, choose
+from cpql.consistency.objectives import SCHEDULED
 from cpql.critic import TwinCritic, ValueFunction
 from cpql.data.transitions import Batch
 from cpql.errors import ConfigError
@@ -97,6 +98,14 @@ class AgentConfig:
     max_q_backup: int = 0
     candidates: int = 1
     temperature: float = 1.0
+
+    @property
+    def schedule(self) -> str | None:
+        """The setting whose course depends on `updates`, where there is one."""
+        if self.lr_decay == "cosine":
+            return "agent.lr_decay=cosine"
+        name = self.actor.objective
+        return f"agent.actor.objective={name}" if name in SCHEDULED else None
 
 
 def steps_first(noise: Tensor) -> Tensor:

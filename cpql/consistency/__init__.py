@@ -34,6 +34,7 @@ from cpql.consistency.objectives import GIVEN as GIVEN
 from cpql.consistency.objectives import GUIDES as GUIDES
 from cpql.consistency.objectives import KINDS as KINDS
 from cpql.consistency.objectives import OBJECTIVES as OBJECTIVES
+from cpql.consistency.objectives import SCHEDULED as SCHEDULED
 from cpql.consistency.objectives import Objective as Objective
 from cpql.consistency.objectives import cd as cd
 from cpql.consistency.objectives import check_grid as check_grid

@@ -52,6 +52,7 @@ __all__ = [
     "GUIDES",
     "KINDS",
     "OBJECTIVES",
+    "SCHEDULED",
     "Objective",
     "cd",
     "check_grid",
@@ -532,6 +533,9 @@ GUIDES: dict[str, tuple[Objective, Literal["edm", "flow"]]] = {
     "distill": (flow_matching, "flow"),
 }
 """How the guide of an objective is trained, and its parameterisation."""
+
+SCHEDULED = ("ct", "ict", "ect", "scm")
+"""Objectives that depend on `progress`: they can't be trained for longer than was said at first."""
 
 GIVEN = ("u2", "guide", "tanh")
 """Keywords of objectives that aren't settings."""
