@@ -379,22 +379,15 @@ def test_a_setting_that_a_run_was_begun_without_is_its_default(
 
 
 def test_a_finished_run_goes_on_for_longer_as_if_it_had_been_meant_to(dataset: Path, tmp_path: Path) -> None:
-    seeds = (0, 1)
     longer = BudgetConfig("test", 24, 4, 12, 4, 1, 1, keep=2)
-    for folder, budgets in (("whole", [longer]), ("parts", [replace(longer, updates=12), longer])):
-        for k, budget in enumerate(budgets):
-            said = {"budget": asdict(budget)}
-            members = [
-                (settings(dataset, tmp_path / folder / str(s), seed=s, budget=budget, resume=k > 0), said)
-                for s in seeds
-            ]
-            train_group(members, Console(file=StringIO(), width=200))
-    for s in seeds:
-        parts, whole = (everything(tmp_path / folder / str(s)) for folder in ("parts", "whole"))
-        assert parts == whole
-        assert parts["result.json"]["step"] == 24
-        told = yaml.safe_load((tmp_path / "parts" / str(s) / "config.yaml").read_text())
-        assert told["budget"] == asdict(longer)
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    run(settings(dataset, whole, budget=longer), budget=asdict(longer))
+    shorter = replace(longer, updates=12)
+    run(settings(dataset, parts, budget=shorter), budget=asdict(shorter))
+    run(settings(dataset, parts, budget=longer, resume=True), budget=asdict(longer))
+    assert everything(parts) == everything(whole)
+    assert everything(parts)["result.json"]["step"] == 24
+    assert yaml.safe_load((parts / "config.yaml").read_text())["budget"] == asdict(longer)
 
 
 @pytest.mark.parametrize(
