@@ -54,7 +54,7 @@ class Run:
     def __init__(self, config: TrainConfig, said: dict[str, Any]) -> None:
         self.config, self.said = config, said
         self.folder = Path(config.run_dir)
-        self.before: dict[str, Any] = said
+        self.length = config.budget.updates  # that it was started with
         self.config_file = self.folder / "config.yaml"
         if self.config_file.exists() and not config.resume:
             raise CheckpointError(
@@ -64,11 +64,14 @@ class Run:
         if not self.config_file.exists() and config.resume:
             raise CheckpointError(f"{self.folder} holds no run to resume (no config.yaml)")
         if config.resume:
-            self.before = yaml.safe_load(self.config_file.read_text())
-            for key in sorted((self.before.keys() | said.keys()) - set(FREE)):
-                then, now = _whole(key, self.before.get(key)), _whole(key, said.get(key))
+            before = yaml.safe_load(self.config_file.read_text())
+            for key in sorted((before.keys() | said.keys()) - set(FREE)):
+                then, now = _whole(key, before.get(key)), _whole(key, said.get(key))
                 if then != now:
                     raise CheckpointError(f"{self.config_file}: {_difference(key, then, now)}")
+            self.length = before["budget"]["updates"]
+            said = before
+        self.told = said | {"budget": asdict(config.budget)}
 
     @property
     def checkpoints(self) -> Path:
@@ -90,17 +93,16 @@ class Run:
         Raises:
             CheckpointError: there is one, or the run has gone on for longer already.
         """
-        now = self.config.budget.updates
-        then = self.before.get("budget", {}).get("updates", now)
-        if then != now and schedule is not None:
+        now, done = self.config.budget.updates, max(self.steps())
+        if self.length != now and schedule is not None:
             raise CheckpointError(
-                f"{self.config_file}: the run was started with budget.updates={then}, not {now}, and "
+                f"{self.config_file}: the run was started with budget.updates={self.length}, not {now}, and "
                 f"{schedule} depends on it: resume it with the same, or start a new run"
             )
-        if max(self.steps()) > now:
+        if done > now:
             raise CheckpointError(
-                f"{self.folder} has gone on to {max(self.steps())} updates: expected budget.updates of as "
-                f"many or more, found {now}"
+                f"{self.folder} has gone on to {done} updates: expected budget.updates of as many or more, "
+                f"found {now}"
             )
 
     def result(self) -> dict[str, Any]:
@@ -143,9 +145,7 @@ class Run:
         """
         self.agent, self.task, self.data = agent, task, data
         self.folder.mkdir(parents=True, exist_ok=True)
-        told = self.before | {"budget": self.said["budget"]} if "budget" in self.said else self.before
-        if told != self.before or not self.config_file.exists():
-            write_text(self.config_file, yaml.safe_dump(told, sort_keys=False))
+        write_text(self.config_file, yaml.safe_dump(self.told, sort_keys=False))
         for file in (self.folder / "evaluations").glob("step_*.json"):
             if int(file.stem.removeprefix("step_")) > step:
                 file.unlink()
