@@ -187,8 +187,12 @@ def _task(function: Callable[[DictConfig], None]) -> Callable[[DictConfig], None
     return run
 
 
-def _members(content: DictConfig) -> list[tuple[TrainConfig, dict[str, Any]]]:
+def _members(content: DictConfig, told: list[str]) -> list[tuple[TrainConfig, dict[str, Any]]]:
     """The runs that a command asks for: one, or one for each of `seeds` and of a list of rates.
+
+    Args:
+        content: all settings.
+        told: the keys of those that the command line gave.
 
     Raises:
         ConfigError: lists of different lengths, or a setting that isn't valid.
@@ -221,9 +225,9 @@ def _members(content: DictConfig) -> list[tuple[TrainConfig, dict[str, Any]]]:
                 "no environment: expected env.id, such as env.id=Pendulum-v1, or a task, such as env=hopper"
             )
         if said["checkpoint"] is not None:
-            _go_on_from(said)
+            _go_on_from(said, told)
         said["agent"].pop("published", None)
-        _leave_out_anothers_options(said["agent"])
+        _leave_out_anothers_options(said["agent"], told)
         members.append((build(TrainConfig, said, "configuration"), said))
     if len({config.run_dir for config, _ in members}) == count:
         return members
@@ -237,7 +241,7 @@ def _members(content: DictConfig) -> list[tuple[TrainConfig, dict[str, Any]]]:
     return named
 
 
-def _go_on_from(said: dict[str, Any]) -> None:
+def _go_on_from(said: dict[str, Any], told: list[str]) -> None:
     """Take task, agent and dataset from the run that this one starts from, but for what the command says.
 
     Raises:
@@ -245,22 +249,20 @@ def _go_on_from(said: dict[str, Any]) -> None:
         ConfigError: the command chooses another agent.
     """
     import yaml
-    from hydra.core.hydra_config import HydraConfig
 
     from cpql.checkpoint import find_training
 
     run = find_training(Path(said["checkpoint"]))[0].parent
     before = yaml.safe_load((run / "config.yaml").read_text())
-    keys = [word.lstrip("+").partition("=")[0] for word in HydraConfig.get().overrides.task]
-    if "agent" in keys:
+    if "agent" in told:
         raise ConfigError(
             f"agent=...: the agent is that of checkpoint={said['checkpoint']}; agent.KEY=VALUE changes it"
         )
     for part in ("env", "agent", "dataset"):
-        if part in keys:
+        if part in told:
             continue
         chosen, said[part] = said[part], before[part]
-        for key in keys:
+        for key in told:
             if key.startswith(f"{part}."):
                 *path, last = key.split(".")[1:]
                 into, value = said[part], chosen
@@ -269,28 +271,28 @@ def _go_on_from(said: dict[str, Any]) -> None:
                 into[last] = value[last]
 
 
-def _leave_out_anothers_options(agent: dict[str, Any]) -> None:
-    """Drop default options, such as Consistency-AC's weight, that another chosen objective doesn't have."""
-    from cpql.agents import AGENTS
+def _leave_out_anothers_options(agent: dict[str, Any], told: list[str]) -> None:
+    """Drop settings, such as Consistency-AC's weight, that the objective which the command chose hasn't."""
     from cpql.consistency import OBJECTIVES, keywords
 
-    if agent["name"] not in AGENTS:
-        return  # an error, which is told later
-    default = AGENTS[agent["name"]].config_class().actor
-    actor = agent["actor"]
-    if actor["objective"] in OBJECTIVES and actor["objective"] != default.objective:
-        known = keywords(OBJECTIVES[actor["objective"]])
-        for option, value in default.objective_options.items():
-            if option not in known and actor["objective_options"].get(option) == value:
-                del actor["objective_options"][option]
+    actor, options = agent["actor"], "agent.actor.objective_options"
+    if "agent.actor.objective" not in told or options in told or actor["objective"] not in OBJECTIVES:
+        return  # an objective that doesn't exist is told later
+    known = keywords(OBJECTIVES[actor["objective"]])
+    for option in list(actor["objective_options"]):
+        if option not in known and f"{options}.{option}" not in told:
+            del actor["objective_options"][option]
 
 
 @_task
 def _train(content: DictConfig) -> None:
+    from hydra.core.hydra_config import HydraConfig
+
     from cpql.runs import group_summary
     from cpql.training import train_group
 
-    members = _members(content)
+    told = [word.lstrip("+").partition("=")[0] for word in HydraConfig.get().overrides.task]
+    members = _members(content, told)
     console = Console(soft_wrap=True)
     results = train_group(members, console)
     folders = [config.run_dir for config, _ in members]

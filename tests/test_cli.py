@@ -198,18 +198,18 @@ def test_help(script: str, tmp_path: Path) -> None:
     assert not left(tmp_path)
 
 
-def test_a_chosen_objective_goes_without_the_options_of_the_agents_own() -> None:
-    """Consistency-AC's are `ct`'s: `ect` has both, `meanflow` neither; what a user said stays."""
+def test_a_chosen_objective_goes_without_the_settings_that_it_hasnt() -> None:
+    """Consistency-AC's are `ct`'s: `ect` has both, `meanflow` neither; what the command says stays."""
+    chosen, options = "agent.actor.objective", "agent.actor.objective_options"
     own = {"weight": "interval", "scale": 100.0}
-    for objective, given, left in (
-        ("ct", own, own),
-        ("ect", own, own),
-        ("meanflow", {**own, "share": 0.5}, {"share": 0.5}),
-        ("meanflow", {"weight": "none"}, {"weight": "none"}),
+    for told, objective, left in (
+        ([], "meanflow", own),
+        ([chosen], "ct", own),
+        ([chosen], "ect", own),
+        ([chosen], "meanflow", {}),
+        ([chosen, f"{options}.weight"], "meanflow", {"weight": "interval"}),
+        ([chosen, options], "meanflow", own),
     ):
-        agent: dict[str, Any] = {
-            "name": "consistency_ac",
-            "actor": {"objective": objective, "objective_options": dict(given)},
-        }
-        cli._leave_out_anothers_options(agent)
+        agent: dict[str, Any] = {"actor": {"objective": objective, "objective_options": dict(own)}}
+        cli._leave_out_anothers_options(agent, told)
         assert agent["actor"]["objective_options"] == left

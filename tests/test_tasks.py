@@ -306,7 +306,7 @@ Composed = Callable[[str, str], TrainConfig]
 
 
 def built(content: DictConfig) -> TrainConfig:
-    ((config, _),) = cli._members(content)
+    ((config, _),) = cli._members(content, [])
     return config
 
 
