@@ -14,6 +14,7 @@ import yaml
 from numpy.typing import NDArray
 from torch import Tensor
 
+from cpql.consistency import OBJECTIVES
 from cpql.environments import make_task_environment
 from cpql.policy import Policy
 
@@ -35,9 +36,8 @@ def objectives(options: argparse.Namespace) -> dict[str, Any]:
         row = of_run(folder)
         rows = [old for old in rows if name(old) != name(row)] + [row]
     rows.sort(key=name)
-    for agent, updates in sorted({(row["agent"], row["budget"]["updates"]) for row in rows}):
-        alike = [r for r in rows if (r["agent"], r["budget"]["updates"]) == (agent, updates)]
-        print(f"\n{agent}, {updates:,} updates\n\n{table(alike)}")
+    for title, table in tables(rows).items():
+        print(f"\n{title}\n\n{table}")
     return {"episodes": EPISODES, "draws": DRAWS, "horizon": HORIZON, "runs": rows}
 
 
@@ -46,14 +46,27 @@ def name(row: dict[str, Any]) -> tuple[str, str, str, int, int]:
     return row["task"], row["agent"], row["objective"], row["budget"]["updates"], row["seed"]
 
 
+def tables(rows: list[dict[str, Any]]) -> dict[str, str]:
+    """A table for each agent and length of training, by title."""
+    kinds = sorted({(row["agent"], row["budget"]["updates"]) for row in rows})
+    return {
+        f"{agent}, {updates:,} updates": table(
+            [r for r in rows if (r["agent"], r["budget"]["updates"]) == (agent, updates)]
+        )
+        for agent, updates in kinds
+    }
+
+
 def table(rows: list[dict[str, Any]]) -> str:
-    """As Markdown: a line for each objective, in the order of their names; mean and spread over seeds."""
+    """As Markdown: a line for each objective, in the order of the docs; mean and spread over seeds."""
     columns = {"score": 1, "diversity": 2, "q_bias": 0}
     tasks = sorted({row["task"] for row in rows})
     lines = ["| objective | eta | " + " | ".join(f"{t}: score | diversity | Q bias" for t in tasks) + " |"]
     lines.append("|---" * (2 + len(columns) * len(tasks)) + "|")
-    for objective in sorted({row["objective"] for row in rows}):
+    for objective in OBJECTIVES:
         alike = [row for row in rows if row["objective"] == objective]
+        if not alike:
+            continue
         cells = [f"`{objective}`", f"{alike[0]['settings']['eta']:g}"]
         for task in tasks:
             seeds = [row for row in alike if row["task"] == task]
