@@ -186,11 +186,21 @@ def keep_results(options: argparse.Namespace) -> None:
         ]
         curve = [[e["step"], e["episodes"], round(e["score"], 2)] for e in evaluations]
         content = {"curve_of_step_episodes_score": curve, **result, "configuration": said}
-        precision = "" if said["precision"] == "fp32" else f"-{said['precision']}"
-        name = f"{result['task']}-{result['agent']}{precision}-seed{result['training_seed']}.json"
+        kind = "-".join((result["agent"], *unusual(said)))
+        name = f"{result['task']}-{kind}-seed{result['training_seed']}.json"
         lines = (f"{json.dumps(key)}: {json.dumps(value)}" for key, value in content.items())
         write_text(folder / name, "{\n" + ",\n".join(lines) + "\n}\n")
         print(f"benchmarks/results/{name}: {result['score']:.1f}")
+
+
+def unusual(said: dict[str, Any]) -> list[str]:
+    """What tells a run's kind from its agent's own: another objective than the paper's, another precision."""
+    from cpql.agents import AGENTS
+
+    objective = said["agent"]["actor"]["objective"]
+    precision = said.get("precision", "fp32")  # there was no other one at first
+    usual = {"fp32", AGENTS[said["agent"]["name"]].config_class().actor.objective}
+    return [what for what in (objective, precision) if what not in usual]
 
 
 def table() -> str:
@@ -207,8 +217,7 @@ def table() -> str:
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     cells: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for result in results:
-        precision = result["configuration"].get("precision", "fp32")  # there was no other one at first
-        agent = f"`{result['agent']}`" + ("" if precision == "fp32" else f", {precision}")
+        agent = ", ".join((f"`{result['agent']}`", *unusual(result["configuration"])))
         cells.setdefault((result["task"], agent), []).append(result)
     for (task, agent), runs in sorted(cells.items()):
         runs = sorted(runs, key=lambda run: int(run["training_seed"]))
