@@ -8,7 +8,16 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
-__all__ = ["CheckpointError", "ConfigError", "CpqlError", "DataError", "did_you_mean"]
+__all__ = [
+    "ActingError",
+    "CheckpointError",
+    "ConfigError",
+    "CpqlError",
+    "DataError",
+    "Interrupted",
+    "did_you_mean",
+    "printable",
+]
 
 
 class CpqlError(Exception):
@@ -31,6 +40,24 @@ class DataError(CpqlError):
 
 class CheckpointError(CpqlError):
     """A checkpoint or run folder that can't be read, or mustn't be written."""
+
+
+class ActingError(CpqlError):
+    """An environment that failed, or returned what isn't a finite number."""
+
+
+class Interrupted(CpqlError):
+    """The user stopped the run; it is saved."""
+
+    exit_code = 130
+
+
+def printable(text: str) -> str:
+    """Text from a file, a server or a path as a terminal may have it: control characters are spelled out.
+
+    Line breaks and tabs stay. Whoever prints it with rich adds `markup=False`.
+    """
+    return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
 
 
 def did_you_mean(name: str, options: Iterable[str]) -> str:

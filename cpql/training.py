@@ -24,8 +24,9 @@ from cpql.critic import TwinCritic
 from cpql.data import transforms
 from cpql.data.embedded import cache_folder
 from cpql.data.transitions import Batch, Provenance, Transitions
+from cpql.device import choose_device
 from cpql.environments import facts
-from cpql.errors import CheckpointError, ConfigError, CpqlError, did_you_mean
+from cpql.errors import CheckpointError, ConfigError, CpqlError, Interrupted, did_you_mean
 from cpql.evaluation import versions
 from cpql.logging import progress
 from cpql.online import Experience
@@ -101,12 +102,6 @@ class Dataset:
 
     def load_state_dict(self, state: dict[str, Tensor], member: int) -> None:
         """Nothing."""
-
-
-class Interrupted(CpqlError):
-    """The user stopped the run; it is saved."""
-
-    exit_code = 130
 
 
 def agent_config(config: TrainConfig) -> tuple[type[Agent], AgentConfig]:
@@ -212,19 +207,6 @@ def _stop_signal() -> Iterator[Callable[[], bool]]:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
-
-
-def choose_device(name: str) -> torch.device:
-    """`auto` is a GPU where there is one.
-
-    Raises:
-        ConfigError: cuda is asked for and there is none.
-    """
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("device=cuda: PyTorch finds no CUDA device here; use device=auto or device=cpu")
-    return torch.device(
-        "cuda" if name == "auto" and torch.cuda.is_available() else "cpu" if name == "auto" else name
-    )
 
 
 def load_data(config: TrainConfig, console: Console) -> tuple[Task, Transitions]:
