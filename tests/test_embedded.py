@@ -80,7 +80,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         counts.append(len(arguments))
         return [function(*each) for each in arguments]
 
-    monkeypatch.setattr(embedded, "_in_workers", here)
+    monkeypatch.setattr(embedded, "in_workers", here)
     return counts
 
 
@@ -410,7 +410,7 @@ def test_a_card_chooses_by_return(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
             made.append(Episodes(returns[thousand] + steps, np.full(count, 9)))
         return made
 
-    monkeypatch.setattr(embedded, "_in_workers", scripted)
+    monkeypatch.setattr(embedded, "in_workers", scripted)
     card = embedded.make_card(snapshots, tmp_path / "card" / "thing", "Hopper-v4", replay=8)
     roles = {entry["role"]: entry["step"] for entry in card["snapshots"]}
     # A third of 310 is 103: 25 thousand (110) is as near as 30 thousand (90) and has less spread; 45 thousand
