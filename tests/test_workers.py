@@ -76,7 +76,6 @@ def started(program: Path, **options: Any) -> subprocess.Popen[str]:
 @pytest.mark.parametrize(
     ("number", "group", "when"),
     [
-        (signal.SIGKILL, False, "starting"),
         (signal.SIGKILL, False, "acting"),
         (signal.SIGTERM, False, "acting"),
         (signal.SIGINT, False, "acting"),
