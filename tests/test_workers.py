@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -60,16 +62,16 @@ def children(pid: int) -> list[int]:
     return [child for child in every if (stat(child) or ("", 0))[1] == pid and alive(child)]
 
 
-def started(program: Path, **options: Any) -> subprocess.Popen[str]:
-    """A program in a process group of its own, as a shell starts it."""
-    return subprocess.Popen(
-        [sys.executable, str(program)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-        **options,
-    )
+@contextlib.contextmanager
+def started(count: int, *words: str) -> Iterator[tuple[subprocess.Popen[str], list[int]]]:
+    """A program in a process group of its own, as a shell starts it, and its first workers."""
+    pipe = subprocess.PIPE
+    command = [sys.executable, *words]
+    with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, start_new_session=True) as process:
+        while len(workers := children(process.pid)) < count:
+            assert process.poll() is None
+            time.sleep(0.01)
+        yield process, workers
 
 
 @processes
@@ -87,13 +89,9 @@ def started(program: Path, **options: Any) -> subprocess.Popen[str]:
 def test_workers_end_with_the_program(number: signal.Signals, group: bool, when: str, tmp_path: Path) -> None:
     program = tmp_path / "program.py"
     program.write_text(LONG)
-    with started(program) as process:
-        assert process.stdout is not None
-        while len(workers := children(process.pid)) < 2:
-            assert process.poll() is None
-            time.sleep(0.01)
+    with started(2, str(program)) as (process, workers):
         if when == "acting":
-            assert process.stdout.readline()
+            assert process.stdout is not None and process.stdout.readline()
         began = time.monotonic()
         (os.killpg if group else os.kill)(process.pid, number)
         _, said = process.communicate(timeout=60)
@@ -102,6 +100,18 @@ def test_workers_end_with_the_program(number: signal.Signals, group: bool, when:
         assert time.monotonic() - began < SECONDS
     assert said == ""
     assert process.returncode == (130 if number == signal.SIGINT else -number)
+
+
+@processes
+def test_the_command_leaves_nothing_behind(tmp_path: Path) -> None:
+    script, out = Path(__file__).parents[1] / "scripts" / "collect.py", tmp_path / "out" / "mine.hdf5"
+    words = (str(script), "dataset", "hopper-random", "--size", "2000000", "--out", str(out))
+    with started(1, *words) as (process, workers):
+        process.send_signal(signal.SIGINT)
+        said = process.communicate(timeout=60)
+        assert not any(map(alive, workers))
+    assert (process.returncode, *said) == (130, "", "interrupted\n")
+    assert list(out.parent.iterdir()) == []
 
 
 @pytest.mark.parametrize("way", ["file", "standard input"])

@@ -440,7 +440,8 @@ def train_behaviour(
         progress: called at each snapshot.
 
     Raises:
-        ConfigError: sbx isn't installed.
+        ConfigError: sbx isn't installed, or the environment can't be made.
+        DataError: the folder can't be made.
     """
     try:
         sac = importlib.import_module("sbx").SAC
@@ -448,7 +449,8 @@ def train_behaviour(
         raise ConfigError(
             f"training a behaviour needs sbx ({error}): pip install 'cpql[behaviours]'"
         ) from error
-    out.mkdir(parents=True, exist_ok=True)
+    made = make_environment(environment)
+    _make_folder(out)
     facts = {
         "environment": environment,
         "algorithm": "SAC (sbx)",
@@ -457,7 +459,7 @@ def train_behaviour(
         "versions": _versions("gymnasium", "mujoco", "numpy", "sbx-rl", "stable-baselines3", "jax"),
     }
     _write_json(out / "training.json", facts)
-    model = sac("MlpPolicy", make_environment(environment), seed=seed, **HYPERPARAMETERS)
+    model = sac("MlpPolicy", made, seed=seed, **HYPERPARAMETERS)
 
     def flat(tree: Any, prefix: str = "") -> dict[str, NDArray[np.float32]]:
         leaves: dict[str, NDArray[np.float32]] = {}
@@ -527,7 +529,7 @@ def make_card(
         The card, as written to `out/card.json`.
 
     Raises:
-        DataError: there are too few snapshots, or they can't be read.
+        DataError: there are too few snapshots, they can't be read, or the folder can't be made.
     """
     facts: dict[str, Any] = {
         "algorithm": "SAC (sbx)",
@@ -563,6 +565,7 @@ def make_card(
             f"{snapshots.name}: {len(steps)} trained snapshots: expected at least 2 of step-*.safetensors"
         )
     behaviours = {step: Behaviour.read(found[step]) for step in steps}
+    _make_folder(out)
 
     def evaluate(chosen: Sequence[int], count: int, sampled: bool, label: str) -> dict[int, Episodes]:
         def report(done: Sequence[int]) -> None:
@@ -659,6 +662,16 @@ def _versions(*packages: str) -> dict[str, str]:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[package] = importlib.metadata.version(package)
     return found
+
+
+def _make_folder(path: Path) -> None:
+    """Make a folder before the hours whose result goes there."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(
+            f"{path.name}: can't be made in {path.absolute().parent} ({error.strerror})"
+        ) from error
 
 
 def _write_behaviour(path: Path, behaviour: Behaviour) -> str:
