@@ -57,9 +57,15 @@ def alive(pid: int) -> bool:
     return found is not None and found[0] not in "ZX"
 
 
-def children(pid: int) -> list[int]:
-    every = [int(path.name) for path in PROC.iterdir() if path.name.isdigit()]
-    return [child for child in every if (stat(child) or ("", 0))[1] == pid and alive(child)]
+def workers_of(pid: int) -> list[int]:
+    """The workers that a process has; libraries start others as they are imported."""
+    found = []
+    for child in (int(path.name) for path in PROC.iterdir() if path.name.isdigit()):
+        if (stat(child) or ("", 0))[1] == pid and alive(child):
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+                if "cpql.data.workers" in (PROC / str(child) / "cmdline").read_text():
+                    found.append(child)
+    return found
 
 
 @contextlib.contextmanager
@@ -68,7 +74,7 @@ def started(count: int, *words: str) -> Iterator[tuple[subprocess.Popen[str], li
     pipe = subprocess.PIPE
     command = [sys.executable, *words]
     with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, start_new_session=True) as process:
-        while len(workers := children(process.pid)) < count:
+        while len(workers := workers_of(process.pid)) < count:
             assert process.poll() is None
             time.sleep(0.01)
         yield process, workers
@@ -216,7 +222,7 @@ def test_a_worker_that_was_killed_is_said_to_be() -> None:
     task = Task("pendulum", "Pendulum-v1", "", None, None)
 
     def kill(_: Any) -> None:
-        for worker in children(os.getpid()):
+        for worker in workers_of(os.getpid()):
             os.kill(worker, signal.SIGKILL)
 
     expected = (
@@ -226,4 +232,4 @@ def test_a_worker_that_was_killed_is_said_to_be() -> None:
     with pytest.raises(DataError) as caught:
         in_workers(rollout, [(task, None, steps, np.random.SeedSequence(0)) for steps in (5, 10**7)], 1, kill)
     assert str(caught.value) == expected
-    assert children(os.getpid()) == []
+    assert workers_of(os.getpid()) == []
