@@ -799,14 +799,14 @@ def test_a_d4rl_file_arrives_from_its_urls(
     # The host has a folder for each family, its mirror has none.
     monkeypatch.setattr(d4rl, "HOST", f"{server.url}/host/")
     monkeypatch.setattr(d4rl, "MIRROR", f"{server.url}/mirror/")
-    server["/mirror/Ant_maze_u-maze_sparse_fixed.hdf5"] = Page(content, length=length)
+    place = "elsewhere/hopper_full-v2.hdf5"
+    server[f"/host/{place}"] = Page(content, length=length)
     seen: list[tuple[str, int, int]] = []
-    place = "ant_maze_v2/Ant_maze_u-maze_sparse_fixed.hdf5"
-    path = d4rl.download("antmaze-umaze-v2", lambda *report: seen.append(report), path=place)
-    assert [asked.path for asked in server.asked] == [f"/host/{place}", f"/mirror/{path.name}"]
-    assert path == cache / "Ant_maze_u-maze_sparse_fixed.hdf5" and path.read_bytes() == content
+    path = d4rl.download("hopper-full-replay-v2", lambda *report: seen.append(report), path=place)
+    assert [asked.path for asked in server.asked] == [f"/mirror/{path.name}", f"/host/{place}"]
+    assert path == cache / "hopper_full-v2.hdf5" and path.read_bytes() == content
     size = len(content)
-    assert seen[-1] == ("download Ant_maze_u-maze_sparse_fixed.hdf5", size, size if length else 0)
+    assert seen[-1] == ("download hopper_full-v2.hdf5", size, size if length else 0)
     # Without a path D4RL's host is asked for the id's name.
     server[f"/host/gym_mujoco_v2/{NAME}"] = Page(content)
     assert d4rl.download("hopper-medium-v2") == cache / NAME
@@ -815,6 +815,10 @@ def test_a_d4rl_file_arrives_from_its_urls(
         d4rl.download("x-v2", path="a/b/")
     with pytest.raises(DataError, match="isn't a D4RL id"):
         d4rl.download("hopper")
+
+
+def test_d4rls_places_are_asked_by_https_first() -> None:
+    assert [url.partition(":")[0] for url in d4rl.urls("hopper-medium-v2")] == ["https", "http"]
 
 
 def test_an_own_mirror_is_asked_first(
@@ -840,6 +844,11 @@ def test_an_own_mirror_is_asked_first(
         ("half", "damaged"),
         ("none", "an empty file"),
         ("other", "none of D4RL's arrays"),
+        ("long", "'observations' has shape [4001, 11]: expected [4000, 11] of D4RL's hopper-medium-v2"),
+        ("wide", "'actions' has shape [4000, 6]: expected [4000, 3] of D4RL's hopper-medium-v2"),
+        ("few", "no 'actions': expected D4RL's hopper-medium-v2"),
+        ("marked", "carries 'cpql_origin', as cpql's own files do: expected D4RL's hopper-medium-v2"),
+        ("huge", "declares 100,000,000 bytes: expected at most 83,492,864"),
     ],
 )
 def test_what_is_no_d4rl_file_is_never_taken_for_one(
@@ -851,23 +860,43 @@ def test_what_is_no_d4rl_file_is_never_taken_for_one(
     kind: str,
     reason: str,
 ) -> None:
-    with h5py.File(tmp_path / "other.hdf5", "w") as file:
-        file["x"] = 1
+    def made(attributes: dict[str, str] | None = None, **shapes: tuple[int, ...]) -> bytes:
+        with h5py.File(tmp_path / "made.hdf5", "w") as file:
+            for key, shape in shapes.items():
+                file[key] = np.zeros(shape)
+            file.attrs.update(attributes or {})
+        return (tmp_path / "made.hdf5").read_bytes()
+
+    claim = {"cpql_origin": json.dumps({"source": "d4rl", "id": "hopper-medium-v2", "details": {}})}
     bodies = {
         "page": b"<html>Sorry</html>",
         "half": content[: len(content) // 2],
         "none": b"",
-        "other": (tmp_path / "other.hdf5").read_bytes(),
+        "other": made(x=()),
+        "long": made(observations=(4001, 11), actions=(4001, 3)),
+        "wide": made(observations=(4000, 11), actions=(4000, 6)),
+        "few": made(observations=(4000, 11)),
+        "marked": made(claim, observations=(4000, 11), actions=(4000, 3)),
+        "huge": content,
     }
-    monkeypatch.setattr(d4rl, "HOST", f"{server.url}/")
-    url = f"{server.url}/gym_mujoco_v2/{NAME}"
-    server[f"/gym_mujoco_v2/{NAME}"] = Page(bodies[kind])
+    monkeypatch.setattr(d4rl, "MIRROR", f"{server.url}/")
+    url = f"{server.url}/{NAME}"
+    said = {"Content-Length": "100000000"} if kind == "huge" else {}
+    server[f"/{NAME}"] = Page(bodies[kind], headers=said, length=not said)
     with pytest.raises(DataError) as caught:
-        d4rl.download("hopper-medium-v2")
+        d4rl.download("hopper-medium-v2", rows=4000)
     message = str(caught.value)
     assert message.startswith(f"{NAME} can't be downloaded from {url} ({reason}")
     assert message.endswith(f": put {NAME} into {cache} by hand") and "\n" not in message
     assert not cache.exists()
+    # What fits is taken, and where nobody knows how many rows there are, any number fits.
+    server[f"/{NAME}"] = Page(content)
+    d4rl.download("hopper-medium-v2", rows=4000)
+    if kind == "long":
+        (cache / NAME).unlink()
+        (cache / f"{NAME}.sha256").unlink()
+        server[f"/{NAME}"] = Page(bodies[kind])
+        d4rl.download("hopper-medium-v2")
 
 
 @pytest.mark.parametrize("folder", ["http://127.0.0.1:9/", "nonsense", "http://no.such.host.invalid/"])
