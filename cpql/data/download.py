@@ -291,7 +291,7 @@ class _Fetch:
         except urllib.error.HTTPError as error:
             error.close()
             raise _Refused(f"HTTP {error.code} {error.reason}", error.code) from error
-        except (OSError, http.client.HTTPException, ValueError) as error:
+        except (OSError, http.client.HTTPException, ValueError, OverflowError) as error:
             raise _Refused(_reason(error)) from error
         kind = response.headers.get_content_type()
         encoding = response.headers.get("Content-Encoding", "identity")
@@ -339,7 +339,11 @@ class _Fetch:
             with self.writing(total):
                 # Without a buffer closing writes nothing, and what is killed has lost nothing.
                 file = stack.enter_context(open(self.part, "ab", buffering=0))
-            while block := self.read(response.read1, BLOCK):
+            # Whatever follows the last byte isn't waited for.
+            while not total or done < total:
+                block = self.read(response.read1, min(BLOCK, total - done) if total else BLOCK)
+                if not block:
+                    break
                 with self.writing(total):
                     rest = memoryview(block)
                     while rest:
@@ -435,12 +439,14 @@ class _Pace:
     def __init__(self, patience: float) -> None:
         self.patience = patience
         self.in_file = False
-        self.waited, self.came, self.room = 0.0, 0, HEAD
+        self.waited, self.came = 0.0, 0
+        self.limit = self.room = HEAD
 
     def expect_file(self, most: int) -> None:
         """From here on comes the file: `most` bytes, with what chunks add to them."""
         self.in_file = True
-        self.waited, self.came, self.room = 0.0, 0, most
+        self.waited, self.came = 0.0, 0
+        self.limit = self.room = most
 
     def read(self, connection: socket.socket, raw: io.RawIOBase, buffer: Any) -> int:
         """Read what has come on a connection.
@@ -461,8 +467,8 @@ class _Pace:
         self.came += count
         self.room -= count
         if self.room < 0:
-            what = "more than the file may have" if self.in_file else f"more than {HEAD:,} bytes, and no file"
-            raise http.client.HTTPException(what)
+            what = "end" if self.in_file else "file"
+            raise http.client.HTTPException(f"no {what} within {self.limit:,} bytes")
         if self.in_file and self.waited >= self.patience:
             if self.came < SLOWEST * self.waited:
                 raise http.client.HTTPException(f"less than {SLOWEST} bytes a second")
@@ -649,4 +655,6 @@ def _sync_folder(folder: Path) -> None:
 
 def _reason(error: Exception) -> str:
     cause = error.reason if isinstance(error, urllib.error.URLError) else error
+    if type(cause) in (http.client.BadStatusLine, http.client.UnknownProtocol):
+        return f"expected an answer in HTTP/1, found '{cause}'"
     return str(getattr(cause, "strerror", None) or cause or type(cause).__name__)
