@@ -65,7 +65,7 @@ WIDTHS = {
     "relocate": (39, 30),
     "kitchen": (60, 9),
 }
-# Ant's rows, the widest, are some 1,200 bytes long, with all that is in its file.
+# Ant's rows, the widest, have some 230 numbers of 4 or 8 bytes, and what the simulator said besides.
 MOST_ROW_BYTES = 4096
 # Compressed floating-point data shrink a few times, sparse ones a few ten times; zeros a thousand times.
 MOST_EXPANSION = 100

@@ -74,8 +74,8 @@ def fetch(
         progress: called with bytes, some ten times a second.
         say: takes the line that another process is waited for.
         most: bytes that the file may have, whatever a server says or doesn't say.
-        connect_timeout: seconds until a connection must stand, for each address of a host. Looking up its
-            name takes as long as the system lets it.
+        connect_timeout: seconds until a connection must stand, for each address of a host, and again for TLS.
+            Looking up its name takes as long as the system lets it.
         read_timeout: seconds that a server has for all that comes before the file: headers, redirections, a
             proxy's answer. From then on, seconds of silence that end a connection; so does less than 1 KiB a
             second for as long.
