@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from cpql.consistency import (
@@ -30,6 +31,7 @@ from cpql.consistency import (
 from cpql.errors import ConfigError, did_you_mean
 from cpql.folded import pick
 from cpql.networks import MLP, TimeEmbedding
+from cpql.ranges import Positive, Widths
 
 __all__ = ["ActorConfig", "ConsistencyActor", "choose"]
 
@@ -58,21 +60,21 @@ class ActorConfig:
         dropout: share of the hidden units left out in the objective's loss, the same ones on both sides of a
             target; iCT and ECT have it for images.
         hidden: widths of the hidden layers.
-        time_width: width of the time embedding.
+        time_width: width of the time embedding, an even number.
     """
 
     objective: str = "denoise"
     objective_options: dict[str, Any] = field(default_factory=dict)
     parameterisation: Literal["auto", "edm", "unscaled", "trig", "flow", "average"] = "auto"
-    t_min: float = 0.002
-    t_max: float = 80.0
-    refinements: tuple[float, ...] = ()
-    sigma_data: float = 0.5
+    t_min: Positive = 0.002
+    t_max: Positive = 80.0
+    refinements: tuple[Positive, ...] = ()
+    sigma_data: Positive = 0.5
     clamp: Literal["end", "inside"] = "end"
     action_norm: bool = False
-    dropout: float = 0.0
-    hidden: tuple[int, ...] = (256, 256, 256)
-    time_width: int = 16
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    hidden: Widths = (256, 256, 256)
+    time_width: Annotated[int, Field(ge=4, le=1024, multiple_of=2)] = 16
 
     def __post_init__(self) -> None:
         if self.objective not in OBJECTIVES:
@@ -119,8 +121,6 @@ class ActorConfig:
             raise ConfigError(f"objective_options: {error}") from None
         if self.refinements and self.objective == "distill":
             raise ConfigError("objective=distill learns one step: it has no refinements")
-        if not 0.0 <= self.dropout < 1.0:
-            raise ConfigError(f"dropout must be in [0, 1), found {self.dropout}")
         if not 0.0 < self.t_min < self.t_max:
             raise ConfigError(f"noise levels need 0 < t_min < t_max, found {self.t_min} and {self.t_max}")
         previous = self.t_max

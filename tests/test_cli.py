@@ -162,7 +162,7 @@ def test_evaluate_errors(tmp_path: Path) -> None:
     for words, message in (
         ((), "checkpoint=... is missing"),
         (("checkpoint=nowhere",), "nowhere: does not exist"),
-        (("checkpoint=.", "episodes=0"), "episodes=0: expected at least 1"),
+        (("checkpoint=.", "episodes=0"), "episodes: Input should be greater than or equal to 1, found 0"),
         (("chekpoint=.",), "unknown setting 'chekpoint': did you mean checkpoint"),
     ):
         done = run("evaluate.py", *words, folder=tmp_path)
