@@ -206,12 +206,21 @@ def _main(config_name: str, task: Callable[[DictConfig], None]) -> None:
     with _in_one_line("traceback=true" in sys.argv):
         if isinstance(sys.stdout, io.TextIOWrapper):
             sys.stdout.reconfigure(errors="backslashreplace")  # not every encoding has a ±
+        _check_home()
         _register()
         # An objective's own settings depend on which it is: ++ lets Hydra take any, ActorConfig checks them.
         own = "agent.actor.objective_options."
         sys.argv[1:] = [f"++{word}" if word.startswith(own) else word for word in sys.argv[1:]]
         _check_words(config_name, sys.argv[1:])
         hydra.main(config_path=str(config_folder()), config_name=config_name, version_base="1.3")(task)()
+
+
+def _check_home() -> None:
+    """See to it that there is a home, where data and what was compiled are looked for and kept."""
+    try:
+        Path.home()
+    except RuntimeError:
+        raise ConfigError("HOME isn't set, and this user has no name: set HOME to a folder") from None
 
 
 def _task(function: Callable[[DictConfig], None]) -> Callable[[DictConfig], None]:

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 
@@ -526,6 +527,45 @@ def test_evaluating_elsewhere_has_no_score(command: Command, checkpoint: str) ->
     assert content["note"] in done.out and "id=Hopper-v5 isn't hopper-medium's own" in content["note"]
 
 
+# A run that another one starts from
+
+
+@pytest.fixture
+def before(saved: Path, tmp_path: Path) -> Path:
+    """The folder of a run with one checkpoint, without its configuration."""
+    step = tmp_path / "before" / "checkpoints" / "step_00000005"
+    shutil.copytree(saved, step)
+    (step / "training").mkdir()
+    (step / "training" / "state.json").write_text("{}")
+    (step.parent / "last").symlink_to(step.name)
+    return tmp_path / "before"
+
+
+def test_the_name_of_an_agent_comes_from_the_run_that_it_comes_from(
+    before: Path, contents: dict[str, DictConfig]
+) -> None:
+    content = contents["online"].copy()
+    parts = OmegaConf.to_container(contents["offline"], resolve=True)
+    assert isinstance(parts, dict)
+    parts = {key: parts[key] for key in ("env", "agent", "dataset")}
+    content.checkpoint = str(before)
+    for said, name in (({"configuration": "recommended"}, "recommended"), ({}, "")):
+        (before / "config.yaml").write_text(yaml.safe_dump(parts | said))
+        ((config, told),) = cli._members(content, [])
+        assert config.configuration == told["configuration"] == name
+        assert config.env.name == "hopper-medium"
+
+
+@pytest.mark.parametrize("text", [None, "", "[", "a: 1", "\udce9"], ids=repr)
+def test_a_configuration_that_cannot_be_read_is_one_line(
+    text: str | None, before: Path, command: Command
+) -> None:
+    if text is not None:
+        (before / "config.yaml").write_bytes(text.encode(errors="surrogateescape"))
+    done = command("train", "mode=finetune", f"checkpoint={before}")
+    assert done.is_one_line("before/config.yaml: no readable configuration of a run"), done
+
+
 # Text
 
 STRANGE = "[red]a [rows, width] \x1b[2J"
@@ -620,3 +660,14 @@ def test_what_the_system_refuses_is_one_line(
                     command(*words, "--traceback")
             else:
                 assert "Traceback" in command(*words, "traceback=true").err
+
+
+def test_without_any_home_it_is_said_what_to_set(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    import pwd
+
+    def nobody(user: int) -> None:
+        raise KeyError(user)
+
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr(pwd, "getpwuid", nobody)
+    assert command("train").is_one_line("HOME isn't set, and this user has no name: set HOME to a folder")
