@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -93,6 +94,11 @@ class ActorConfig:
                     f"objective_options: {option} {value!r} does not exist: "
                     f"{did_you_mean(str(value), get_args(types[option]))}"
                 )
+            kinds = (types[option], *get_args(types[option]))
+            if int in kinds and not (type(value) is int and value >= (option != "grid")):
+                raise ConfigError(f"objective_options: {option}: expected a count, found {value!r}")
+            if float in kinds and not (value is None or _is_finite(value)):
+                raise ConfigError(f"objective_options: {option}: expected a finite number, found {value!r}")
         for key, choices in (
             ("clamp", ("end", "inside")),
             ("parameterisation", ("auto", *PARAMETERISATIONS)),
@@ -145,6 +151,10 @@ class ActorConfig:
         """The consistency function of an actor's network F."""
         parameterisation = Parameterisation(self.kind, self.sigma_data, self.t_min)
         return consistency_function(network, parameterisation, 1.0 if self.clamp == "inside" else None)
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
 
 
 class _Network(nn.Module):

@@ -227,7 +227,7 @@ def _task(function: Callable[[DictConfig], None]) -> Callable[[DictConfig], None
     """Carry errors past Hydra, which would print its own account of them."""
 
     def run(content: DictConfig) -> None:
-        with _in_one_line(content.traceback):
+        with _in_one_line(content.traceback is True):
             function(content)
 
     return run
@@ -257,7 +257,9 @@ def _members(content: DictConfig, told: list[str]) -> list[tuple[TrainConfig, di
         )
     count = len(next(iter(lists.values()))) if lists else 1
     for key, values in lists.items():
-        if len(values) != count or not values:
+        if not values:
+            raise ConfigError(f"{key}=[]: expected a value for each member, found none")
+        if len(values) != count:
             raise ConfigError(f"{key}={values}: {len(values)} values: expected {count}, one for each member")
     members = []
     for k in range(count):
