@@ -185,7 +185,7 @@ def _in_one_line(traceback: bool) -> Iterator[None]:
         return
     try:
         yield
-        sys.stdout.flush()
+        print(end="", flush=True)
     except CpqlError as error:
         _ends(error)
     except KeyboardInterrupt:
@@ -193,7 +193,7 @@ def _in_one_line(traceback: bool) -> Iterator[None]:
     except OSError as error:
         where = error.filename
         try:
-            sys.stdout.flush()
+            print(end="", flush=True)
         except OSError:  # nobody reads it any more, or its disk is full: Python would say so once more
             where = "standard output"
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -43,7 +43,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     try:
         code = int(options.run(options) or 0)
-        sys.stdout.flush()
+        print(end="", flush=True)
         return code
     except CpqlError as error:
         if options.traceback:
@@ -183,7 +183,7 @@ def list_tasks(options: argparse.Namespace) -> None:
     rows = [_facts(tasks[name]) for name in names]
     if options.json:
         print(json.dumps(rows, indent=2))
-    elif sys.stdout.isatty():
+    elif sys.stdout and sys.stdout.isatty():
         _print_table(rows)
     else:
         print("name", "transitions", "d4rl", "minari", "here", "note", sep="\t")
