@@ -48,8 +48,8 @@ from numpy.typing import NDArray
 from cpql.data.d4rl import MOST_EXPANSION, ORIGIN, UNSUSPICIOUS_BYTES, origin, origin_of
 from cpql.data.transitions import TimeLimits, Transitions
 from cpql.environments import action_bounds, make_environment
-from cpql.errors import DataError
-from cpql.tasks import Task
+from cpql.errors import ConfigError, DataError
+from cpql.tasks import Task, check_options
 
 __all__ = [
     "ARRAYS",
@@ -510,10 +510,20 @@ def _environment(about: Mapping[str, Any]) -> tuple[str, dict[str, Any], list[st
             )
         # How the collector looked at it is nothing that evaluation should repeat.
         options = {name: value for name, value in options.items() if name != "render_mode"}
+        _check_options(about, key, options)
         if isinstance(steps, int):
             options["max_episode_steps"] = steps
-        return id, options, [str(wrapper.get("name")) for wrapper in wrappers if isinstance(wrapper, dict)]
+        names = (str(wrapper.get("name")) for wrapper in wrappers if isinstance(wrapper, dict))
+        return id, options, [name for name in names if name.isidentifier()]  # as a class's name is
     return None
+
+
+def _check_options(about: Mapping[str, Any], key: str, options: Mapping[str, Any]) -> None:
+    """Refuse options of an environment that a file mustn't have."""
+    try:
+        check_options("options", options)
+    except ConfigError as error:
+        raise DataError(f"{about['dataset_id']}: '{key}' in {ABOUT}: {error}") from None
 
 
 def references(where: Where) -> tuple[float, float] | None:
@@ -601,6 +611,7 @@ def _how(about: Mapping[str, Any], observation: tuple[str, ...]) -> dict[str, An
     texts = isinstance(parts, list | tuple) and all(isinstance(part, str) for part in parts)
     if not (texts and isinstance(reset, dict)):
         raise DataError(f"{about['dataset_id']}: '{HOW}' in {ABOUT} is damaged: expected what cpql wrote")
+    _check_options(about, HOW, reset)
     return {"observation": tuple(parts), "reset_options": reset}
 
 
