@@ -23,7 +23,7 @@ import math
 import re
 import struct
 import zipfile
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from os import PathLike
 from pathlib import Path
 from types import ModuleType
@@ -39,6 +39,7 @@ MOST_DIRECTORY_BYTES = 1 << 20
 MOST_HEAD_BYTES = 4 << 20
 MOST_STEPS = 1_000
 MOST_CANDIDATES = 10_000
+LARGEST = 1e30  # of a weight: float32 ends at 3e38, which products of a few larger ones reach
 # How numpy writes the type and shape of what `FoldedPolicy.save` gives it.
 HEADER = re.compile(
     rb"\{'descr': '(<f4|<U\d+)', 'fortran_order': False, 'shape': \(((?:\d+, ?)*\d*)\), \} *\n", re.ASCII
@@ -101,19 +102,23 @@ class FoldedActor:
         Returns:
             Actions [..., A].
         """
+        return self._unclamped(observation, noise, xp).clip(-1.0, 1.0)
+
+    def _unclamped(self, observation: Any, noise: Any, xp: ModuleType) -> Any:
+        """What the last step makes, before it is clamped."""
         shared = observation @ self.state_weight + self.state_bias
         x: Any = None
         for k, step in enumerate(self.steps):
             z = step.spread * noise[k]
+            if self.inside and x is not None:
+                x = x.clip(-1.0, 1.0)
             if self.tanh:
                 x = xp.tanh(z if x is None else xp.arctanh(x.clip(-0.999, 0.999)) + z)
             else:
                 x = z if x is None else x + z
             y = _layers(x @ step.weight + (shared + step.bias), self.layers, xp)
             x = step.c_skip * x + step.c_out * y
-            if self.inside:
-                x = x.clip(-1.0, 1.0)
-        return x if self.inside else x.clip(-1.0, 1.0)
+        return x
 
     def scale(self, action: Any) -> Any:
         """Actions in [-1, 1] as the environment wants them."""
@@ -124,14 +129,17 @@ class FoldedActor:
         return self.scale(self.sample(observation, noise, xp))
 
     def finite(self) -> bool:
-        """Whether numpy's arrays give finite actions, for observations and noise ten times the usual size."""
+        """Whether numpy's arrays overflow nowhere, for observations and noise ten times the usual size."""
+        # Of so few rows BLAS makes no work for a second thread, which would take longer.
         random = np.random.default_rng(0)
         observation, noise = (
             10.0 * random.standard_normal(shape, np.float32)
-            for shape in ((16, len(self.state_weight)), (len(self.steps), 16, len(self.low)))
+            for shape in ((4, len(self.state_weight)), (len(self.steps), 4, len(self.low)))
         )
+        # Each step alone too: a clamp between them would hide an infinity.
+        actors = (self, *(replace(self, steps=(step,)) for step in self.steps))
         with np.errstate(all="ignore"):
-            return bool(np.isfinite(self(observation, noise)).all())
+            return all(np.isfinite(actor._unclamped(observation, noise, np)).all() for actor in actors)
 
     def to(self, device: Any) -> FoldedActor:
         """The same with tensors on a torch device in the place of numpy's arrays.
@@ -302,7 +310,8 @@ def load(path: str | PathLike[str]) -> FoldedPolicy:
         try:
             return _policy(_read(file))
         except Exception as error:
-            reason = " ".join(str(error).split()) or type(error).__name__
+            reason = f"no {error}" if isinstance(error, KeyError) else str(error) or type(error).__name__
+            reason = " ".join(reason.split())
             raise ValueError(f"{Path(path)}: not an exported policy: {reason[:500]}") from error
 
 
@@ -343,8 +352,8 @@ def _array(name: str, content: bytes) -> Any:
             raise ValueError(f"{name[:100]}: expected at most {MOST_HEAD_BYTES:,} bytes, found {len(body):,}")
         return body.decode("utf-32-le")
     array = np.frombuffer(body, "<f4").reshape(shape).copy()
-    if not np.isfinite(array).all():
-        raise ValueError(f"{name[:100]}: expected finite numbers, found others")
+    if not (np.abs(array) <= LARGEST).all():
+        raise ValueError(f"{name[:100]}: expected finite numbers of at most {LARGEST:g}, found others")
     return array
 
 
@@ -366,13 +375,12 @@ def _policy(arrays: dict[str, Any]) -> FoldedPolicy:
     def take(name: str, *shape: int | None) -> Any:
         """An array of this shape; None is any number."""
         array = arrays.pop(name)
-        found = list(array.shape) if isinstance(array, np.ndarray) else "a text"
-        if (
-            len(found) != len(shape)
-            or 0 in found
-            or any(n not in (None, m) for n, m in zip(shape, found, strict=True))
-        ):
-            raise ValueError(f"{name}: expected shape {list(shape)}, found {found}")
+        found = np.shape(array)
+        fits = len(found) == len(shape) and all(
+            m > 0 and n in (None, m) for n, m in zip(shape, found, strict=True)
+        )
+        if not fits:
+            raise ValueError(f"{name}: expected shape {list(shape)}, found {list(found)}")
         return array
 
     def layers(prefix: str, width: int, outputs: int) -> tuple[Layer, ...]:
@@ -414,10 +422,10 @@ def _policy(arrays: dict[str, Any]) -> FoldedPolicy:
         critic = FoldedCritic(*zip(*parts, strict=True))
     if arrays:
         raise ValueError(f"expected no more arrays, found {', '.join(arrays)}")
-    with np.errstate(over="ignore"):
-        bounds = (span > 0) & np.isfinite(low + span)
-    if not bounds.all() or not actor.finite():
-        raise ValueError("expected finite actions in bounds: its arrays overflow, or its bounds are none")
+    if not (span > 0).all():
+        raise ValueError("actor.span: expected upper bounds above the lower ones")
+    if not actor.finite():
+        raise ValueError("expected finite actions, found products that overflow")
     return FoldedPolicy(actor, critic, candidates, temperature, description)
 
 

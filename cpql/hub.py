@@ -147,7 +147,8 @@ def card(config: PolicyConfig, result: Mapping[str, Any] | None, name: str) -> s
     task, origin = config.task, config.origin
     agent = str(origin.get("agent", "unknown"))
     measured = result is not None and result.get("return_mean") is not None
-    offline = origin.get("data", {}).get("source") != "online"
+    data = origin.get("data")
+    offline = not isinstance(data, Mapping) or data.get("source") != "online"
     tags = [
         "reinforcement-learning",
         *(["offline-reinforcement-learning"] if offline else []),

@@ -25,7 +25,7 @@ from cpql.critic import TwinCritic
 from cpql.device import choose_device
 from cpql.errors import CheckpointError, ConfigError
 from cpql.export import fold, fold_critic
-from cpql.folded import FoldedActor, FoldedCritic
+from cpql.folded import LARGEST, MOST_CANDIDATES, MOST_STEPS, FoldedActor, FoldedCritic
 from cpql.hub import (
     PREFIX,
     card,
@@ -45,10 +45,7 @@ FORMAT = 1
 # A policy may be a stranger's, and it says itself how large it is.
 MOST_WIDTH = 1 << 20
 MOST_LAYERS = 100
-MOST_STEPS = 1_000
-MOST_CANDIDATES = 10_000
 MOST_HEADER_BYTES = 1 << 20
-LARGEST = float(np.finfo(np.float32).max) / 2  # of a bound or a mean: differences of two are finite
 SMALLEST = float(np.finfo(np.float32).tiny)
 
 
@@ -120,8 +117,7 @@ class PolicyConfig:
                 raise ConfigError(f"{key}: expected {width:,} values, found {len(values):,}")
             for value in values:
                 if not least <= value <= LARGEST:
-                    what = "a finite number" if least < 0 else "a finite number above 0"
-                    raise ConfigError(f"{key}: expected {what}, found {value}")
+                    raise ConfigError(f"{key}: expected a number in [{least:g}, {LARGEST:g}], found {value}")
         for low, high in zip(self.action_low, self.action_high, strict=True):
             if not low < high:
                 raise ConfigError(
@@ -416,8 +412,10 @@ def _read_weights(path: Path, shapes: Mapping[str, list[int]], sha256: Any) -> d
             )
     weights = {name: tensor.clone() for name, tensor in load_file(path).items()}  # no longer the file's
     for name, tensor in weights.items():
-        if not tensor.isfinite().all():
-            raise CheckpointError(f"{path}: {name}: expected finite numbers, found others")
+        if not tensor.abs().max() <= LARGEST:
+            raise CheckpointError(
+                f"{path}: {name}: expected finite numbers of at most {LARGEST:g}, found others"
+            )
     return weights
 
 
@@ -433,7 +431,7 @@ def _check_actions(policy: Policy) -> None:
     except ArithmeticError:
         finite = False
     if not finite:
-        raise CheckpointError(f"{policy.folder}: expected finite actions: its weights or settings overflow")
+        raise CheckpointError(f"{policy.folder}: expected finite actions, found products that overflow")
 
 
 def find_policy(name: str | Path) -> Path:
