@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -326,7 +327,7 @@ class Policy:
                 such device.
             CheckpointError: there is no such policy, or it can't be read. Nothing is unpickled.
         """
-        if Path(name).exists() or not looks_like_an_id(str(name)):
+        if os.path.exists(name) or not looks_like_an_id(str(name)):
             if revision is not None:
                 raise ConfigError(f"revision={revision}: {name} is a folder, which has none")
             return cls.load(name, device)
@@ -391,7 +392,10 @@ def _read_weights(path: Path, shapes: Mapping[str, list[int]], sha256: Any) -> d
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
     if length > MOST_HEADER_BYTES:
-        raise CheckpointError(f"{path}: a header of {length:,} bytes: expected at most {MOST_HEADER_BYTES:,}")
+        raise CheckpointError(
+            f"{path}: no readable policy: a header of {length:,} bytes, "
+            f"expected at most {MOST_HEADER_BYTES:,}"
+        )
     with safe_open(path, "pt") as header:
         parts = {name: header.get_slice(name) for name in header.keys()}
         found = {name: f"{part.get_dtype()} {part.get_shape()}" for name, part in parts.items()}
@@ -443,9 +447,14 @@ def find_policy(name: str | Path) -> Path:
     """
     path = download(name) if isinstance(name, str) and name.startswith(PREFIX) else Path(name)
     for folder in (path, path / "policy", path / "last" / "policy", path / "checkpoints" / "last" / "policy"):
-        if (folder / "config.json").is_file() and (folder / "model.safetensors").is_file():
+        # Not by pathlib, which raises what these take for no: a name that is too long, a folder that is closed.
+        if os.path.isfile(folder / "config.json") and os.path.isfile(folder / "model.safetensors"):
             return folder
-    kind = "holds no policy (policy/config.json and model.safetensors)" if path.is_dir() else "does not exist"
+    kind = (
+        "holds no policy (policy/config.json and model.safetensors)"
+        if os.path.isdir(path)
+        else "does not exist"
+    )
     hint = "; give a run's folder or one of its checkpoints"
     if looks_like_an_id(str(name)):
         hint += f", or {PREFIX}{name} for the Hub's"

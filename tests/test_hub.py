@@ -167,6 +167,9 @@ def test_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         CheckpointError, match=r"runs/hoper: does not exist; .* or hf://runs/hoper for the Hub's"
     ):
         Policy.load("runs/hoper")
+    for load in (Policy.load, Policy.from_pretrained):
+        with pytest.raises(CheckpointError, match="x: does not exist; give a run's folder"):
+            load("x" * 5_000)
 
 
 def test_without_the_package(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -569,7 +569,7 @@ def test_a_header_has_an_end(tmp_path: Path) -> None:
     folder = saved(tmp_path / "policy")
     model = folder / "model.safetensors"
     model.write_bytes(struct.pack("<Q", 90 << 20) + model.read_bytes()[8:])
-    refused(folder, f"{model}: a header of 94,371,840 bytes: expected at most 1,048,576")
+    refused(folder, f"{model}: no readable policy: a header of 94,371,840 bytes, expected at most 1,048,576")
 
 
 def test_fresh_policies_draw_noise_of_their_own() -> None:
