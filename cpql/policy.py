@@ -447,7 +447,7 @@ def find_policy(name: str | Path) -> Path:
     """
     path = download(name) if isinstance(name, str) and name.startswith(PREFIX) else Path(name)
     for folder in (path, path / "policy", path / "last" / "policy", path / "checkpoints" / "last" / "policy"):
-        # Not by pathlib, which raises what these take for no: a name that is too long, a folder that is closed.
+        # Where a name is too long or a folder closed, os.path says no, and pathlib raises.
         if os.path.isfile(folder / "config.json") and os.path.isfile(folder / "model.safetensors"):
             return folder
     kind = (
