@@ -39,7 +39,7 @@ MOST_DIRECTORY_BYTES = 1 << 20
 MOST_HEAD_BYTES = 4 << 20
 MOST_STEPS = 1_000
 MOST_CANDIDATES = 10_000
-LARGEST = 1e30  # of a weight: float32 ends at 3e38, which products of a few larger ones reach
+LARGEST = 1e10  # of a weight: float32 ends at 3e38, which products of much larger ones reach
 # How numpy writes the type and shape of what `FoldedPolicy.save` gives it.
 HEADER = re.compile(
     rb"\{'descr': '(<f4|<U\d+)', 'fortran_order': False, 'shape': \(((?:\d+, ?)*\d*)\), \} *\n", re.ASCII

@@ -6,6 +6,7 @@ came of them.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import importlib
 import io
@@ -116,13 +117,13 @@ def swapped(about: dict[str, Any], r: random.Random) -> bytes:
         inside, key = r.choice(places(about))
         what = r.random()
         if what < 0.1 and isinstance(inside, dict):
-            inside["another"] = r.choice(VALUES)
+            inside["another"] = copy.deepcopy(r.choice(VALUES))
         elif what < 0.2:
             del inside[key]
         elif what < 0.3 and isinstance(inside[key], int | float):
             inside[key] = inside[key] * r.choice((-1, 2, 0.5, 1e3, 1e12)) + r.choice((0, 1, -1))
         else:
-            inside[key] = r.choice(VALUES)
+            inside[key] = copy.deepcopy(r.choice(VALUES))
     return text_of(about, r.choice((20, 40, 900, 100_000)))
 
 
@@ -489,7 +490,7 @@ def refused(folder: Path, text: str) -> None:
             {"action_high": [1.0, -2.0]},
             "action_low, action_high: expected the lower first, found -2.0 and -2.0",
         ),
-        ({"action_high": [1.0, 1e39]}, "action_high: expected a number in [-1e+30, 1e+30], found 1e+39"),
+        ({"action_high": [1.0, 1e39]}, "action_high: expected a number in [-1e+10, 1e+10], found 1e+39"),
         ({"observation_mean": [0.0] * 5}, "observation_std: expected 5 values, found 0"),
         (
             {"observation_mean": [0.0] * 4, "observation_std": [1.0] * 4},
@@ -557,12 +558,12 @@ def test_damage_is_noticed_by_the_checksum(tmp_path: Path) -> None:
     assert Policy.load(folder).predict(np.zeros(S))[0].shape == (A,)
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e31])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e11])
 def test_weights_that_are_no_numbers_are_refused(value: float, tmp_path: Path) -> None:
     policy = made()
     policy.critic.q.layers[0].bias.data[0] = value  # type: ignore[operator]
     policy.save(tmp_path / "policy")
-    refused(tmp_path / "policy", "critic.q.layers.0.bias: expected finite numbers of at most 1e+30")
+    refused(tmp_path / "policy", "critic.q.layers.0.bias: expected finite numbers of at most 1e+10")
 
 
 def test_a_header_has_an_end(tmp_path: Path) -> None:
@@ -626,7 +627,7 @@ def headed(**changes: Any) -> bytes:
         ({"actor.span": npy(np.zeros(2, "f4"))}, "actor.span: expected upper bounds above the lower ones"),
         (
             {"actor.span": npy(np.full(2, np.nan, "f4"))},
-            "actor.span: expected finite numbers of at most 1e+30",
+            "actor.span: expected finite numbers of at most 1e+10",
         ),
         (
             {"actor.layers.0.bias": npy(np.ones((1, 2), "f4"))},
