@@ -244,6 +244,7 @@ def _members(content: DictConfig, told: list[str]) -> list[tuple[TrainConfig, di
         ConfigError: lists of different lengths, or a setting that isn't valid.
     """
     from cpql.agents import BY_MEMBER
+    from cpql.environments import import_environment
 
     lists = {f"agent.{name}": OmegaConf.select(content, f"agent.{name}") for name in BY_MEMBER}
     lists = {key: list(value) for key, value in lists.items() if OmegaConf.is_list(value)}
@@ -261,6 +262,8 @@ def _members(content: DictConfig, told: list[str]) -> list[tuple[TrainConfig, di
             raise ConfigError(f"{key}=[]: expected a value for each member, found none")
         if len(values) != count:
             raise ConfigError(f"{key}={values}: {len(values)} values: expected {count}, one for each member")
+    if "env.id" in told and content.env.id is not None:
+        OmegaConf.update(content, "env.id", import_environment(content.env.id))
     members = []
     for k in range(count):
         own = content.copy()
@@ -413,6 +416,7 @@ def _evaluate(content: DictConfig) -> None:
 
     from cpql.checkpoint import write_text
     from cpql.device import choose_device
+    from cpql.environments import import_environment
     from cpql.evaluation import evaluate as run
     from cpql.policy import Policy, find_policy
 
@@ -431,7 +435,7 @@ def _evaluate(content: DictConfig) -> None:
     _acts_by(policy, config)
     task = policy.config.task
     if config.env_id is not None:
-        task = with_own_references(dataclasses.replace(task, id=config.env_id), task)
+        task = with_own_references(dataclasses.replace(task, id=import_environment(config.env_id)), task)
     beside = _beside(config.checkpoint, folder) / _file_of(policy, task, config)
     out = Path(config.out) if config.out is not None else beside
     _check_writable(out)

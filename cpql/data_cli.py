@@ -354,11 +354,13 @@ def _own_path(what: str) -> Path:
 def _task(name: str) -> Task:
     """The task that --env names, or one made of a Gymnasium id."""
     from cpql.config import load_task, task_names
+    from cpql.environments import import_environment
     from cpql.tasks import Task
 
     if name in task_names() or not re.search(r"-v\d+$", name):
         return load_task(name)
-    return Task(name=name, id=name, dataset=name, random_return=None, expert_return=None)
+    id = import_environment(name)
+    return Task(name=id, id=id, dataset=id, random_return=None, expert_return=None)
 
 
 def _environment_facts(task: Task) -> tuple[tuple[int, int], Reading]:

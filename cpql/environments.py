@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import io
 import math
+import re
 import sys
 import warnings
 from collections.abc import Iterator
@@ -24,6 +26,7 @@ __all__ = [
     "TaskEnvironment",
     "action_bounds",
     "facts",
+    "import_environment",
     "make_environment",
     "make_task_environment",
     "widths",
@@ -37,22 +40,62 @@ CONTROL = "dm_control/"
 ROBOTICS = ("AdroitHand", "AntMaze", "Fetch", "FrankaKitchen", "PointMaze")
 
 
-def make_environment(id: str, **options: Any) -> gymnasium.Env[Any, Any]:
+def import_environment(id: str) -> str:
+    """Import the module of `MODULE:ID`, which registers environments, and give the id alone.
+
+    This runs the module's code. So it is for what the user types, never for an id that was read from a file:
+    what is stored is the id alone, and `make_environment` takes no other.
+
+    Args:
+        id: `MODULE:ID`, or an id alone, which is given back as it is.
+
+    Raises:
+        ConfigError: there is no such module, it fails, or it registers no such environment.
+    """
+    module, colon, bare = id.rpartition(":")
+    if not colon:
+        return id
+    if not re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)*", module):
+        raise ConfigError(f"environment {id!r}: expected MODULE:ID, such as my_package.environments:Mine-v0")
+    try:
+        importlib.import_module(module)
+    except Exception as error:
+        raise ConfigError(f"environment {id!r}: its module can't be imported: {_reason(error)}") from error
+    if bare not in gymnasium.registry:
+        raise ConfigError(
+            f"environment {id!r}: {module} registers no {bare!r}: {did_you_mean(bare, gymnasium.registry)}"
+        )
+    return bare
+
+
+def _reason(error: Exception) -> str:
+    """What went wrong, as one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+
+
+def make_environment(id: str, /, **options: Any) -> gymnasium.Env[Any, Any]:
     """Make the environment `id`, without Gymnasium's advice to upgrade from v4.
 
     D4RL's data came from the v2 physics, and v4 is its closest living relative: here the old version is
     the point. Every other warning passes.
 
     Args:
-        id: Gymnasium's environment id, `Hopper-v4`; Gymnasium-Robotics' are registered when asked for.
+        id: Gymnasium's environment id, `Hopper-v4`; Gymnasium-Robotics' are registered when asked for. No
+            `MODULE:ID`, which Gymnasium would import: the id may be from a stranger's file. See
+            `import_environment`.
         **options: passed on to `gymnasium.make`.
 
     Raises:
-        ConfigError: nothing is registered under `id`, it doesn't know an option, or what it needs isn't
-            installed.
+        ConfigError: nothing is registered under `id`, it names a module, it can't be made with these options,
+            or what it needs isn't installed.
     """
     if not id:
         raise ConfigError("no environment id given: expected one such as 'Hopper-v4'")
+    if ":" in id:
+        raise ConfigError(
+            f"environment {id!r}: an id with a module runs the module's code, and is taken from the command "
+            f"line alone: {_on_the_command_line(id)}"
+        )
     if id.startswith(ROBOTICS) and id not in gymnasium.registry:
         _register_robotics(id)
     _refuse_new_mujoco(id)
@@ -64,10 +107,16 @@ def make_environment(id: str, **options: Any) -> gymnasium.Env[Any, Any]:
             return gymnasium.make(id, **options)
     except gymnasium.error.UnregisteredEnv as error:
         hint = did_you_mean(id, gymnasium.registry)
-        raise ConfigError(f"no environment '{id}' in Gymnasium: {hint}") from error
-    except (ImportError, TypeError, gymnasium.error.Error) as error:  # TypeError: options it doesn't know
-        reason = " ".join(str(error).split())
-        raise ConfigError(f"environment '{id}' can't be made: {reason}") from error
+        raise ConfigError(
+            f"no environment {id!r} in Gymnasium: {hint}; one that a module registers: "
+            f"{_on_the_command_line(f'MODULE:{id}')}"
+        ) from error
+    except Exception as error:  # whatever an environment raises at options that it can't have
+        raise ConfigError(f"environment {id!r} can't be made: {_reason(error)}") from error
+
+
+def _on_the_command_line(id: str) -> str:
+    return f"env_id={id} (evaluate) or env.id={id} (train)"
 
 
 def _refuse_new_mujoco(id: str) -> None:

@@ -3,7 +3,7 @@
     policy = load("policy.npz")                              # written by `scripts/export.py format=numpy`
     action = policy(observation, **policy.draw(np.random.default_rng()))
 
-This file imports numpy and nothing else, and may be copied to where neither torch nor cpql is.
+This file imports numpy and the standard library, and may be copied to where neither torch nor cpql is.
 
 At a fixed noise level the time embedding is a constant, so it folds into the first layer's bias; so do c_in
 and the normalisation of observations into its weights. What is left of an action is a few matrix products,
@@ -19,17 +19,31 @@ The critics that rank candidates are folded too: the state's part of their first
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+import math
+import re
+import struct
+import zipfile
+from dataclasses import dataclass, field, replace
 from os import PathLike
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
 __all__ = ["FoldedActor", "FoldedCritic", "FoldedPolicy", "Layer", "Step", "load", "pick"]
 
 FORMAT = 1
+# What `load` takes: a file may be a stranger's, and says itself how large it is.
+MOST_DIRECTORY_BYTES = 1 << 20
+MOST_HEAD_BYTES = 4 << 20
+MOST_STEPS = 1_000
+MOST_CANDIDATES = 10_000
+LARGEST = 1e10  # of a weight: float32 ends at 3e38, which products of much larger ones reach
+# How numpy writes the type and shape of what `FoldedPolicy.save` gives it.
+HEADER = re.compile(
+    rb"\{'descr': '(<f4|<U\d+)', 'fortran_order': False, 'shape': \(((?:\d+, ?)*\d*)\), \} *\n", re.ASCII
+)
 
 
 @dataclass(frozen=True)
@@ -88,19 +102,23 @@ class FoldedActor:
         Returns:
             Actions [..., A].
         """
+        return self._unclamped(observation, noise, xp).clip(-1.0, 1.0)
+
+    def _unclamped(self, observation: Any, noise: Any, xp: ModuleType) -> Any:
+        """What the last step makes, before it is clamped."""
         shared = observation @ self.state_weight + self.state_bias
         x: Any = None
         for k, step in enumerate(self.steps):
             z = step.spread * noise[k]
+            if self.inside and x is not None:
+                x = x.clip(-1.0, 1.0)
             if self.tanh:
                 x = xp.tanh(z if x is None else xp.arctanh(x.clip(-0.999, 0.999)) + z)
             else:
                 x = z if x is None else x + z
             y = _layers(x @ step.weight + (shared + step.bias), self.layers, xp)
             x = step.c_skip * x + step.c_out * y
-            if self.inside:
-                x = x.clip(-1.0, 1.0)
-        return x if self.inside else x.clip(-1.0, 1.0)
+        return x
 
     def scale(self, action: Any) -> Any:
         """Actions in [-1, 1] as the environment wants them."""
@@ -109,6 +127,19 @@ class FoldedActor:
     def __call__(self, observation: Any, noise: Any, xp: ModuleType = np) -> Any:
         """Act: `sample` in the environment's bounds."""
         return self.scale(self.sample(observation, noise, xp))
+
+    def finite(self) -> bool:
+        """Whether numpy's arrays overflow nowhere, for observations and noise ten times the usual size."""
+        # Of so few rows BLAS makes no work for a second thread, which would take longer.
+        random = np.random.default_rng(0)
+        observation, noise = (
+            10.0 * random.standard_normal(shape, np.float32)
+            for shape in ((4, len(self.state_weight)), (len(self.steps), 4, len(self.low)))
+        )
+        # Each step alone too: a clamp between them would hide an infinity.
+        actors = (self, *(replace(self, steps=(step,)) for step in self.steps))
+        with np.errstate(all="ignore"):
+            return all(np.isfinite(actor._unclamped(observation, noise, np)).all() for actor in actors)
 
     def to(self, device: Any) -> FoldedActor:
         """The same with tensors on a torch device in the place of numpy's arrays.
@@ -266,41 +297,140 @@ class FoldedPolicy:
 
 
 def load(path: str | PathLike[str]) -> FoldedPolicy:
-    """Read a policy from an NPZ file; nothing is unpickled.
+    """Read a policy from an NPZ file, which may be a stranger's.
+
+    Nothing is unpickled or decompressed, and no more is read than the file is long. What is in it is checked:
+    shapes against each other, and that actions are finite numbers.
 
     Raises:
-        ValueError: it isn't one that `FoldedPolicy.save` wrote.
+        ValueError: it isn't one that `FoldedPolicy.save` wrote, or it is damaged.
+        OSError: there is no such file, or it can't be read.
     """
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = dict(file)
-        head = json.loads(str(arrays["head"]))
-        if head["format"] != FORMAT:
-            raise ValueError(f"format {head['format']}, expected {FORMAT}")
-        steps = (
-            Step(spread, c_skip, c_out, arrays[f"actor.steps.{k}.weight"], arrays[f"actor.steps.{k}.bias"])
-            for k, (spread, c_skip, c_out) in enumerate(head["steps"])
+    with open(path, "rb") as file:
+        try:
+            return _policy(_read(file))
+        except Exception as error:
+            reason = f"no {error}" if isinstance(error, KeyError) else str(error) or type(error).__name__
+            reason = " ".join(reason.split())
+            raise ValueError(f"{Path(path)}: not an exported policy: {reason[:500]}") from error
+
+
+def _read(file: BinaryIO) -> dict[str, Any]:
+    """The arrays of an NPZ file by name, `head` as text."""
+    size = file.seek(0, 2)
+    file.seek(max(0, size - 42))
+    # The end record and what is before it, where ZIP64 would have a longer record looked for.
+    before, signature, directory, comment = struct.unpack("<4s16x4s8xL4xH", file.read())
+    if signature != b"PK\5\6" or before == b"PK\6\7" or comment or directory > MOST_DIRECTORY_BYTES:
+        raise ValueError("expected a ZIP file as numpy writes it")
+    with zipfile.ZipFile(file) as archive:
+        entries = archive.infolist()
+        stored = all(
+            entry.compress_type == zipfile.ZIP_STORED and entry.compress_size == entry.file_size
+            for entry in entries
         )
-        actor = FoldedActor(
-            arrays["actor.state_weight"],
-            arrays["actor.state_bias"],
-            tuple(steps),
-            _found(arrays, "actor"),
-            arrays["actor.low"],
-            arrays["actor.span"],
-            head["inside"],
-            head["tanh"],
+        names = [entry.filename.removesuffix(".npy") for entry in entries]
+        if not stored or len(set(names)) != len(names) or sum(e.file_size for e in entries) > size:
+            raise ValueError("expected arrays that are stored as they are, each once")
+        contents = map(archive.read, entries)
+        return {name: _array(name, content) for name, content in zip(names, contents, strict=True)}
+
+
+def _array(name: str, content: bytes) -> Any:
+    """An array of float32, or a text, from what numpy writes of it."""
+    magic, length = content[:8], int.from_bytes(content[8:10], "little")
+    header, body = HEADER.fullmatch(content[10 : 10 + length]), content[10 + length :]
+    if magic != b"\x93NUMPY\1\0" or header is None:
+        raise ValueError(f"{name[:100]}: expected an array of float32, or a text, as numpy writes it")
+    kind = header[1].decode()
+    shape = [int(n) for n in header[2].decode().split(",") if n.strip()]
+    width = 4 if kind == "<f4" else 4 * int(kind[2:])
+    if width * math.prod(shape) != len(body):
+        raise ValueError(f"{name[:100]}: expected {len(body):,} bytes, as there are, found shape {shape[:9]}")
+    if kind != "<f4":
+        if len(body) > MOST_HEAD_BYTES:
+            raise ValueError(f"{name[:100]}: expected at most {MOST_HEAD_BYTES:,} bytes, found {len(body):,}")
+        return body.decode("utf-32-le")
+    array = np.frombuffer(body, "<f4").reshape(shape).copy()
+    if not (np.abs(array) <= LARGEST).all():
+        raise ValueError(f"{name[:100]}: expected finite numbers of at most {LARGEST:g}, found others")
+    return array
+
+
+def _policy(arrays: dict[str, Any]) -> FoldedPolicy:
+    """The policy whose arrays these are, each of the shape that the others ask for."""
+    head = json.loads(arrays.pop("head"))
+    if head["format"] != FORMAT:
+        raise ValueError(f"format {head['format']}, expected {FORMAT}")
+    candidates, temperature, description = (head[k] for k in ("candidates", "temperature", "description"))
+    if type(candidates) is not int or not 1 <= candidates <= MOST_CANDIDATES:
+        raise ValueError(f"candidates: expected 1 to {MOST_CANDIDATES:,}, found {candidates}")
+    if not _finite(temperature) or temperature < 0:
+        raise ValueError(f"temperature: expected 0 or more, found {temperature}")
+    if not all(isinstance(head[key], bool) for key in ("inside", "tanh")) or type(description) is not dict:
+        raise ValueError("inside, tanh, description: expected true or false, and an object")
+    if not 1 <= len(head["steps"]) <= MOST_STEPS:
+        raise ValueError(f"steps: expected 1 to {MOST_STEPS:,}, found {len(head['steps']):,}")
+
+    def take(name: str, *shape: int | None) -> Any:
+        """An array of this shape; None is any number."""
+        array = arrays.pop(name)
+        found = np.shape(array)
+        fits = len(found) == len(shape) and all(
+            m > 0 and n in (None, m) for n, m in zip(shape, found, strict=True)
         )
-        critic = None
-        if head["candidates"] > 1:
-            names = ("state_weight", "action_weight", "bias")
-            first = {name: tuple(arrays[f"critic.{k}.{name}"] for k in range(2)) for name in names}
-            critic = FoldedCritic(**first, layers=tuple(_found(arrays, f"critic.{k}") for k in range(2)))
-    except (OSError, EOFError):
-        raise
-    except Exception as error:
-        raise ValueError(f"{Path(path)}: not an exported policy: {error}") from error
-    return FoldedPolicy(actor, critic, head["candidates"], head["temperature"], head["description"])
+        if not fits:
+            raise ValueError(f"{name}: expected shape {list(shape)}, found {list(found)}")
+        return array
+
+    def layers(prefix: str, width: int, outputs: int) -> tuple[Layer, ...]:
+        """Those after a first one of this width."""
+        found: list[Layer] = []
+        while f"{(name := f'{prefix}.layers.{len(found)}')}.weight" in arrays:
+            norm = None
+            if f"{name}.norm_weight" in arrays:
+                norm = take(f"{name}.norm_weight", width), take(f"{name}.norm_bias", width)
+            weight = take(f"{name}.weight", width, None)
+            width = weight.shape[1]
+            found.append(Layer(weight, take(f"{name}.bias", width), norm))
+        if width != outputs:
+            raise ValueError(f"{prefix}.layers: expected {outputs} outputs, found {width}")
+        return tuple(found)
+
+    low = take("actor.low", None)
+    span = take("actor.span", len(low))
+    weight = take("actor.state_weight", None, None)
+    states, width = weight.shape
+    bias = take("actor.state_bias", width)
+    steps = []
+    for k, numbers in enumerate(head["steps"]):
+        spread, c_skip, c_out = numbers
+        if not all(map(_finite, numbers)):
+            raise ValueError(f"steps: expected finite numbers, found {numbers}")
+        first = take(f"actor.steps.{k}.weight", len(low), width), take(f"actor.steps.{k}.bias", width)
+        steps.append(Step(spread, c_skip, c_out, *first))
+    rest = layers("actor", width, len(low))
+    actor = FoldedActor(weight, bias, tuple(steps), rest, low, span, head["inside"], head["tanh"])
+    critic = None
+    if candidates > 1:
+        parts = []
+        for name in ("critic.0", "critic.1"):
+            weight = take(f"{name}.state_weight", states, None)
+            width = weight.shape[1]
+            shared = take(f"{name}.action_weight", len(low), width), take(f"{name}.bias", width)
+            parts.append((weight, *shared, layers(name, width, 1)))
+        critic = FoldedCritic(*zip(*parts, strict=True))
+    if arrays:
+        raise ValueError(f"expected no more arrays, found {', '.join(arrays)}")
+    if not (span > 0).all():
+        raise ValueError("actor.span: expected upper bounds above the lower ones")
+    if not actor.finite():
+        raise ValueError("expected finite actions, found products that overflow")
+    return FoldedPolicy(actor, critic, candidates, temperature, description)
+
+
+def _finite(number: Any) -> bool:
+    return type(number) in (int, float) and math.isfinite(number)
 
 
 def pick(action: Any, value: Any, uniform: Any, temperature: float, xp: ModuleType = np) -> Any:
@@ -332,16 +462,6 @@ def _named(layers: tuple[Layer, ...], prefix: str) -> dict[str, Any]:
         if layer.norm is not None:
             named |= {f"{name}.norm_weight": layer.norm[0], f"{name}.norm_bias": layer.norm[1]}
     return named
-
-
-def _found(arrays: dict[str, Any], prefix: str) -> tuple[Layer, ...]:
-    layers: list[Layer] = []
-    while f"{(name := f'{prefix}.layers.{len(layers)}')}.weight" in arrays:
-        norm = None
-        if f"{name}.norm_weight" in arrays:
-            norm = arrays[f"{name}.norm_weight"], arrays[f"{name}.norm_bias"]
-        layers.append(Layer(arrays[f"{name}.weight"], arrays[f"{name}.bias"], norm))
-    return tuple(layers)
 
 
 def _tensor(array: Any, device: Any, sign: float = 1.0) -> Any:

@@ -6,6 +6,7 @@ The only place that knows huggingface_hub, which is the extra `cpql[hub]`; the c
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -19,9 +20,21 @@ from cpql.errors import CheckpointError, ConfigError
 if TYPE_CHECKING:
     from cpql.policy import PolicyConfig
 
-__all__ = ["PREFIX", "card", "download", "find_result", "looks_like_an_id", "read_result", "upload"]
+__all__ = [
+    "PREFIX",
+    "card",
+    "download",
+    "find_result",
+    "looks_like_an_id",
+    "one_line",
+    "read_object",
+    "read_result",
+    "upload",
+]
 
 PREFIX = "hf://"
+MOST_JSON_BYTES = 4 << 20
+MOST_NESTING = 32
 FILES = ("config.json", "model.safetensors", "result.json")
 
 T = TypeVar("T")
@@ -32,13 +45,19 @@ def looks_like_an_id(name: str) -> bool:
     return re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) is not None
 
 
+def one_line(error: Exception) -> str:
+    """What an error says, where a stranger may have had a say in it: in one line of a bearable length."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 500 else f"{text[:500]}..."
+
+
 def find_result(folder: Path, origin: Mapping[str, Any]) -> dict[str, Any] | None:
     """The result in a policy's folder or in that of its run; None where there is none of this very policy."""
     folder = folder.resolve()
     for place in (folder, *folder.parents[2:3]):  # run/checkpoints/step_00005000/policy
         path = place / "result.json"
         if path.is_file():
-            result = _read(path)
+            result = read_object(path, "result")
             if _whose(result) == _identity(origin):
                 return result
     return None
@@ -50,7 +69,7 @@ def read_result(path: Path, origin: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         CheckpointError: there is none, or it is another policy's.
     """
-    result = _read(path)
+    result = read_object(path, "result")
     found, expected = _whose(result), _identity(origin)
     for key, value in expected.items():
         if found[key] != value:
@@ -58,27 +77,58 @@ def read_result(path: Path, origin: Mapping[str, Any]) -> dict[str, Any]:
     return result
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_object(path: Path, what: str) -> dict[str, Any]:
+    """Read an object from JSON, as `json.dumps(allow_nan=False)` writes it.
+
+    Args:
+        path: a file of at most 4 MiB, its values nested at most 32 deep.
+        what: it is, for an error.
+
+    Raises:
+        CheckpointError: it can't be read, or is something else.
+    """
     try:
-        result = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: no readable result: {error}") from error
-    if not isinstance(result, dict):
-        raise CheckpointError(
-            f"{path}: no readable result: expected an object, found {type(result).__name__}"
-        )
-    return result
+        with path.open("rb") as file:
+            text = file.read(MOST_JSON_BYTES + 1)
+        if len(text) > MOST_JSON_BYTES:
+            raise ValueError(f"expected at most {MOST_JSON_BYTES:,} bytes, found more")
+        found = json.loads(text, parse_float=_finite, parse_constant=_finite)
+        depth, level = 0, [found]
+        while level:
+            depth += 1
+            inner = (value.values() if isinstance(value, dict) else value
+                     for value in level if isinstance(value, dict | list))  # fmt: skip
+            level = [each for values in inner for each in values]
+        if depth > MOST_NESTING:
+            raise ValueError(f"expected values nested at most {MOST_NESTING} deep, found {depth}")
+        json.dumps(found, ensure_ascii=False).encode()  # half a character, "\\ud800", can't be printed
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: no readable {what}: {one_line(error)}") from error
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{path}: no readable {what}: expected an object, found {type(found).__name__}")
+    return found
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"expected finite numbers, found {text[:40]}")
+    return number
 
 
 def _identity(origin: Mapping[str, Any]) -> dict[str, Any]:
     """What tells one trained policy from another."""
     found = {key: origin.get(key) for key in ("agent", "step", "seed")}
-    return found | {"dataset's sha256": origin.get("data", {}).get("sha256")}
+    data = origin.get("data")
+    return found | {"dataset's sha256": data.get("sha256") if isinstance(data, Mapping) else None}
 
 
-def _whose(result: Mapping[str, Any]) -> dict[str, Any]:
+def _whose(result: dict[str, Any]) -> dict[str, Any]:
     """The same of the policy that a result belongs to."""
-    return _identity(result.get("policy", {**result, "seed": result.get("training_seed")}))
+    policy = result.get("policy")
+    return _identity(
+        policy if isinstance(policy, Mapping) else result | {"seed": result.get("training_seed")}
+    )
 
 
 def card(config: PolicyConfig, result: Mapping[str, Any] | None, name: str) -> str:
@@ -92,12 +142,13 @@ def card(config: PolicyConfig, result: Mapping[str, Any] | None, name: str) -> s
         name: what to load it by, `owner/name` or a folder.
 
     Raises:
-        CheckpointError: the result lacks something.
+        CheckpointError: the result lacks something, or the policy's provenance is damaged.
     """
     task, origin = config.task, config.origin
     agent = str(origin.get("agent", "unknown"))
     measured = result is not None and result.get("return_mean") is not None
-    offline = origin.get("data", {}).get("source") != "online"
+    data = origin.get("data")
+    offline = not isinstance(data, Mapping) or data.get("source") != "online"
     tags = [
         "reinforcement-learning",
         *(["offline-reinforcement-learning"] if offline else []),
@@ -129,9 +180,9 @@ def card(config: PolicyConfig, result: Mapping[str, Any] | None, name: str) -> s
         assert result is not None
         try:
             rows, metrics = _evaluation(result)
-        except (KeyError, TypeError) as error:  # an old cpql's, or nobody's
+        except (KeyError, TypeError, ValueError, AttributeError) as error:  # an old cpql's, or nobody's
             raise CheckpointError(
-                f"the result has no {error}: give one of scripts/evaluate.py by result=..."
+                f"the result has no {one_line(error)}: give one of scripts/evaluate.py by result=..."
             ) from error
         environment = str(result["environment"])
         head["model-index"] = [
@@ -149,7 +200,11 @@ def card(config: PolicyConfig, result: Mapping[str, Any] | None, name: str) -> s
         lines += _table(rows)
     else:
         lines.append("Not evaluated: no result was at hand for this very checkpoint.")
-    lines += ["", "## Where it comes from", "", *_table(_provenance(config))]
+    try:
+        provenance = _provenance(config)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"the policy's origin is damaged: {one_line(error)}") from error
+    lines += ["", "## Where it comes from", "", *_table(provenance)]
     lines += [
         "",
         "## Files",
@@ -257,6 +312,8 @@ def download(name: str) -> Path:
         CheckpointError: it can't be had.
     """
     id, _, revision = name.removeprefix(PREFIX).partition("@")
+    if not looks_like_an_id(id) or (revision and not re.fullmatch(r"(?!.*\.\.)\w[\w./-]*", revision)):
+        raise CheckpointError(f"{name}: expected {PREFIX}owner/name or {PREFIX}owner/name@revision")
     hub = _client()
     return _asked(
         name,

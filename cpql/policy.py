@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 import tempfile
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -12,21 +15,39 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import load_file
+from safetensors.torch import save as packed
 from torch import Tensor, nn
 
 from cpql.actor import ActorConfig, ConsistencyActor, choose
 from cpql.config import build
 from cpql.critic import TwinCritic
+from cpql.device import choose_device
 from cpql.errors import CheckpointError, ConfigError
 from cpql.export import fold, fold_critic
-from cpql.folded import FoldedActor, FoldedCritic
-from cpql.hub import PREFIX, card, download, find_result, looks_like_an_id, read_result, upload
+from cpql.folded import LARGEST, MOST_CANDIDATES, MOST_STEPS, FoldedActor, FoldedCritic
+from cpql.hub import (
+    PREFIX,
+    card,
+    download,
+    find_result,
+    looks_like_an_id,
+    one_line,
+    read_object,
+    read_result,
+    upload,
+)
 from cpql.tasks import Task
 
 __all__ = ["Policy", "PolicyConfig", "find_policy"]
 
 FORMAT = 1
+# A policy may be a stranger's, and it says itself how large it is.
+MOST_WIDTH = 1 << 20
+MOST_LAYERS = 100
+MOST_HEADER_BYTES = 1 << 20
+SMALLEST = float(np.finfo(np.float32).tiny)
 
 
 @dataclass(frozen=True)
@@ -36,17 +57,20 @@ class PolicyConfig:
     Attributes:
         state_dim: width of observations.
         action_dim: width of actions.
-        action_low: the environment's lower bounds.
-        action_high: its upper bounds.
-        observation_mean: subtracted from observations, empty where they are taken as they are.
-        observation_std: what they are divided by then.
+        action_low: the environment's lower bounds [A].
+        action_high: its upper bounds [A], above the lower ones.
+        observation_mean: subtracted from observations [S], empty where they are taken as they are.
+        observation_std: what they are divided by then [S], above 0.
         actor: of the actor.
         critic_hidden: widths of the critic's layers.
         critic_layer_norm: whether the critic has LayerNorm.
-        candidates: how many actions compete by their value when acting; 1 is the actor alone.
-        temperature: of that choice.
+        candidates: how many actions compete by their value when acting, 1 to 10,000; 1 is the actor alone.
+        temperature: of that choice, 0 or more; 0 takes the best.
         task: what it was trained for.
         origin: agent, step, seed, versions and dataset: the policy's provenance.
+
+    Raises:
+        ConfigError: a number that isn't in its range, or lists that aren't as long as they have to be.
     """
 
     state_dim: int
@@ -62,6 +86,46 @@ class PolicyConfig:
     origin: dict[str, Any] = field(default_factory=dict)
     observation_mean: tuple[float, ...] = ()
     observation_std: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        for key, values, most in (
+            ("state_dim", [self.state_dim], MOST_WIDTH),
+            ("action_dim", [self.action_dim], MOST_WIDTH),
+            ("actor.hidden", self.actor.hidden, MOST_WIDTH),
+            ("actor.time_width", [self.actor.time_width], MOST_WIDTH),
+            ("critic_hidden", self.critic_hidden, MOST_WIDTH),
+            ("candidates", [self.candidates], MOST_CANDIDATES),
+        ):
+            for value in values:
+                if not 1 <= value <= most:
+                    raise ConfigError(f"{key}: expected 1 to {most:,}, found {value}")
+        for key, count, most in (
+            ("actor.hidden", len(self.actor.hidden), MOST_LAYERS),
+            ("critic_hidden", len(self.critic_hidden), MOST_LAYERS),
+            ("actor.refinements", len(self.actor.refinements), MOST_STEPS - 1),
+        ):
+            if count > most:
+                raise ConfigError(f"{key}: expected at most {most:,} values, found {count:,}")
+        normalised = self.state_dim if self.observation_mean or self.observation_std else 0
+        for key, width, least in (
+            ("action_low", self.action_dim, -LARGEST),
+            ("action_high", self.action_dim, -LARGEST),
+            ("observation_mean", normalised, -LARGEST),
+            ("observation_std", normalised, SMALLEST),
+        ):
+            values = getattr(self, key)
+            if len(values) != width:
+                raise ConfigError(f"{key}: expected {width:,} values, found {len(values):,}")
+            for value in values:
+                if not least <= value <= LARGEST:
+                    raise ConfigError(f"{key}: expected a number in [{least:g}, {LARGEST:g}], found {value}")
+        for low, high in zip(self.action_low, self.action_high, strict=True):
+            if not low < high:
+                raise ConfigError(
+                    f"action_low, action_high: expected the lower first, found {low} and {high}"
+                )
+        if not 0.0 <= self.temperature <= LARGEST:
+            raise ConfigError(f"temperature: expected 0 or more, found {self.temperature}")
 
 
 class Policy:
@@ -84,9 +148,10 @@ class Policy:
         self.folder: Path | None = None
         self.device = next(actor.parameters()).device
         self.generator = torch.Generator(self.device)
+        self.generator.seed()
 
     def seed(self, seed: int) -> None:
-        """Start the policy's noise anew."""
+        """Start the policy's noise anew, the same for the same seed; a policy that has none draws its own."""
         self.generator.manual_seed(seed)
 
     @cached_property
@@ -172,13 +237,18 @@ class Policy:
         )
 
     def save(self, folder: str | Path) -> None:
-        """Write `config.json` and `model.safetensors` into a folder, which must not exist yet."""
+        """Write `config.json` and `model.safetensors` into a folder, which must not exist yet.
+
+        `config.json` has the other's SHA-256, by which `load` notices damage.
+        """
         folder = Path(folder)
         folder.mkdir(parents=True)
-        text = json.dumps({"format": FORMAT, **asdict(self.config)}, indent=2, allow_nan=False)
-        (folder / "config.json").write_text(text + "\n")
         weights = nn.ModuleDict({"actor": self.actor, "critic": self.critic}).state_dict()
-        save_file({k: v.contiguous() for k, v in weights.items()}, folder / "model.safetensors")
+        model = packed({k: v.contiguous() for k, v in weights.items()})
+        head = {"format": FORMAT, "sha256": hashlib.sha256(model).hexdigest()}
+        text = json.dumps({**head, **asdict(self.config)}, indent=2, allow_nan=False)
+        (folder / "config.json").write_text(text + "\n", encoding="utf-8")
+        (folder / "model.safetensors").write_bytes(model)
 
     def save_pretrained(
         self, folder: str | Path, *, result: str | Path | None = None, name: str | None = None
@@ -207,7 +277,7 @@ class Policy:
         if folder.exists():
             folder.rmdir()
         self.save(folder)
-        (folder / "README.md").write_text(text)
+        (folder / "README.md").write_text(text, encoding="utf-8")
         if found is not None:
             (folder / "result.json").write_text(json.dumps(found, indent=2, allow_nan=False) + "\n")
 
@@ -253,10 +323,11 @@ class Policy:
             device: see `load`.
 
         Raises:
-            ConfigError: huggingface_hub isn't installed, or a folder was asked for a revision.
+            ConfigError: huggingface_hub isn't installed, a folder was asked for a revision, or there is no
+                such device.
             CheckpointError: there is no such policy, or it can't be read. Nothing is unpickled.
         """
-        if Path(name).exists() or not looks_like_an_id(str(name)):
+        if os.path.exists(name) or not looks_like_an_id(str(name)):
             if revision is not None:
                 raise ConfigError(f"revision={revision}: {name} is a folder, which has none")
             return cls.load(name, device)
@@ -269,34 +340,102 @@ class Policy:
         `hf://owner/name` is the Hub's repository, `hf://owner/name@revision` a branch, a tag or a commit of
         it; any other path is a file system's.
 
+        The policy may be a stranger's. Nothing in it is unpickled or imported, and nothing else is opened on
+        its word. The sizes that it states are compared with the file's before anything is allocated. Weights
+        that are damaged or aren't finite are refused, as are those that give actions which aren't.
+
+        Args:
+            path: see above.
+            device: where it acts: cpu, cuda, or auto, which is a GPU where there is one.
+
         Raises:
-            ConfigError: huggingface_hub isn't installed.
-            CheckpointError: there is none, or it can't be read. Nothing is unpickled.
+            ConfigError: huggingface_hub isn't installed, or there is no such device.
+            CheckpointError: there is none, or it can't be read.
         """
+        device = choose_device(device)
         folder = find_policy(path)
+        about, model = folder / "config.json", folder / "model.safetensors"
+        content = read_object(about, "policy")
+        if content.pop("format", None) != FORMAT:
+            raise CheckpointError(f"{about}: not a policy of format {FORMAT}")
+        sha256 = content.pop("sha256", None)  # older ones have none
         try:
-            content = json.loads((folder / "config.json").read_text())
-            if content.pop("format", None) != FORMAT:
-                raise CheckpointError(f"{folder / 'config.json'}: not a policy of format {FORMAT}")
-            config = build(PolicyConfig, content, str(folder / "config.json"))
-            weights = load_file(folder / "model.safetensors", device=str(device))
+            config = build(PolicyConfig, content, str(about))
+            with torch.device("meta"):  # shapes alone
+                actor = ConsistencyActor(config.state_dim, config.action_dim, config.actor)
+                critic = TwinCritic(
+                    config.state_dim,
+                    config.action_dim,
+                    config.critic_hidden,
+                    layer_norm=config.critic_layer_norm,
+                )
+            both = nn.ModuleDict({"actor": actor, "critic": critic})
+            shapes = {name: list(tensor.shape) for name, tensor in both.state_dict().items()}
+            weights = _read_weights(model, shapes, sha256)
         except CheckpointError:
             raise
         except Exception as error:
-            raise CheckpointError(f"{folder}: no readable policy: {error}") from error
-        actor = ConsistencyActor(config.state_dim, config.action_dim, config.actor)
-        critic = TwinCritic(
-            config.state_dim, config.action_dim, config.critic_hidden, layer_norm=config.critic_layer_norm
-        )
-        both = nn.ModuleDict({"actor": actor, "critic": critic}).to(device)
-        try:
-            both.load_state_dict(weights)
-        except RuntimeError as error:
-            message = " ".join(str(error).split())
-            raise CheckpointError(f"{folder / 'model.safetensors'}: {message}") from error
+            raise CheckpointError(f"{folder}: no readable policy: {one_line(error)}") from error
+        both.load_state_dict({name: tensor.to(device) for name, tensor in weights.items()}, assign=True)
         policy = cls(actor, critic, config)
         policy.folder = folder
+        _check_actions(policy)
         return policy
+
+
+def _read_weights(path: Path, shapes: Mapping[str, list[int]], sha256: Any) -> dict[str, Tensor]:
+    """Read a policy's weights, once it is clear that they are as many as they should be.
+
+    Raises:
+        CheckpointError: they are other ones, damaged, or not finite.
+    """
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+    if length > MOST_HEADER_BYTES:
+        raise CheckpointError(
+            f"{path}: no readable policy: a header of {length:,} bytes, "
+            f"expected at most {MOST_HEADER_BYTES:,}"
+        )
+    with safe_open(path, "pt") as header:
+        parts = {name: header.get_slice(name) for name in header.keys()}
+        found = {name: f"{part.get_dtype()} {part.get_shape()}" for name, part in parts.items()}
+    for name in sorted(shapes.keys() | found.keys()):
+        wanted, there = (f"F32 {shapes[name]}" if name in shapes else None), found.get(name)
+        if wanted != there:
+            raise CheckpointError(
+                f"{path}: size mismatch: expected {wanted or 'nothing'} as {name[:100]}, by config.json, "
+                f"found {there or 'nothing'}"
+            )
+    if sha256 is not None:
+        with path.open("rb") as file:
+            actual = hashlib.file_digest(file, "sha256").hexdigest()
+        if actual != sha256:
+            raise CheckpointError(
+                f"{path}: damaged, or another policy's: expected SHA-256 {str(sha256)[:64]}, by config.json, "
+                f"found {actual}"
+            )
+    weights = {name: tensor.clone() for name, tensor in load_file(path).items()}  # no longer the file's
+    for name, tensor in weights.items():
+        if not tensor.abs().max() <= LARGEST:
+            raise CheckpointError(
+                f"{path}: {name}: expected finite numbers of at most {LARGEST:g}, found others"
+            )
+    return weights
+
+
+def _check_actions(policy: Policy) -> None:
+    """Refuse finite weights and settings whose products aren't.
+
+    Raises:
+        CheckpointError: some actions aren't finite.
+    """
+    try:
+        with np.errstate(all="ignore"):
+            finite = fold(policy).finite()
+    except ArithmeticError:
+        finite = False
+    if not finite:
+        raise CheckpointError(f"{policy.folder}: expected finite actions, found products that overflow")
 
 
 def find_policy(name: str | Path) -> Path:
@@ -308,9 +447,14 @@ def find_policy(name: str | Path) -> Path:
     """
     path = download(name) if isinstance(name, str) and name.startswith(PREFIX) else Path(name)
     for folder in (path, path / "policy", path / "last" / "policy", path / "checkpoints" / "last" / "policy"):
-        if (folder / "config.json").is_file() and (folder / "model.safetensors").is_file():
+        # Where a name is too long or a folder closed, os.path says no, and pathlib raises.
+        if os.path.isfile(folder / "config.json") and os.path.isfile(folder / "model.safetensors"):
             return folder
-    kind = "holds no policy (policy/config.json and model.safetensors)" if path.is_dir() else "does not exist"
+    kind = (
+        "holds no policy (policy/config.json and model.safetensors)"
+        if os.path.isdir(path)
+        else "does not exist"
+    )
     hint = "; give a run's folder or one of its checkpoints"
     if looks_like_an_id(str(name)):
         hint += f", or {PREFIX}{name} for the Hub's"

@@ -76,7 +76,7 @@ def claimed(folder: Path) -> Iterator[None]:
     file, text = folder / ".lock", f"process {os.getpid()} on {socket.gethostname()}"
     lock = filelock.FileLock(file)
     try:
-        missing = [each for each in (folder, *folder.parents) if not each.exists()]
+        missing = [each for each in (folder, *folder.parents) if not os.path.exists(each)]
         while not lock.is_locked:
             folder.mkdir(parents=True, exist_ok=True)
             with contextlib.suppress(FileNotFoundError):  # another process has just taken the folder away

@@ -6,17 +6,25 @@ The tasks themselves are data: `configs/tasks.yaml` is a table of them by family
 from __future__ import annotations
 
 import itertools
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-__all__ = ["Task", "expand", "patterns"]
+from cpql.errors import ConfigError
+
+__all__ = ["Task", "check_options", "expand", "patterns"]
+
+LONGEST_NAME = 200
 
 
 @dataclass(frozen=True)
 class Task:
     """One benchmark task.
+
+    A policy and a run's folder hold a task, and may be a stranger's. So its names are never paths that lead
+    elsewhere, and nothing in it names a file; see `check_options`.
 
     Attributes:
         name: what the user types, `hopper-medium`.
@@ -37,6 +45,10 @@ class Task:
         note: a sentence where scores here can't be compared with D4RL's tables, and why.
         benchmark: whose references these are; scores of two benchmarks belong in no common table.
         transitions: rows of D4RL's file; None where that isn't known for certain.
+
+    Raises:
+        ConfigError: a name that could be a path to elsewhere, an option that names a file, or references that
+            scale nothing.
     """
 
     name: str
@@ -54,6 +66,17 @@ class Task:
     benchmark: str = "D4RL"
     transitions: int | None = None
 
+    def __post_init__(self) -> None:
+        for key in ("name", "dataset", "url", "minari"):
+            _check_name(key, getattr(self, key), empty=key != "name")
+        check_options("env_options", self.env_options)
+        check_options("reset_options", self.reset_options)
+        low, high = self.random_return, self.expert_return
+        if low is not None and high is not None and not 0.0 < abs(high - low) < math.inf:
+            raise ConfigError(
+                f"random_return and expert_return: expected two numbers, found {low} and {high}"
+            )
+
     def score(self, episode_return: float) -> float | None:
         """The normalised score, in percent: `100 (R - R_random) / (R_expert - R_random)`.
 
@@ -62,6 +85,51 @@ class Task:
         if self.random_return is None or self.expert_return is None:
             return None
         return 100.0 * (episode_return - self.random_return) / (self.expert_return - self.random_return)
+
+
+def _check_name(key: str, name: str, empty: bool) -> None:
+    """Refuse a name that, at the end of a folder's path, would lead out of that folder."""
+    if empty and not name:
+        return
+    leads_out = {"", ".", ".."} & set(name.split("/")) or "\\" in name or re.match(r"\w:", name)
+    if leads_out or not name.isprintable() or len(name) > LONGEST_NAME:
+        raise ConfigError(
+            f"{key} {name[:LONGEST_NAME]!r}: expected a name such as 'hopper-medium', not a path"
+        )
+
+
+def check_options(key: str, options: Mapping[str, Any]) -> None:
+    """Refuse options of an environment that say where a file is, or how the environment is looked at.
+
+    Args:
+        key: what to call them in an error.
+        options: keyword arguments of `gymnasium.make`, or the environment's `reset(options=...)`. A bare file
+            name, `xml_file: hopper.xml`, is one of the environment's own.
+
+    Raises:
+        ConfigError: there is such an option.
+    """
+    if "render_mode" in options:
+        raise ConfigError(f"{key}: render_mode={options['render_mode']!r}: expected none, as nobody watches")
+    for text in _texts(options):
+        if "/" in text or "\\" in text or text.startswith((".", "~")) or re.match(r"\w:", text):
+            raise ConfigError(
+                f"{key}: {text[:LONGEST_NAME]!r} could be a path: expected none; a module of your own can "
+                "register an environment that has it, and the command line name that: MODULE:Env-v0"
+            )
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """All texts in nested options, names as well as values."""
+    waiting = [value]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, str):
+            yield value
+        elif isinstance(value, Mapping):
+            waiting += [*value, *value.values()]
+        elif isinstance(value, list | tuple):
+            waiting += value
 
 
 def _axes(family: Mapping[str, Any]) -> list[str]:

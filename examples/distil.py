@@ -53,6 +53,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 def visit(policy: Policy, task: Task, steps: int, seed: int) -> NDArray[np.float32]:
     """Observations [steps, S] on the policy's way, in ten environments at once."""
+    policy.seed(seed)
     environments = [make_task_environment(task) for _ in range(10)]
     now = [environment.reset(seed=seed + i)[0] for i, environment in enumerate(environments)]
     seen: list[NDArray[np.float32]] = []

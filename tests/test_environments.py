@@ -6,6 +6,7 @@ import dataclasses
 import subprocess
 import sys
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,13 @@ import pytest
 
 from cpql import environments
 from cpql.config import load_task
-from cpql.environments import action_bounds, make_environment, make_task_environment, widths
+from cpql.environments import (
+    action_bounds,
+    import_environment,
+    make_environment,
+    make_task_environment,
+    widths,
+)
 from cpql.errors import ConfigError
 from cpql.tasks import Task
 
@@ -65,6 +72,7 @@ def test_options_reach_gymnasium() -> None:
         ("", "no environment id"),
         ("nowhere/Hopper-v4", "no environment 'nowhere/Hopper-v4'"),
         ("not an id!", "not an id!"),
+        ("two\nlines", r"'two\nlines'"),
     ],
 )
 def test_an_unknown_id_is_one_line_with_the_nearest(id: str, text: str) -> None:
@@ -77,6 +85,80 @@ def test_an_unknown_id_is_one_line_with_the_nearest(id: str, text: str) -> None:
 def test_an_unknown_option_is_one_line() -> None:
     with pytest.raises(ConfigError, match=r"'Hopper-v4' can't be made: .*no_such_option"):
         make_environment("Hopper-v4", no_such_option=1)
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"max_episode_steps": -5}, "can't be made: ValueError: "),
+        ({"xml_file": "nothing.xml"}, "can't be made: OSError: "),
+        ({"id": "Walker2d-v4"}, "can't be made: TypeError: "),
+        ({"frame_skip": "x"}, "can't be made: TypeError: "),
+    ],
+)
+def test_whatever_an_environment_raises_is_one_line(options: dict[str, Any], text: str) -> None:
+    task = Task("t", "Hopper-v5", "", None, None, env_options=options)
+    with pytest.raises(ConfigError) as caught:
+        make_task_environment(task)
+    assert text in str(caught.value) and "\n" not in str(caught.value)
+
+
+MODULE = """
+import gymnasium
+
+class Mine(gymnasium.Env):
+    action_space = gymnasium.spaces.Box(-1.0, 1.0, (2,))
+    observation_space = gymnasium.spaces.Box(-1.0, 1.0, (3,))
+
+gymnasium.register("Mine-v0", Mine)
+gymnasium.register("my_space/Mine-v0", Mine)
+"""
+
+
+@pytest.fixture
+def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The name of a module that registers two environments, and another that fails."""
+    (tmp_path / "mine_of_mine.py").write_text(MODULE)
+    (tmp_path / "mine_that_fails.py").write_text("1 / 0")
+    monkeypatch.syspath_prepend(tmp_path)
+    yield "mine_of_mine"
+    sys.modules.pop("mine_of_mine", None)
+    for id in ("Mine-v0", "my_space/Mine-v0"):
+        gymnasium.registry.pop(id, None)
+
+
+def test_an_id_with_a_module_is_for_the_command_line_alone(module: str) -> None:
+    id = f"{module}:Mine-v0"
+    for make in (make_environment, lambda id: make_task_environment(Task("t", id, "", None, None))):
+        with pytest.raises(
+            ConfigError, match="runs the module's code, and is taken from the command line"
+        ) as no:
+            make(id)
+        assert f"env_id={id} (evaluate) or env.id={id} (train)" in str(no.value)
+        assert "\n" not in str(no.value) and module not in sys.modules
+    with pytest.raises(ConfigError, match=r"no environment 'Mine-v0' .*: env_id=MODULE:Mine-v0 \(evaluate\)"):
+        make_environment("Mine-v0")
+    assert import_environment(id) == "Mine-v0"
+    assert import_environment(f"{module}:my_space/Mine-v0") == "my_space/Mine-v0"
+    for bare in ("Mine-v0", "my_space/Mine-v0"):
+        assert import_environment(bare) == bare and widths(make_environment(bare)) == (3, 2)
+
+
+@pytest.mark.parametrize(
+    ("id", "text"),
+    [
+        ("nothing_of_mine:Mine-v0", "its module can't be imported: ModuleNotFoundError: No module named"),
+        ("mine_that_fails:Mine-v0", "its module can't be imported: ZeroDivisionError: division by zero"),
+        ("mine_of_mine:Mine-v1", "mine_of_mine registers no 'Mine-v1': did you mean Mine-v0"),
+        (":Mine-v0", "expected MODULE:ID, such as my_package.environments:Mine-v0"),
+        ("../mine_of_mine:Mine-v0", "expected MODULE:ID"),
+        ("mine of mine:Mine-v0", "expected MODULE:ID"),
+    ],
+)
+def test_a_module_that_registers_nothing_is_one_line(module: str, id: str, text: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        import_environment(id)
+    assert text in str(caught.value) and "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ import pytest
 import torch
 import yaml
 
+from cpql import hub as hub_module
 from cpql.actor import ActorConfig, ConsistencyActor
 from cpql.critic import TwinCritic
 from cpql.data.transitions import Provenance
@@ -166,6 +167,9 @@ def test_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         CheckpointError, match=r"runs/hoper: does not exist; .* or hf://runs/hoper for the Hub's"
     ):
         Policy.load("runs/hoper")
+    for load in (Policy.load, Policy.from_pretrained):
+        with pytest.raises(CheckpointError, match="x: does not exist; give a run's folder"):
+            load("x" * 5_000)
 
 
 def test_without_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -173,6 +177,15 @@ def test_without_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
     for act in (lambda: made().push_to_hub("owner/name"), lambda: Policy.load("hf://owner/name")):
         with pytest.raises(ConfigError, match=r"pip install 'cpql\[hub\]'"):
             act()
+
+
+@pytest.mark.parametrize(
+    "name", ["../x", "owner", "owner/../x", "owner/name/x", "/etc/x", "owner/name@../x", "owner/name@a..b"]
+)
+def test_a_name_or_a_revision_is_no_path(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hub_module, "_client", lambda: pytest.fail("the Hub was asked"))
+    with pytest.raises(CheckpointError, match="expected hf://owner/name or hf://owner/name@revision"):
+        Policy.load(f"hf://{name}")
 
 
 @dataclass

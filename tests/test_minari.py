@@ -456,6 +456,29 @@ def test_a_task_becomes_the_datasets(make: Callable[..., Path]) -> None:
         minari.task(TASK, ID)
 
 
+def test_a_spec_names_no_file_and_imports_nothing(make: Callable[..., Path]) -> None:
+    """Its module is no more imported than its wrappers', whose names are shown."""
+    wrappers = [{"name": "Mine", "entry_point": "no.such.module:Mine"}, {"name": "\x1b[2J\nx"}, {"name": 3}]
+    spec: dict[str, Any] = {"id": "Hopper-v5", "entry_point": "no.such.module:Trap", "max_episode_steps": 7}
+    make(env_spec=json.dumps(spec | {"kwargs": {"xml_file": "hopper.xml"}, "additional_wrappers": wrappers}))
+    found = minari.task(None, ID)
+    assert found.env_options == {"xml_file": "hopper.xml", "max_episode_steps": 7}
+    assert found.note.endswith("collected through Mine, which evaluation goes without")
+    make_task_environment(found)
+    for kwargs in ({"xml_file": "/etc/passwd"}, {"a": [{"b": "../x"}]}, {"model": "~/x"}):
+        for key in ("env_spec", "eval_env_spec"):
+            folder = make(action_space=None, **{key: json.dumps(spec | {"kwargs": kwargs})})
+            for ask in (lambda: minari.task(TASK, ID), lambda folder=folder: minari.read(folder)):
+                with pytest.raises(
+                    DataError, match=f"{ID}: '{key}' in metadata.json: options: .* a path"
+                ) as no:
+                    ask()
+                assert "\n" not in str(no.value)
+    make(cpql_task=json.dumps({"observation": [], "reset_options": {"file": "/x"}}))
+    with pytest.raises(DataError, match=f"{ID}: 'cpql_task' in metadata.json: options: '/x' could be a path"):
+        minari.task(TASK, ID)
+
+
 def test_finding(root: Path, make: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
     assert minari.root() == root and minari.find(ID) is None
     folder = make()

@@ -394,7 +394,7 @@ def test_broken_checkpoints(dataset: Path, tmp_path: Path) -> None:
     weights.write_bytes(whole)
     file = last / "policy" / "config.json"
     content = json.loads(file.read_text())
-    file.write_text(json.dumps({**content, "action_dim": 5}))
+    file.write_text(json.dumps({**content, "state_dim": 5}))
     with pytest.raises(CheckpointError, match=r"model.safetensors.*size mismatch"):
         Policy.load(tmp_path / "run")
     file.write_text(json.dumps({**content, "format": 99}))

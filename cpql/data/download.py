@@ -594,7 +594,7 @@ def _alone(path: Path, say: Callable[[str], None]) -> Iterator[None]:
     folder = path.parent
     file = path.with_name(f".{path.name}.lock")
     lock = filelock.FileLock(file)
-    missing = [each for each in (folder, *folder.parents) if not each.exists()]
+    missing = [each for each in (folder, *folder.parents) if not os.path.exists(each)]
     waiting, lost = False, 0
     while not lock.is_locked:
         try:

@@ -45,11 +45,11 @@ import h5py  # type: ignore[import-untyped]
 import numpy as np
 from numpy.typing import NDArray
 
-from cpql.data.d4rl import MOST_EXPANSION, ORIGIN, UNSUSPICIOUS_BYTES, origin, origin_of
+from cpql.data.d4rl import MOST_EXPANSION, ORIGIN, UNSUSPICIOUS_BYTES, origin, origin_of, user_folder
 from cpql.data.transitions import TimeLimits, Transitions
 from cpql.environments import action_bounds, make_environment
-from cpql.errors import DataError
-from cpql.tasks import Task
+from cpql.errors import ConfigError, DataError
+from cpql.tasks import Task, check_options
 
 __all__ = [
     "ARRAYS",
@@ -81,9 +81,14 @@ Where = str | os.PathLike[str]
 
 
 def root() -> Path:
-    """Where Minari keeps its datasets: `$MINARI_DATASETS_PATH`, else `~/.minari/datasets`."""
+    """Where Minari keeps its datasets: `$MINARI_DATASETS_PATH`, else `~/.minari/datasets`.
+
+    Raises:
+        DataError: there is no home folder.
+    """
     # Taken as it stands, a `~` in it too: the package does so, and downloads go where it thinks.
-    return Path(os.environ.get("MINARI_DATASETS_PATH") or Path.home() / ".minari" / "datasets")
+    named = os.environ.get("MINARI_DATASETS_PATH")
+    return Path(named) if named else user_folder("MINARI_DATASETS_PATH", "~/.minari/datasets")
 
 
 def find(id: str) -> Path | None:
@@ -510,10 +515,20 @@ def _environment(about: Mapping[str, Any]) -> tuple[str, dict[str, Any], list[st
             )
         # How the collector looked at it is nothing that evaluation should repeat.
         options = {name: value for name, value in options.items() if name != "render_mode"}
+        _check_options(about, key, options)
         if isinstance(steps, int):
             options["max_episode_steps"] = steps
-        return id, options, [str(wrapper.get("name")) for wrapper in wrappers if isinstance(wrapper, dict)]
+        names = (str(wrapper.get("name")) for wrapper in wrappers if isinstance(wrapper, dict))
+        return id, options, [name for name in names if name.isidentifier()]  # as a class's name is
     return None
+
+
+def _check_options(about: Mapping[str, Any], key: str, options: Mapping[str, Any]) -> None:
+    """Refuse options of an environment that a file mustn't have."""
+    try:
+        check_options("options", options)
+    except ConfigError as error:
+        raise DataError(f"{about['dataset_id']}: '{key}' in {ABOUT}: {error}") from None
 
 
 def references(where: Where) -> tuple[float, float] | None:
@@ -601,6 +616,7 @@ def _how(about: Mapping[str, Any], observation: tuple[str, ...]) -> dict[str, An
     texts = isinstance(parts, list | tuple) and all(isinstance(part, str) for part in parts)
     if not (texts and isinstance(reset, dict)):
         raise DataError(f"{about['dataset_id']}: '{HOW}' in {ABOUT} is damaged: expected what cpql wrote")
+    _check_options(about, HOW, reset)
     return {"observation": tuple(parts), "reset_options": reset}
 
 
