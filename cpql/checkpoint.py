@@ -5,43 +5,57 @@ checkpoints/
         policy/      config.json, model.safetensors      all that acting needs
         training/    state.json, state.safetensors       all that going on needs
     last -> step_00010000
+
+A checkpoint is on the disk before `last` points to it, and says what its tensors' SHA-256 is.
 """
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
+import safetensors.torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from cpql.errors import CheckpointError
 from cpql.policy import Policy, find_policy
 
-__all__ = ["find_training", "load_training", "save_checkpoint", "saved_steps", "write_text"]
+__all__ = [
+    "aside",
+    "clear_leftovers",
+    "find_training",
+    "go_back",
+    "load_training",
+    "point_last",
+    "prune",
+    "save_checkpoint",
+    "saved_steps",
+    "write_text",
+]
+
+ASIDE = ".aside"
 
 
 def write_text(path: Path, text: str) -> None:
     """Write a file aside and put it in place in one move."""
-    with _aside(path) as temporary:
-        temporary.write_text(text)
+    with aside(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def save_checkpoint(
-    folder: Path,
-    step: int,
-    policy: Policy,
-    tensors: dict[str, Tensor],
-    state: dict[str, Any],
-    keep: int = 0,
+    folder: Path, step: int, policy: Policy, tensors: dict[str, Tensor], state: dict[str, Any]
 ) -> Path:
-    """Write the checkpoint of a step, point `last` at it, and drop the oldest ones.
+    """Write the checkpoint of a step, and point `last` at it.
 
     Args:
         folder: of all checkpoints of the run.
@@ -49,47 +63,93 @@ def save_checkpoint(
         policy: what is deployed.
         tensors: what training needs to go on: weights, moments, generators.
         state: the same, as JSON-able values.
-        keep: how many checkpoints stay; 0 keeps all.
 
     Returns:
         The checkpoint's folder.
+
+    Raises:
+        OSError: it can't be written; then nothing has changed.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    final = folder / f"step_{step:08d}"
-    with _aside(final) as temporary:
-        policy.save(temporary / "policy")
+    final = folder / _name(step)
+    with aside(final) as temporary:
+        try:
+            policy.save(temporary / "policy")
+        except SafetensorError as error:  # its own word for a full disk
+            raise OSError(str(error)) from error
         (temporary / "training").mkdir()
-        save_file(
-            {name: tensor.contiguous() for name, tensor in tensors.items()},
-            temporary / "training" / "state.safetensors",
-        )
-        text = json.dumps({"step": step, **state}, indent=2, allow_nan=False)
+        content = safetensors.torch.save({name: tensor.contiguous() for name, tensor in tensors.items()})
+        (temporary / "training" / "state.safetensors").write_bytes(content)
+        whole = {"step": step, "sha256": hashlib.sha256(content).hexdigest(), **state}
+        text = json.dumps(whole, indent=2, allow_nan=False)
         (temporary / "training" / "state.json").write_text(text + "\n")
-    with _aside(folder / "last") as link:
-        link.symlink_to(final.name)
-    if keep:
-        for old in sorted(folder.glob("step_*"))[:-keep]:
-            if old.name != final.name:
-                shutil.rmtree(old)
+    point_last(folder, step)
     return final
+
+
+def point_last(folder: Path, step: int) -> None:
+    """Let `last` be the checkpoint of a step."""
+    with aside(folder / "last") as link:
+        link.symlink_to(_name(step))
+
+
+def go_back(folder: Path, step: int) -> None:
+    """Let the checkpoint of a step be the last one, and drop those after it; 0 is the beginning."""
+    if step:
+        point_last(folder, step)
+    else:
+        (folder / "last").unlink(missing_ok=True)
+    for later in saved_steps(folder):
+        if later > step:
+            _discard(folder / _name(later))
+
+
+def prune(folder: Path, keep: int, spare: Collection[int] = ()) -> None:
+    """Drop the oldest checkpoints.
+
+    Args:
+        folder: of all checkpoints of the run.
+        keep: how many of the newest stay; 0 keeps all.
+        spare: steps of others that stay.
+    """
+    for step in saved_steps(folder)[:-keep] if keep else ():
+        if step not in spare:
+            _discard(folder / _name(step))
+
+
+def _discard(path: Path) -> None:
+    holder = _holder(path)
+    path.replace(holder / path.name)  # whole or gone, even if this is where the process is killed
+    shutil.rmtree(holder)
 
 
 def saved_steps(folder: Path) -> list[int]:
     """Steps of the checkpoints that are there, ascending."""
-    return sorted(int(path.name.removeprefix("step_")) for path in folder.glob("step_*"))
+    found = (
+        re.fullmatch(r"step_(\d{8,})", path.parent.parent.name)
+        for path in folder.glob("step_*/training/state.json")
+    )
+    return sorted(int(match[1]) for match in found if match)
 
 
 def load_training(folder: Path, step: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read the training state of a checkpoint.
 
     Raises:
-        CheckpointError: there is none, or it is broken.
+        CheckpointError: there is none, or it is damaged.
     """
-    path = folder / f"step_{step:08d}" / "training"
+    path = folder / _name(step) / "training"
     try:
-        return load_file(path / "state.safetensors"), json.loads((path / "state.json").read_text())
+        state = json.loads((path / "state.json").read_text())
+        content = (path / "state.safetensors").read_bytes()
+        found = hashlib.sha256(content).hexdigest()
+        expected = state.get("sha256", found)  # there was none at first
+        if found != expected:
+            raise ValueError(f"state.safetensors has SHA-256 {found[:12]}..., expected {expected[:12]}...")
+        return safetensors.torch.load(content), state
     except Exception as error:
-        raise CheckpointError(f"{path}: no readable training state: {error}") from error
+        reason = " ".join(str(error).split())
+        raise CheckpointError(f"{path}: no readable training state: {reason}") from error
 
 
 def find_training(path: Path) -> tuple[Path, int]:
@@ -99,20 +159,63 @@ def find_training(path: Path) -> tuple[Path, int]:
         CheckpointError: there is none, or it is a policy alone.
     """
     step = find_policy(path).resolve().parent
-    if not (step / "training" / "state.json").is_file():
+    match = re.fullmatch(r"step_(\d{8,})", step.name)
+    if match is None or not (step / "training" / "state.json").is_file():
         raise CheckpointError(f"{path}: a policy alone, without the networks and optimisers of its training")
-    return step.parent, int(step.name.removeprefix("step_"))
+    return step.parent, int(match[1])
+
+
+def _name(step: int) -> str:
+    return f"step_{step:08d}"
 
 
 @contextmanager
-def _aside(final: Path) -> Iterator[Path]:
-    """A path beside `final` to write to; it replaces `final` when the block ends well, else it vanishes."""
-    holder = Path(tempfile.mkdtemp(prefix=f".{final.name}.", dir=final.parent))
+def aside(final: Path) -> Iterator[Path]:
+    """A path beside `final` to write to.
+
+    When the block ends well, what is there is flushed to the disk and replaces `final`; else it vanishes.
+    """
+    holder = _holder(final)
     try:
         temporary = holder / final.name
         yield temporary
+        _flush(temporary)
         if temporary.is_dir() and not temporary.is_symlink() and final.exists():
             final.replace(holder / "old")  # a folder can't replace one that isn't empty
         os.replace(temporary, final)
+        _flush_folder(final.parent)
     finally:
-        shutil.rmtree(holder)
+        shutil.rmtree(holder, ignore_errors=True)
+
+
+def _holder(beside: Path) -> Path:
+    return Path(tempfile.mkdtemp(prefix=f".{beside.name}.", suffix=ASIDE, dir=beside.parent))
+
+
+def clear_leftovers(folder: Path) -> None:
+    """Remove what processes that were killed have left of `aside` in a folder; no other may be writing."""
+    for path in folder.glob(f".*{ASIDE}"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _flush(path: Path) -> None:
+    """Have a file, or all files of a folder, on the disk."""
+    if path.is_symlink():
+        return
+    if path.is_dir():
+        for inner in path.iterdir():
+            _flush(inner)
+        _flush_folder(path)
+        return
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
+
+
+def _flush_folder(folder: Path) -> None:
+    """Have a folder's names on the disk, where the system lets folders be opened for that."""
+    with contextlib.suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)

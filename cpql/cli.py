@@ -29,7 +29,7 @@ from cpql.config import (
     task_names,
     task_patterns,
 )
-from cpql.errors import CheckpointError, ConfigError, CpqlError, did_you_mean
+from cpql.errors import CheckpointError, ConfigError, CpqlError, did_you_mean, printable
 from cpql.hub import PREFIX
 
 __all__ = ["evaluate", "export", "train"]
@@ -288,15 +288,16 @@ def _leave_out_anothers_options(agent: dict[str, Any], told: list[str]) -> None:
 def _train(content: DictConfig) -> None:
     from hydra.core.hydra_config import HydraConfig
 
+    from cpql.logging import make_console
     from cpql.runs import group_summary
     from cpql.training import train_group
 
     told = [word.lstrip("+").partition("=")[0] for word in HydraConfig.get().overrides.task]
     members = _members(content, told)
-    console = Console(soft_wrap=True)
+    console = make_console()
     results = train_group(members, console)
-    folders = [config.run_dir for config, _ in members]
-    console.print(group_summary(results, folders), highlight=False)
+    text = group_summary(results, [config for config, _ in members])
+    console.print(printable(text), highlight=False, markup=False)
 
 
 def _beside(checkpoint: str, folder: Path) -> Path:

@@ -132,6 +132,7 @@ class BudgetConfig:
     final_episodes: int = 100
     keep: int = 2
     dataset_size: int = 1_000_000
+    episode_limit: int = 10_000
 
 
 @dataclass(frozen=True)
@@ -211,7 +212,8 @@ class TrainConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["fp32", "bf16", "tf32"] = "fp32"
     threads: int = 1
-    compile: bool = True
+    compile: bool | Literal["auto"] = "auto"
+    configuration: str = ""
     run_dir: str = "runs/run"
     resume: bool = False
     traceback: bool = False

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import math
 import sys
 import warnings
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ import gymnasium
 import numpy as np
 from numpy.typing import NDArray
 
-from cpql.errors import ConfigError, did_you_mean
+from cpql.errors import ActingError, ConfigError, did_you_mean
 from cpql.tasks import Task
 
 __all__ = [
@@ -173,17 +174,49 @@ class TaskEnvironment(gymnasium.Wrapper[Any, Any, Any, Any]):
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[NDArray[Any], dict[str, Any]]:
-        """Begin an episode, with the task's options and any others."""
+        """Begin an episode, with the task's options and any others.
+
+        Raises:
+            ActingError: the environment failed, or gave an observation that isn't finite.
+        """
         # Some environments keep the dict they are given, so each gets one of its own.
         both = {key: np.array(value) if isinstance(value, list | tuple) else value
                 for key, value in (self.task.reset_options | (options or {})).items()}  # fmt: skip
-        observation, info = self.env.reset(seed=seed, options=both or None)
-        return self._flat(observation), info
+        with self._named("reset"):
+            observation, info = self.env.reset(seed=seed, options=both or None)
+        return self._finite(self._flat(observation)), info
 
     def step(self, action: Any) -> tuple[NDArray[Any], Any, bool, bool, dict[str, Any]]:
-        """Act once."""
-        observation, reward, terminated, truncated, info = self.env.step(action)
-        return self._flat(observation), reward, terminated, truncated, info
+        """Act once.
+
+        Raises:
+            ActingError: the environment failed, or gave an observation or a reward that isn't finite.
+        """
+        with self._named("step"):
+            observation, reward, terminated, truncated, info = self.env.step(action)
+        if not math.isfinite(reward):
+            raise ActingError(
+                f"environment '{self.task.id}' gave a reward of {reward}: expected a finite number"
+            )
+        return self._finite(self._flat(observation)), reward, terminated, truncated, info
+
+    def _finite(self, observation: NDArray[Any]) -> NDArray[Any]:
+        if not np.isfinite(observation).all():
+            k = int(np.isfinite(observation).argmin())
+            raise ActingError(
+                f"environment '{self.task.id}' gave an observation whose number {k} is {observation[k]}: "
+                "expected finite numbers"
+            )
+        return observation
+
+    @contextlib.contextmanager
+    def _named(self, call: str) -> Iterator[None]:
+        """Name the environment whose call fails: its exceptions are nobody else's."""
+        try:
+            yield
+        except Exception as error:
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            raise ActingError(f"environment '{self.task.id}' failed in {call}: {reason}") from error
 
 
 def make_task_environment(task: Task, **options: Any) -> TaskEnvironment:

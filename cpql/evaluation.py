@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Callable
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -10,7 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cpql.environments import make_task_environment
+from cpql.environments import TaskEnvironment, make_task_environment, widths
+from cpql.errors import ConfigError, Interrupted
 from cpql.policy import Policy
 from cpql.tasks import Task
 
@@ -38,6 +41,8 @@ class Evaluation:
         lengths: in steps.
         seed: episode i was reset with seed + i.
         rule: how actions were chosen, in words.
+        episode_limit: steps after which an episode was cut that its environment hadn't ended.
+        cut: how many were.
     """
 
     task: Task
@@ -45,6 +50,8 @@ class Evaluation:
     lengths: tuple[int, ...]
     seed: int
     rule: str
+    episode_limit: int = 10_000
+    cut: int = 0
 
     @property
     def mean(self) -> float:
@@ -87,6 +94,8 @@ class Evaluation:
             "lengths": list(self.lengths),
             "seed": self.seed,
             "rule": self.rule,
+            "episode_limit": self.episode_limit,
+            "episodes_cut": self.cut,
             "environment": self.task.id,
             "environment_options": self.task.env_options | self.task.reset_options,
             "note": self.task.note,
@@ -107,6 +116,8 @@ def evaluate(
     seed: int = 0,
     deterministic: bool = False,
     at_once: int = 50,
+    episode_limit: int = 10_000,
+    stopped: Callable[[], bool] = lambda: False,
 ) -> Evaluation:
     """Run whole episodes and collect their returns.
 
@@ -120,34 +131,54 @@ def evaluate(
         seed: of the environments and the noise.
         deterministic: see `Policy.predict`.
         at_once: how many environments run side by side.
+        episode_limit: steps after which an episode is cut that its environment doesn't end.
+        stopped: asked at every step whether to give up.
+
+    Raises:
+        Interrupted: `stopped` said so.
+        ConfigError: the environment can't be made, or doesn't fit the policy.
+        ActingError: the environment failed.
     """
     policy.seed(seed)
     returns, lengths = np.zeros(episodes), np.zeros(episodes, np.int64)
+    cut = 0
     for start in range(0, episodes, at_once):
         indices = range(start, min(start + at_once, episodes))
-        environments = [make_task_environment(task) for _ in indices]
-        observations: list[NDArray[np.float64]] = [
-            environment.reset(seed=seed + index)[0]
-            for environment, index in zip(environments, indices, strict=True)
-        ]
-        running = list(range(len(environments)))
-        while running:
-            actions, _ = policy.predict(
-                np.stack([observations[i] for i in running]), None, None, deterministic
-            )
-            still = []
-            for i, action in zip(running, actions, strict=True):
-                observations[i], reward, terminated, truncated, _ = environments[i].step(action)
-                returns[start + i] += float(reward)
-                lengths[start + i] += 1
-                if not (terminated or truncated):
-                    still.append(i)
-            running = still
-        for environment in environments:
-            environment.close()
+        with ExitStack() as stack:
+            environments = [stack.enter_context(closing(make_task_environment(task))) for _ in indices]
+            _check_widths(policy, environments[0], task)
+            observations: list[NDArray[np.float64]] = [
+                environment.reset(seed=seed + index)[0]
+                for environment, index in zip(environments, indices, strict=True)
+            ]
+            running = list(range(len(environments)))
+            for _ in range(episode_limit):
+                if stopped():
+                    raise Interrupted("the evaluation was stopped")
+                actions, _ = policy.predict(
+                    np.stack([observations[i] for i in running]), None, None, deterministic
+                )
+                still = []
+                for i, action in zip(running, actions, strict=True):
+                    observations[i], reward, terminated, truncated, _ = environments[i].step(action)
+                    returns[start + i] += float(reward)
+                    lengths[start + i] += 1
+                    if not (terminated or truncated):
+                        still.append(i)
+                running = still
+                if not running:
+                    break
+            cut += len(running)
     rule = "actor alone" if policy.candidates == 1 else f"{policy.candidates} candidates ranked by Q"
     if policy.candidates > 1 and not deterministic:
         rule += f", temperature {policy.temperature:g}"
     rule += ", deterministic" if deterministic else ", sampled"
     rule += f", {policy.actor.steps} step{'s' if policy.actor.steps > 1 else ''}"
-    return Evaluation(task, tuple(returns.tolist()), tuple(lengths.tolist()), seed, rule)
+    return Evaluation(task, tuple(returns.tolist()), tuple(lengths.tolist()), seed, rule, episode_limit, cut)
+
+
+def _check_widths(policy: Policy, environment: TaskEnvironment, task: Task) -> None:
+    found, expected = widths(environment), (policy.config.state_dim, policy.config.action_dim)
+    for what, one, other in zip(("observations", "actions"), found, expected, strict=True):
+        if one != other:
+            raise ConfigError(f"environment '{task.id}' has {what} {one} wide: the policy's are {other} wide")

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import csv
+import math
+import os
+import sys
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TextIO, cast
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -16,7 +19,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 from cpql.checkpoint import write_text
 from cpql.errors import ConfigError
 
-__all__ = ["Bar", "CSVTable", "Logger", "make_logger", "progress"]
+__all__ = ["Bar", "CSVTable", "Logger", "make_console", "make_logger", "progress"]
 
 
 class Logger(Protocol):
@@ -30,21 +33,24 @@ class Logger(Protocol):
 
 
 class CSVTable:
-    """A CSV file with one row a step; rows after `step` are dropped, as a resumed run writes them anew."""
+    """A CSV file with one row a step.
+
+    Rows after `step` are dropped, as a resumed run writes them anew, and so is one that was cut off.
+    """
 
     def __init__(self, path: Path, step: int = 0) -> None:
         self.path = path
         self.columns: list[str] = []
-        if path.exists():
-            with path.open(newline="") as file:
-                rows = list(csv.DictReader(file))
-            if rows:
-                self.columns = list(rows[0])
-                lines = [
-                    ",".join(self.columns),
-                    *(",".join(r.values()) for r in rows if int(r["step"]) <= step),
-                ]
-                write_text(path, "\n".join(lines) + "\n")
+        if not path.exists():
+            return
+        head, *lines = path.read_text(errors="replace").split("\n")[:-1] or [""]
+        columns = head.split(",")
+        kept = [line for line in lines if line.count(",") == len(columns) - 1 and _step(line) <= step]
+        if kept:
+            self.columns = columns
+            write_text(path, "\n".join([head, *kept]) + "\n")
+        else:  # the next row names the columns
+            path.unlink()
 
     def log(self, step: int, figures: Mapping[str, float]) -> None:
         """Append a row; the first one names the columns."""
@@ -67,15 +73,21 @@ class CSVTable:
         """Nothing is held open."""
 
 
-class TensorBoardLogger:
-    """Figures as TensorBoard scalars in the run's `tensorboard/`."""
+def _step(line: str) -> float:
+    """The step of a row; infinity where it isn't a row."""
+    first = line.partition(",")[0]
+    return int(first) if first.isdecimal() else math.inf
 
-    def __init__(self, folder: Path) -> None:
+
+class TensorBoardLogger:
+    """Figures as TensorBoard scalars in the run's `tensorboard/`; those after `step` are written anew."""
+
+    def __init__(self, folder: Path, step: int) -> None:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
             raise ConfigError("logger=tensorboard needs a package: pip install 'cpql[tensorboard]'") from None
-        self.writer: Any = SummaryWriter(str(folder / "tensorboard"))
+        self.writer: Any = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
 
     def log(self, step: int, figures: Mapping[str, float]) -> None:
         """Write scalars."""
@@ -91,14 +103,18 @@ class WandbLogger:
     """Figures to Weights & Biases: offline, unless WANDB_MODE or an API key is set; needs no account."""
 
     def __init__(self, folder: Path, name: str, config: dict[str, Any]) -> None:
-        import os
-
         try:
             import wandb
         except ImportError:
             raise ConfigError("logger=wandb needs a package: pip install 'cpql[wandb]'") from None
         mode: Any = os.environ.get("WANDB_MODE", "online" if os.environ.get("WANDB_API_KEY") else "offline")
-        self.run: Any = wandb.init(project="cpql", name=name, dir=str(folder), config=config, mode=mode)
+        try:
+            # The members of a group are runs of their own, in one process.
+            self.run: Any = wandb.init(
+                project="cpql", name=name, dir=str(folder), config=config, mode=mode, reinit="create_new"
+            )
+        except Exception as error:  # it has many kinds
+            raise ConfigError(f"logger=wandb: {' '.join(str(error).split())}") from error
 
     def log(self, step: int, figures: Mapping[str, float]) -> None:
         """Log figures at a step."""
@@ -109,17 +125,61 @@ class WandbLogger:
         self.run.finish()
 
 
-def make_logger(kind: str, folder: Path, name: str, config: dict[str, Any]) -> Logger | None:
+def make_logger(kind: str, folder: Path, name: str, config: dict[str, Any], step: int) -> Logger | None:
     """The logger besides CSV, if one is asked for.
 
+    Args:
+        kind: its name.
+        folder: the run's.
+        name: what a service calls the run.
+        config: of the run, as plain values.
+        step: that the run goes on from.
+
     Raises:
-        ConfigError: its package is missing.
+        ConfigError: its package is missing, or it can't be started.
     """
     if kind == "tensorboard":
-        return TensorBoardLogger(folder)
+        return TensorBoardLogger(folder, step)
     if kind == "wandb":
         return WandbLogger(folder, name, config)
     return None
+
+
+class _Output:
+    """A stream that is written to for as long as somebody reads it: training goes on without a terminal."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self.stream = stream
+
+    def write(self, text: str) -> int:
+        """Write, or from now on don't."""
+        with self._while_it_lasts():
+            self.stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        """Likewise."""
+        with self._while_it_lasts():
+            self.stream.flush()
+
+    @contextmanager
+    def _while_it_lasts(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError:  # a closed pipe, a terminal that is gone, a full disk
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self.stream.fileno())  # for what is buffered, and for Python's last words
+            os.close(nowhere)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+
+def make_console() -> Console:
+    """Where people look: standard output, for as long as it can be written to."""
+    # Python has none where it was closed before the start; rich knows that case.
+    stream = None if sys.stdout is None else cast(TextIO, _Output(sys.stdout))
+    return Console(file=stream, soft_wrap=True)
 
 
 class Bar:

@@ -1,33 +1,153 @@
-"""An agent's update as one program: compiled, and on a GPU recorded as a CUDA graph that is replayed."""
+"""An agent's update as one program: compiled, and on a GPU recorded as a CUDA graph that is replayed.
+
+Where that can't be had the update runs as it is, and says why.
+"""
 
 from __future__ import annotations
 
 import os
+import re
+import stat
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from cpql.agents import Agent
-from cpql.data.transitions import Batch
+from cpql.data.transitions import Batch, split
+from cpql.errors import ConfigError
 
-__all__ = ["Replay", "Update", "program"]
+__all__ = ["Program", "Replay", "Update", "program", "record", "zeros"]
 
 Update = Callable[[Batch, dict[str, Tensor]], dict[str, Tensor]]
 """`update(batch, noise)` gives metrics and changes the agent's state in place, as `Agent.update` does."""
 
 
-def program(agent: Agent, cache: Path) -> Update:
-    """Compile an agent's update; on a GPU one call of it is one launch.
+@dataclass(frozen=True)
+class Program:
+    """An update that is ready to run.
+
+    Attributes:
+        update: the program.
+        how: "compiled", "compiled, CUDA graph", or "uncompiled" and why.
+        compiled: whether it is.
+    """
+
+    update: Update
+    how: str
+    compiled: bool
+
+
+def program(
+    agent: Agent, compile: bool | Literal["auto"], cache: Path, say: Callable[[str], None]
+) -> Program:
+    """Make an agent's update ready: compiled, and on a GPU so that one call of it is one launch.
+
+    It is tried once, on zeros, so that whatever can go wrong does so here; the agent stays as it was.
 
     Args:
         agent: whose state the program changes in place.
-        cache: folder that keeps what was compiled, so that the next run finds it.
+        compile: whether to; "auto" goes on uncompiled where it can't be had.
+        cache: folder that keeps what was compiled, so that the next run finds it. It is torch's own pickle,
+            so nobody else may be able to write there.
+        say: takes the line that says what couldn't be had, why, and what helps.
+
+    Raises:
+        ConfigError: `compile` is True and it can't be had, or the cache belongs to somebody else.
     """
+    if not compile:
+        return Program(agent.update, "uncompiled", False)
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache))
-    compiled: Update = torch.compile(agent.update, fullgraph=True)
-    return Replay(agent, compiled) if agent.state["step"].is_cuda else compiled
+    _refuse_foreign(Path(os.environ["TORCHINDUCTOR_CACHE_DIR"]))
+    batch, noise = zeros(agent)
+    before = {name: tensor.clone() for name, tensor in agent.state.items()}
+    try:
+        compiled: Update = torch.compile(agent.update, fullgraph=True)
+        compiled(batch, noise)
+    except Exception as error:  # of any of the compiler's many parts
+        reason = _reason(error)
+        if compile is True:
+            raise ConfigError(f"compile=true: {reason}, or compile=auto to go on without") from error
+        say(f"warning: not compiled, so updates take about twice as long: {reason}")
+        return Program(agent.update, f"uncompiled: {reason}", False)
+    finally:
+        for name, tensor in agent.state.items():
+            tensor.copy_(before[name])
+    if not agent.state["step"].is_cuda:
+        return Program(compiled, "compiled", True)
+    return record(agent, compiled, batch, noise, say)
+
+
+def record(
+    agent: Agent, compiled: Update, batch: Batch, noise: dict[str, Tensor], say: Callable[[str], None]
+) -> Program:
+    """Record a compiled update as a CUDA graph; where that fails it runs without one, and `say` hears why."""
+    before = {name: tensor.clone() for name, tensor in agent.state.items()}
+    replay = Replay(agent, compiled)
+    try:
+        replay(batch, noise)
+    except Exception as error:  # of the driver, the libraries or the compiler
+        reason = _first_line(error)
+        say(f"warning: no CUDA graph, so the compiled update is launched piece by piece: {reason}")
+        return Program(compiled, f"compiled, no CUDA graph: {reason}", True)
+    finally:
+        for name, tensor in agent.state.items():
+            tensor.copy_(before[name])
+    return Program(replay, "compiled, CUDA graph", True)
+
+
+def zeros(agent: Agent) -> tuple[Batch, dict[str, Tensor]]:
+    """A batch of zeros, laid out in memory as the ones to come, and some noise."""
+    device, c = agent.state["step"].device, agent.config
+    width = 2 * agent.state_dim + agent.action_dim + 2
+    rows = torch.zeros(*agent.members, c.batch_size, width, device=device)
+    generators = [torch.Generator(device) for _ in range(*agent.members or (1,))]
+    noise = agent.draw(generators if agent.members else generators[0])
+    return split(rows, agent.state_dim, agent.action_dim), noise
+
+
+def _refuse_foreign(folder: Path) -> None:
+    """See to it that only this user can have written what is about to be unpickled.
+
+    Raises:
+        ConfigError: others can, or the folder can't be made.
+    """
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        about = folder.stat()
+    except OSError as error:
+        raise ConfigError(
+            f"{folder}: what is compiled can't be kept there ({error.strerror}): set CPQL_CACHE to a folder "
+            "that you can write to, or compile=false"
+        ) from error
+    if os.name == "posix" and (about.st_uid != os.geteuid() or about.st_mode & (stat.S_IWGRP | stat.S_IWOTH)):
+        raise ConfigError(
+            f"{folder}: others can write to this folder of compiled programs, which are code: expected your "
+            f"own and mode 700 (chmod 700 {folder}), or set CPQL_CACHE to another one"
+        )
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip().partition("\n")[0]
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def _reason(error: BaseException) -> str:
+    """Why compiling failed and what helps, of the compiler's account of its inside."""
+    error = getattr(error, "inner_exception", None) or error
+    name, text = type(error).__name__, str(error)
+    if name == "InvalidCxxCompiler":
+        return "there is no C++ compiler. Install one (apt install g++, conda install gxx), or name it by CXX"
+    if name == "CppCompileError":
+        said = re.search(r"(?:error: .*|Output:\n.*)", text)
+        what = said[0].removeprefix("Output:\n") if said else text.partition("\n")[0]
+        return f"the C++ compiler fails ({what.strip()}). Install another one, or name it by CXX"
+    if "triton" in name.lower() or "triton" in text.lower():
+        return f"there is no working Triton ({_first_line(error)}). Install it (pip install triton)"
+    return f"PyTorch's compiler fails ({_first_line(error)}). Use compile=false"
 
 
 class Replay:

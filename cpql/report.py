@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
+
+from cpql.checkpoint import aside
 
 __all__ = ["learning_curve"]
 
@@ -48,12 +49,8 @@ def learning_curve(
     source = run["data"]["source"]
     source = source.replace("embedded", "self-collected data, not D4RL")
     figure.suptitle(f"{run['agent']} on {run['task']} ({source})", fontsize=11)
-    aside = path.with_name(f".{path.stem}.{os.getpid()}.png")
-    try:
-        figure.savefig(aside, dpi=110)
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
+    with aside(path) as temporary:
+        figure.savefig(temporary, dpi=110, format="png")
 
 
 def _scores(axes: Any, run: dict[str, Any], evaluations: list[dict[str, Any]]) -> None:

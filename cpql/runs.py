@@ -8,22 +8,35 @@ runs/hopper-medium/cpql/full/seed0/
     checkpoints/            see `cpql.checkpoint`
     learning_curve.png
     result.json             written when the run is finished; says after how many updates
+    .lock                   while a process works on it: which, and on which host
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import socket
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import filelock
 import yaml
 from torch import Tensor
 
-from cpql.agents import AGENTS
-from cpql.checkpoint import load_training, save_checkpoint, saved_steps, write_text
+from cpql.agents import AGENTS, BY_MEMBER
+from cpql.checkpoint import (
+    clear_leftovers,
+    go_back,
+    load_training,
+    prune,
+    save_checkpoint,
+    saved_steps,
+    write_text,
+)
 from cpql.config import DatasetConfig, OnlineConfig, TrainConfig, build
 from cpql.data.transitions import Provenance
 from cpql.errors import CheckpointError, ConfigError
@@ -33,11 +46,67 @@ from cpql.policy import Policy
 from cpql.report import learning_curve
 from cpql.tasks import Task
 
-__all__ = ["Run", "group_summary", "summary"]
+__all__ = ["Run", "claimed", "group_summary", "summary"]
 
 # What a resumed run may change: none of it touches the course of training, but for the budget's length, which
 # `train_group` looks at.
-FREE = ("budget", "device", "threads", "compile", "logger", "resume", "traceback", "run_dir")
+FREE = (
+    "budget",
+    "configuration",
+    "device",
+    "threads",
+    "compile",
+    "logger",
+    "resume",
+    "traceback",
+    "run_dir",
+)
+
+
+@contextlib.contextmanager
+def claimed(folder: Path) -> Iterator[None]:
+    """Be the only process that works on a run, and tidy up after one that was killed.
+
+    The folder is made for that, and goes again where nothing was put into it. The lock of a process that is
+    dead holds nobody up.
+
+    Raises:
+        CheckpointError: another process works on it, or it can't be written to.
+    """
+    file, text = folder / ".lock", f"process {os.getpid()} on {socket.gethostname()}"
+    lock = filelock.FileLock(file)
+    try:
+        missing = [each for each in (folder, *folder.parents) if not each.exists()]
+        while not lock.is_locked:
+            folder.mkdir(parents=True, exist_ok=True)
+            with contextlib.suppress(FileNotFoundError):  # another process has just taken the folder away
+                lock.acquire(timeout=0)
+        if isinstance(lock, filelock.FileLock):  # what stands in where there is no flock writes its own
+            with contextlib.suppress(OSError):  # a full disk hinders nobody from being alone
+                file.write_text(text)
+    except filelock.Timeout:
+        with contextlib.suppress(OSError):
+            text = " ".join(file.read_text().split()) or "another process"
+        raise CheckpointError(
+            f"{folder} is in use by {text}: wait until that has ended, or name another folder by run_dir=..."
+        ) from None
+    except (OSError, NotImplementedError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise CheckpointError(
+            f"{folder} can't be written to ({reason}): name another folder by run_dir=..."
+        ) from error
+    try:
+        for place in (folder, folder / "checkpoints", folder / "evaluations"):
+            clear_leftovers(place)
+        yield
+    finally:
+        if isinstance(lock, filelock.FileLock):
+            with contextlib.suppress(OSError):  # not while it is open, on Windows
+                file.unlink()
+        lock.release()
+        with contextlib.suppress(OSError):  # something lies in it
+            for each in missing:
+                each.rmdir()
 
 
 class Run:
@@ -48,7 +117,7 @@ class Run:
         said: the configuration as plain values, to be kept in `config.yaml`.
 
     Raises:
-        CheckpointError: the folder holds a run already, or holds none to resume, or another one.
+        CheckpointError: the folder holds a run already, or another one than is to be resumed.
     """
 
     def __init__(self, config: TrainConfig, said: dict[str, Any]) -> None:
@@ -56,15 +125,18 @@ class Run:
         self.folder = Path(config.run_dir)
         self.length = config.budget.updates  # that it was started with
         self.config_file = self.folder / "config.yaml"
-        if self.config_file.exists() and not config.resume:
+        self.begun = self.config_file.exists()
+        if not self.begun and saved_steps(self.checkpoints):
+            raise CheckpointError(
+                f"{self.folder} holds checkpoints and no config.yaml: name another folder by run_dir=..."
+            )
+        if self.begun and not config.resume:
             raise CheckpointError(
                 f"{self.folder} already holds a run: go on with it by resume=true, or name another folder "
                 f"by run_dir={self.folder}-2"
             )
-        if not self.config_file.exists() and config.resume:
-            raise CheckpointError(f"{self.folder} holds no run to resume (no config.yaml)")
-        if config.resume:
-            before = yaml.safe_load(self.config_file.read_text())
+        if self.begun:
+            before = self._read_config()
             for key in sorted((before.keys() | said.keys()) - set(FREE)):
                 then, now = _whole(key, before.get(key)), _whole(key, said.get(key))
                 if then != now:
@@ -72,6 +144,16 @@ class Run:
             self.length = before["budget"]["updates"]
             said = before
         self.told = said | {"budget": asdict(config.budget)}
+
+    def _read_config(self) -> dict[str, Any]:
+        try:
+            content = yaml.safe_load(self.config_file.read_text())
+            int(content["budget"]["updates"])
+        except (OSError, ValueError, TypeError, KeyError, RecursionError, yaml.YAMLError) as error:
+            raise CheckpointError(
+                f"{self.config_file}: damaged ({_brief(error)}): expected what the run was told"
+            ) from error
+        return dict(content)
 
     @property
     def checkpoints(self) -> Path:
@@ -107,52 +189,77 @@ class Run:
 
     def result(self) -> dict[str, Any]:
         """What a finished run came to."""
-        content: dict[str, Any] = json.loads((self.folder / "result.json").read_text())
-        return content
+        return _read(self.folder / "result.json")
 
     def evaluations(self) -> list[dict[str, Any]]:
         """All evaluations so far, in order."""
-        files = sorted((self.folder / "evaluations").glob("step_*.json"))
-        return [json.loads(file.read_text()) for file in files]
+        return [_read(file) for _, file in self._evaluation_files()]
+
+    def _evaluation_files(self) -> list[tuple[int, Path]]:
+        files = (self.folder / "evaluations").glob("step_*.json")
+        numbered = ((file.stem.removeprefix("step_"), file) for file in files)
+        return sorted((int(number), file) for number, file in numbered if number.isdecimal())
+
+    def _best(self) -> dict[str, Any] | None:
+        """The evaluation with the highest return, and the first of those."""
+        return max(self.evaluations(), key=lambda e: e["return_mean"], default=None)
 
     def steps(self) -> set[int]:
         """The steps that it can go on from; 0 is the beginning."""
-        return {0, *saved_steps(self.checkpoints)} if self.config.resume else {0}
+        return {0, *saved_steps(self.checkpoints)} if self.begun else {0}
 
-    def restore(self, step: int, sha256: str | None) -> dict[str, Tensor]:
-        """Read the tensors of a checkpoint.
+    @property
+    def last(self) -> str:
+        """Where its last checkpoint is, in words."""
+        steps = self.steps()
+        return str(self.checkpoints / f"step_{max(steps):08d}") if max(steps) else "none"
 
-        Args:
-            step: one of `steps`, but not 0.
-            sha256: of the dataset that training is to go on with.
+    def read(self, step: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """A checkpoint's tensors and state.
 
         Raises:
-            CheckpointError: it is damaged, or the run learnt from another dataset.
+            CheckpointError: it is damaged.
         """
-        tensors, state = load_training(self.checkpoints, step)
-        if state["data_sha256"] != sha256:
+        return load_training(self.checkpoints, step)
+
+    def check_data(self, then: str | None, now: str | None) -> None:
+        """See to it that training goes on with the dataset that it began with, by their SHA-256.
+
+        Raises:
+            CheckpointError: they differ.
+        """
+        if then != now:
             raise CheckpointError(
-                f"{self.folder}: the run learnt from a dataset with SHA-256 {state['data_sha256']}, "
-                f"this one has {sha256}"
+                f"{self.folder}: the run learnt from a dataset with SHA-256 {then}, this one has {now}"
             )
-        return tensors
 
-    def begin(self, step: int, agent: str, task: Task, data: Callable[[], Provenance]) -> None:
-        """Make the folder, once everything that can be checked beforehand has been, and open its tables.
+    def start_logger(self, step: int, task: Task, agent: str) -> None:
+        """Start the logger besides CSV, before anything is written: that may be refused."""
+        self.task, self.algorithm = task, agent
+        self.agent = self.config.configuration or agent
+        name = f"{task.name}-{self.agent}-{self.folder.name}"
+        self.logger = make_logger(self.config.logger, self.folder, name, self.said, step)
 
-        What was written after `step` is dropped: a resumed run writes it anew. `data` says what the run has
-        learnt from by now.
+    def begin(self, step: int, program: str, data: Callable[[], Provenance]) -> None:
+        """Open the folder's tables, once everything that can be checked beforehand has been.
+
+        What was written after `step` is dropped: a resumed run writes it anew.
+
+        Args:
+            step: that it goes on from.
+            program: how updates are computed, `cpql.program.Program.how`.
+            data: says what the run has learnt from by now.
         """
-        self.agent, self.task, self.data = agent, task, data
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self.program, self.data = program, data
         write_text(self.config_file, yaml.safe_dump(self.told, sort_keys=False))
-        for file in (self.folder / "evaluations").glob("step_*.json"):
-            if int(file.stem.removeprefix("step_")) > step:
+        self.begun = True
+        for after, file in self._evaluation_files():
+            if after > step:
                 file.unlink()
+        if self.checkpoints.exists():
+            go_back(self.checkpoints, step)
         self.metrics = CSVTable(self.folder / "metrics.csv", step)
         self.timing = CSVTable(self.folder / "timing.csv", step)
-        name = f"{task.name}-{agent}-{self.config.seed}"
-        self.logger = make_logger(self.config.logger, self.folder, name, self.said)
 
     def close(self) -> None:
         """Write what loggers hold back."""
@@ -167,16 +274,26 @@ class Run:
         if self.logger is not None:
             self.logger.log(step, figures)
 
-    def evaluate(self, step: int, policy: Policy, episodes: int) -> None:
-        """Score a policy, where there is an environment to score it in, and draw the curve."""
-        if self.task.id is not None:
-            evaluation = evaluate(policy, self.task, episodes, seed=self.config.seed + 100)
-            folder = self.folder / "evaluations"
-            folder.mkdir(exist_ok=True)
-            content = {"step": step, **self.provenance(), **evaluation.to_dict()}
-            write_text(
-                folder / f"step_{step:08d}.json", json.dumps(content, indent=2, allow_nan=False) + "\n"
+    def evaluate(self, step: int, policy: Policy, episodes: int, stopped: Callable[[], bool]) -> None:
+        """Score a step's policy, unless that has been done or there is no environment, and draw the curve.
+
+        Raises:
+            Interrupted: `stopped` said so.
+            ActingError: the environment failed.
+        """
+        file = self.folder / "evaluations" / f"step_{step:08d}.json"
+        if self.task.id is not None and not file.exists():
+            evaluation = evaluate(
+                policy,
+                self.task,
+                episodes,
+                seed=self.config.seed + 100,
+                episode_limit=self.config.budget.episode_limit,
+                stopped=stopped,
             )
+            file.parent.mkdir(exist_ok=True)
+            content = {"step": step, **self.provenance(), **evaluation.to_dict()}
+            write_text(file, json.dumps(content, indent=2, allow_nan=False) + "\n")
             if self.logger is not None:
                 score = {} if evaluation.score is None else {"evaluation/score": evaluation.score}
                 self.logger.log(step, {"evaluation/return": evaluation.mean, **score})
@@ -190,6 +307,8 @@ class Run:
         return {
             "task": self.task.name,
             "agent": self.agent,
+            "algorithm": self.algorithm,
+            "program": self.program,
             "training_seed": self.config.seed,
             "behaviour_return": behaviour,
             "behaviour_score": None if behaviour is None else self.task.score(behaviour),
@@ -198,21 +317,45 @@ class Run:
 
     def save(self, step: int, policy: Policy, tensors: dict[str, Tensor]) -> None:
         """Write a checkpoint that training can go on from."""
-        state = {"data_sha256": self.data().sha256}
-        save_checkpoint(self.checkpoints, step, policy, tensors, state, self.config.budget.keep)
+        save_checkpoint(self.checkpoints, step, policy, tensors, {"data_sha256": self.data().sha256})
+
+    def prune(self) -> None:
+        """Drop all checkpoints but the newest and the best."""
+        best = self._best()
+        prune(self.checkpoints, self.config.budget.keep, () if best is None else (best["step"],))
 
     def finish(self, step: int) -> dict[str, Any]:
         """Write the result: the last checkpoint's evaluation, with the best one's score beside it."""
-        evaluations = self.evaluations()
-        result: dict[str, Any] = {"checkpoint": "last", "evaluated": bool(evaluations)}
-        if evaluations:
-            best = max(evaluations, key=lambda e: e["return_mean"])
+        best = self._best()
+        result: dict[str, Any] = {"checkpoint": "last", "evaluated": best is not None}
+        if best is not None:
             result["best_evaluation"] = {k: best[k] for k in ("step", "score", "return_mean", "episodes")}
-            result |= evaluations[-1]
+            there = best["step"] in self.steps() - {0}
+            result["best_evaluation"]["checkpoint"] = f"step_{best['step']:08d}" if there else None
+            result |= self.evaluations()[-1]
         else:
             result |= {"step": step, **self.provenance(), "note": self.task.note, "versions": versions()}
         write_text(self.folder / "result.json", json.dumps(result, indent=2, allow_nan=False) + "\n")
         return result
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """Read a result or an evaluation.
+
+    Raises:
+        CheckpointError: it is damaged.
+    """
+    try:
+        content = json.loads(path.read_text())
+        return {"step": int(content["step"]), **content}
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+        raise CheckpointError(
+            f"{path}: damaged ({_brief(error)}): expected what a run wrote; remove it to go on"
+        ) from error
+
+
+def _brief(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())
 
 
 def _whole(key: str, settings: Any) -> Any:
@@ -267,12 +410,21 @@ def summary(result: dict[str, Any], folder: str) -> str:
     return "\n".join([*lines, where])
 
 
-def group_summary(results: Sequence[dict[str, Any]], folders: Sequence[str]) -> str:
-    """The same for several runs of one program, with the mean over them."""
-    texts = [summary(result, folder) for result, folder in zip(results, folders, strict=True)]
-    if len(texts) == 1 or not results[0]["evaluated"]:
+def group_summary(results: Sequence[dict[str, Any]], configs: Sequence[TrainConfig]) -> str:
+    """The same for several runs of one program, with the mean over the seeds of each setting."""
+    texts = [summary(result, config.run_dir) for result, config in zip(results, configs, strict=True)]
+    if not results[0]["evaluated"]:
         return "\n".join(texts)
     of = "return" if results[0]["score"] is None else "score"
-    values = [result["return_mean" if of == "return" else "score"] for result in results]
-    mean, spread = statistics.fmean(values), statistics.stdev(values)
-    return "\n".join([*texts, f"{of} of {len(values)} runs: {mean:,.1f} ± {spread:,.1f} (between runs)"])
+    values: dict[str, list[float]] = {}
+    for result, config in zip(results, configs, strict=True):
+        setting = ", ".join(
+            f"agent.{name}={config.agent[name]}" for name in BY_MEMBER if name in config.agent
+        )
+        values.setdefault(setting, []).append(result["return_mean" if of == "return" else "score"])
+    for setting, seeds in values.items():
+        if len(seeds) > 1:
+            mean, spread = statistics.fmean(seeds), statistics.stdev(seeds)
+            under = f" with {setting}" if len(values) > 1 else ""
+            texts.append(f"{of} of {len(seeds)} seeds{under}: {mean:,.1f} ± {spread:,.1f} (between seeds)")
+    return "\n".join(texts)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import signal
 import statistics
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -26,13 +28,21 @@ from cpql.data.embedded import cache_folder
 from cpql.data.transitions import Batch, Provenance, Transitions
 from cpql.device import choose_device
 from cpql.environments import facts
-from cpql.errors import CheckpointError, ConfigError, CpqlError, Interrupted, did_you_mean
+from cpql.errors import (
+    ActingError,
+    CheckpointError,
+    ConfigError,
+    CpqlError,
+    Interrupted,
+    did_you_mean,
+    printable,
+)
 from cpql.evaluation import versions
 from cpql.logging import progress
 from cpql.online import Experience
 from cpql.policy import Policy, PolicyConfig
 from cpql.program import Update, program
-from cpql.runs import Run
+from cpql.runs import Run, claimed
 from cpql.tasks import Task
 
 __all__ = ["Interrupted", "train", "train_group"]
@@ -138,7 +148,8 @@ def make_policy(agent: Agent, config: TrainConfig, data: Source, bounds: Bounds,
     actor: Any = agent.module("actor", member)
     critic: TwinCritic = agent.module("critic_target", member).twin  # type: ignore[assignment]
     origin = {
-        "agent": agent.name,
+        "agent": config.configuration or agent.name,
+        "algorithm": agent.name,
         "step": step,
         "seed": config.seed,
         "versions": versions(),
@@ -189,8 +200,11 @@ class Means:
 
 
 @contextmanager
-def _stop_signal() -> Iterator[Callable[[], bool]]:
-    """Turn the first Ctrl-C or SIGTERM into a question the loop can ask; a second Ctrl-C acts at once."""
+def _stop_signals() -> Iterator[Callable[[], bool]]:
+    """Turn the first Ctrl-C, SIGTERM or SIGHUP into a question the loop can ask.
+
+    A second Ctrl-C acts at once.
+    """
     stopped = False
 
     def stop(number: int, frame: object) -> None:
@@ -198,10 +212,12 @@ def _stop_signal() -> Iterator[Callable[[], bool]]:
         stopped = True
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
-    try:
-        previous = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-    except ValueError:  # not the main thread, where signals can't be handled
-        previous = {}
+    previous: dict[int, Any] = {}
+    if threading.current_thread() is threading.main_thread():  # elsewhere signals can't be handled
+        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+            number = getattr(signal, name, None)  # Windows has no SIGHUP
+            if number is not None and signal.getsignal(number) is not signal.SIG_IGN:  # as nohup has it
+                previous[number] = signal.signal(number, stop)
     try:
         yield lambda: stopped
     finally:
@@ -232,13 +248,20 @@ def load_data(config: TrainConfig, console: Console) -> tuple[Task, Transitions]
             seed=d.seed,
             time_limits=d.time_limits,
             progress=show,
-            say=lambda line: console.print(line, style="yellow", highlight=False, soft_wrap=True),
+            say=_say(console),
         )
     finally:
         for context, _ in bars.values():
             context.__exit__(None, None, None)
-    console.print(data.provenance.line(), highlight=False, soft_wrap=True)
+    _say(console, "")(data.provenance.line())
     return task, data
+
+
+def _say(console: Console, style: str = "yellow") -> Callable[[str], None]:
+    """Print a line as it is, whatever the files and paths that it speaks of are called."""
+    return lambda line: console.print(
+        printable(line), style=style, highlight=False, markup=False, soft_wrap=True
+    )
 
 
 def load_source(
@@ -309,9 +332,20 @@ def train_group(
     config = members[0][0]
     if config.threads:
         torch.set_num_threads(config.threads)
-    runs = [Run(own, said) for own, said in members]
-    if all(run.finished for run in runs):
-        return [run.result() for run in runs]
+    with ExitStack() as stack:
+        for own, _ in members:
+            stack.enter_context(claimed(Path(own.run_dir)))
+        runs = [Run(own, said) for own, said in members]
+        if all(run.finished for run in runs):
+            return [run.result() for run in runs]
+        if config.resume and not any(run.begun for run in runs):
+            raise CheckpointError(f"{runs[0].folder} holds no run to resume (no config.yaml)")
+        return _set_up(runs, console).run_to_end()
+
+
+def _set_up(runs: Sequence[Run], console: Console) -> _Training:
+    """Check and load all that a training needs; nothing is written yet."""
+    config = runs[0].config
     device = choose_device(config.device)
     if config.precision == "tf32" and device.type != "cuda":
         raise ConfigError("precision=tf32: only a CUDA device has it; use precision=fp32 or precision=bf16")
@@ -330,7 +364,7 @@ def train_group(
     seed: int | list[int] = seeds if len(seeds) > 1 else seeds[0]
     product = torch.bfloat16 if config.precision == "bf16" else None
     agent = kind(source.state_dim, source.action_dim, settings, seed=seed, device=device, product=product)
-    return _Training(runs, task, agent, source, console).run_to_end()
+    return _Training(runs, task, agent, source, console)
 
 
 def _settings_of_all(configs: Sequence[TrainConfig]) -> tuple[type[Agent], AgentConfig]:
@@ -357,18 +391,18 @@ def _settings_of_all(configs: Sequence[TrainConfig]) -> tuple[type[Agent], Agent
     return kind, replace(first, **differing)
 
 
-def _common_step(runs: Sequence[Run]) -> int:
-    """The last step that all runs can go on from.
+def _common_steps(runs: Sequence[Run]) -> list[int]:
+    """The steps that all runs can go on from, the last one first; 0 is the beginning.
 
     Raises:
-        CheckpointError: it would be the beginning, and some have gone on.
+        CheckpointError: there is but the beginning, and some have gone on from it for longer than from one
+            checkpoint to the next.
     """
-    step = max(set.intersection(*(run.steps() for run in runs)))
-    ahead = [run for run in runs if max(run.steps()) > 0]
-    if step == 0 and ahead:
+    common = sorted(set.intersection(*(run.steps() for run in runs)), reverse=True)
+    if common == [0] and any(max(run.steps()) > run.config.budget.save_every for run in runs):
         where = ", ".join(f"{run.folder} at {max(run.steps()):,}" for run in runs)
         raise CheckpointError(f"no checkpoint that all members have ({where}): resume them one by one")
-    return step
+    return common
 
 
 class _Training:
@@ -383,75 +417,93 @@ class _Training:
         self.generators = [torch.Generator(source.device).manual_seed(run.config.seed) for run in runs]
         self.means = Means(agent.members)
         self.diverged: dict[int, CpqlError] = {}
-        self.step = _common_step(runs)
-        if self.step:
-            self.restore()
-        else:
+        self.step = self.restore()
+        self.saved = self.step
+        if not self.step:
             self.start_from_checkpoints()
-        for run in runs:
-            run.begin(self.step, agent.name, task, lambda: source.provenance)
 
     def run_to_end(self) -> list[dict[str, Any]]:
-        """Train what is left, evaluating and saving on the way."""
-        try:
-            if self.config.checkpoint and not self.step:  # where it starts from, in the same episodes
-                for k, run in self.going():
-                    run.evaluate(0, self.policy(k, run), self.config.budget.episodes)
-            self.loop()
-            results = [run.finish(self.step) for _, run in self.going()]
-            if self.diverged:
-                raise next(iter(self.diverged.values()))
-            return results
-        finally:
+        """Train what is left, saving and evaluating on the way."""
+        config, source = self.config, self.source
+        if config.compile:
+            say = _say(self.console, "")
+            say("compiling the update: a minute or two, seconds where it was compiled before")
+        made = program(self.agent, config.compile, cache_folder() / "programs", _say(self.console))
+        with ExitStack() as stack:
             for run in self.runs:
-                run.close()
+                run.start_logger(self.step, config.env, self.agent.name)
+                stack.callback(run.close)
+            for run in self.runs:
+                run.begin(self.step, made.how, lambda: source.provenance)
+            if made.compiled:
+                # One program for the whole run: a second one would mean that something depends on data.
+                stack.enter_context(torch.compiler.set_stance("fail_on_recompile"))
+            try:
+                self.loop(made.update, stack.enter_context(_stop_signals()))
+                results = [run.finish(self.step) for _, run in self.going()]
+            except ActingError as error:
+                self.save()
+                raise ActingError(f"{error}; {self.where()}") from error
+            except OSError as error:
+                what = f"{error.filename}: " if error.filename else ""
+                raise CheckpointError(
+                    f"{what}{error.strerror or error}: training can't be saved any further; {self.where()}"
+                ) from error
+        if self.diverged:
+            raise next(iter(self.diverged.values()))
+        return results
+
+    def where(self) -> str:
+        """What is saved, and how to go on from it."""
+        if not self.saved:
+            return "nothing was saved yet"
+        folders = ", ".join(str(run.folder) for run in self.runs)
+        return f"saved up to update {self.saved:,} in {folders}; go on with the same command and resume=true"
 
     def going(self) -> list[tuple[int, Run]]:
         """The members that haven't diverged, by number."""
         return [(k, run) for k, run in enumerate(self.runs) if k not in self.diverged]
 
-    def loop(self) -> None:
-        """All updates."""
+    def loop(self, update: Update, stopped: Callable[[], bool]) -> None:
+        """All updates that are left."""
         budget, agent = self.config.budget, self.agent
-        update: Update = agent.update
-        if self.config.compile:
-            self.console.print(
-                "compiling the update: a minute or two, seconds where it was compiled before", highlight=False
-            )
-            update = program(agent, cache_folder() / "compiled")
         # A single run has no member axis.
         draws = self.generators if agent.members else self.generators[0]
         began, text, first = time.monotonic(), self.last_scores(), self.step
-        with (
-            _stop_signal() as stopped,
-            progress(self.console, "training", budget.updates, self.step) as bar,
-            ExitStack() as stack,
-        ):
-            while self.step < budget.updates:
-                self.step += 1
+        with progress(self.console, "training", budget.updates, self.step) as bar:
+            with bar.paused():
+                if self.step or self.config.checkpoint:
+                    self.evaluate(
+                        stopped
+                    )  # what a process that was killed still owed, or where it starts from
+            while self.step < budget.updates and not stopped():
                 batch = self.source.batch(agent, self.generators)
                 self.means.add(update(batch, agent.draw(draws)))
-                if self.config.compile and self.step == first + 1:
-                    # One program for the whole run: a second one would mean that something depends on data.
-                    stack.enter_context(torch.compiler.set_stance("fail_on_recompile"))
-                done = self.step == budget.updates
-                if self.step % budget.log_every == 0 or done:
+                self.step += 1
+                if self.due(budget.log_every):
                     text = self.log(time.monotonic() - began - bar.away, self.step - first)
-                with bar.paused():
-                    if self.step % budget.evaluate_every == 0 or done:
-                        episodes = budget.final_episodes if done else budget.episodes
-                        for k, run in self.going():
-                            run.evaluate(self.step, self.policy(k, run), episodes)
-                    if self.step % budget.save_every == 0 or done:
+                if self.due(budget.save_every) or self.due(budget.evaluate_every) or stopped():
+                    with bar.paused():
                         self.save()
+                        self.evaluate(stopped)
                 bar.update(self.step, text)
-                if stopped():
-                    self.save()
-                    raise Interrupted(
-                        f"stopped after {self.step:,} of {budget.updates:,} updates, all saved in "
-                        f"{', '.join(str(run.folder) for run in self.runs)}; go on with the same command and "
-                        "resume=true"
-                    )
+        if stopped():
+            raise Interrupted(f"stopped after {self.step:,} of {budget.updates:,} updates; {self.where()}")
+
+    def due(self, every: int) -> bool:
+        """Whether something that happens every so many updates, and at the end, happens now; 0 is never."""
+        return self.step == self.config.budget.updates or (every > 0 and self.step % every == 0)
+
+    def evaluate(self, stopped: Callable[[], bool]) -> None:
+        """Score every member where that is due, and drop checkpoints that are no longer needed."""
+        budget = self.config.budget
+        if self.due(budget.evaluate_every):
+            episodes = budget.final_episodes if self.step == budget.updates else budget.episodes
+            with contextlib.suppress(Interrupted):  # the loop says so
+                for k, run in self.going():
+                    run.evaluate(self.step, self.policy(k, run), episodes, stopped)
+        for _, run in self.going():
+            run.prune()
 
     def policy(self, member: int, run: Run) -> Policy:
         """A member's present policy, for the task as the data have it."""
@@ -469,19 +521,7 @@ class _Training:
             if wrong is None:
                 run.log(self.step, means[k], seconds, updates)
                 continue
-            last = run.checkpoints / "last"
-            where, there = (
-                f" in {run.folder}" if self.agent.members else "",
-                last if last.exists() else "none",
-            )
-            error = CpqlError(
-                f"{wrong} is {means[k][wrong]} at update {self.step}: training diverged{where}. A smaller "
-                f"agent.eta or actor_lr usually helps; the last checkpoint is {there}"
-            )
-            if len(self.going()) == 1:
-                raise error
-            self.diverged[k] = error
-            self.console.print(str(error), style="red", highlight=False, soft_wrap=True)
+            self.diverge(k, run, f"{wrong} is {means[k][wrong]}")
         going = [means[k] for k, _ in self.going()]
         text = [
             f"{word} {statistics.fmean(m[name] for m in going):{form}}"
@@ -489,6 +529,22 @@ class _Training:
             if name in going[0]
         ]
         return "  ".join([*text, self.last_scores()])
+
+    def diverge(self, member: int, run: Run, what: str) -> None:
+        """Leave a member as it was last saved.
+
+        Raises:
+            CpqlError: there are no others.
+        """
+        where = f" in {run.folder}" if self.agent.members else ""
+        error = CpqlError(
+            f"{what} at update {self.step}: training diverged{where}. A smaller agent.eta or actor_lr "
+            f"usually helps; the last checkpoint is {run.last}"
+        )
+        if len(self.going()) == 1:
+            raise error
+        self.diverged[member] = error
+        _say(self.console, "red")(str(error))
 
     def last_scores(self) -> str:
         """The last evaluations, for the bar."""
@@ -500,15 +556,25 @@ class _Training:
         return f"{'score' if scored else 'return'} {' '.join(values)}"
 
     def save(self) -> None:
-        """Write a checkpoint of every member that training can go on from, alone or in a group."""
+        """Write a checkpoint of every member that training can go on from, alone or in a group.
+
+        Once all have theirs, each may drop older ones: some step is always there for all.
+        """
+        if self.saved == self.step:
+            return
         for k, run in self.going():
-            tensors = {f"agent.{name}": tensor for name, tensor in self.agent.state_dict(k).items()}
+            state = self.agent.state_dict(k)
+            if not all(bool(tensor.isfinite().all()) for tensor in state.values()):
+                self.diverge(k, run, "a weight isn't finite")
+                continue
+            tensors = {f"agent.{name}": tensor for name, tensor in state.items()}
             tensors["generator"] = self.generators[k].get_state()
             tensors["means_count"] = torch.tensor(self.means.count)
             sums = self.means.sums.items()
             tensors |= {f"means.{name}": value[k] if self.agent.members else value for name, value in sums}
             tensors |= {f"source.{name}": value for name, value in self.source.state_dict(k).items()}
             run.save(self.step, self.policy(k, run), tensors)
+        self.saved = self.step
 
     def start_from_checkpoints(self) -> None:
         """Take every network and optimiser from the runs that these start from, where they name one."""
@@ -520,18 +586,39 @@ class _Training:
                 except ValueError as error:
                     raise CheckpointError(f"checkpoint={run.config.checkpoint}: {error}") from error
 
-    def restore(self) -> None:
-        """Take up the last checkpoint that all members have."""
+    def restore(self) -> int:
+        """Take up the last checkpoint that all members have, and give its step.
+
+        Raises:
+            CheckpointError: there are some and none can be read, or they are another training's.
+        """
+        *steps, beginning = _common_steps(self.runs)
+        damage: CheckpointError | None = None
+        for step in steps:
+            try:
+                read = [run.read(step) for run in self.runs]
+            except CheckpointError as error:
+                damage = error
+                _say(self.console)(f"warning: {error}; trying the checkpoint before it")
+                continue
+            self.take_up(step, read)
+            return step
+        if damage is not None:
+            raise damage
+        return beginning
+
+    def take_up(self, step: int, read: Sequence[tuple[dict[str, Tensor], dict[str, Any]]]) -> None:
+        """Go on from a checkpoint's tensors and state, by member."""
         sums: list[dict[str, Tensor]] = []
-        for k, run in enumerate(self.runs):
-            tensors = run.restore(self.step, self.source.provenance.sha256)
+        for k, (run, (tensors, state)) in enumerate(zip(self.runs, read, strict=True)):
+            run.check_data(state["data_sha256"], self.source.provenance.sha256)
             try:
                 self.agent.load_state_dict(_named("agent.", tensors), k)
                 self.source.load_state_dict(_named("source.", tensors), k)
                 self.generators[k].set_state(tensors["generator"])
                 self.means.count = int(tensors["means_count"])
             except (ValueError, KeyError) as error:
-                raise CheckpointError(f"{run.checkpoints}, step {self.step}: {error}") from error
+                raise CheckpointError(f"{run.checkpoints}, step {step}: {error}") from error
             sums.append({n: value.to(self.source.device) for n, value in _named("means.", tensors).items()})
         self.means.sums = (
             {name: torch.stack([each[name] for each in sums]) for name in sums[0]}

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +16,8 @@ from torch import Tensor
 
 from cpql.agents import CPQL, CPQLConfig
 from cpql.data.transitions import Transitions
-from cpql.program import Replay, program
+from cpql.errors import ConfigError
+from cpql.program import Replay, program, record, zeros
 
 SMALL = CPQLConfig(critic_hidden=(16, 16), batch_size=8)
 
@@ -75,12 +79,112 @@ def test_recording_leaves_no_trace_and_every_call_has_its_own_batch(monkeypatch:
     assert all(call == calls[0] for call in calls), "a graph knows only the tensors it was recorded on"
 
 
-def test_without_a_gpu_there_is_no_graph(tmp_path: Path) -> None:
-    assert not isinstance(program(CPQL(4, 2, SMALL), tmp_path), Replay)
+COMPILE = """
+import sys
+from pathlib import Path
+from cpql.agents import CPQL, CPQLConfig
+from cpql.actor import ActorConfig
+from cpql.errors import ConfigError
+from cpql.program import program
+agent = CPQL(4, 2, CPQLConfig(actor=ActorConfig(hidden=(8,)), critic_hidden=(8,), batch_size=8))
+print(program(agent, "auto", Path(sys.argv[1]), print).how)
+try:
+    program(agent, True, Path(sys.argv[1]), print)
+except ConfigError as error:
+    print("refused:", error)
+print(int(agent.state["step"]), "updates")
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="its compiler isn't found by PATH")
+@pytest.mark.parametrize(
+    ("compiler", "reason"),
+    [
+        (
+            None,
+            "there is no C++ compiler. Install one (apt install g++, conda install gxx), or name it by CXX",
+        ),
+        ("#!/bin/sh\necho 'fatal error: no headers' >&2; exit 1", "the C++ compiler fails (fatal error: no"),
+    ],
+)
+def test_without_a_compiler_training_goes_on_and_says_why(
+    compiler: str | None, reason: str, tmp_path: Path
+) -> None:
+    """One that isn't there, and one that answers to its name alone."""
+    path = tmp_path / "bin"
+    path.mkdir()
+    if compiler is not None:
+        text = compiler.replace("\n", '\ncase "$*" in *--version*) echo "g++ 12.2.0"; exit 0;; esac\n', 1)
+        (path / "g++").write_text(text)
+        (path / "g++").chmod(0o755)
+        for name in ("sh", "echo"):
+            (path / name).symlink_to(f"/bin/{name}")
+    environment = {k: v for k, v in os.environ.items() if k not in ("CXX", "TORCHINDUCTOR_CACHE_DIR")}
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILE, str(tmp_path / "cache")],
+        env={**environment, "PATH": str(path)}, capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    warning, how, refused, updates = done.stdout.splitlines()
+    assert warning.startswith(f"warning: not compiled, so updates take about twice as long: {reason}")
+    assert how.startswith(f"uncompiled: {reason}")
+    assert refused.startswith(f"refused: compile=true: {reason}") and "or compile=auto" in refused
+    assert updates == "0 updates"
+
+
+def test_compiling_leaves_no_trace_and_there_is_no_graph_without_a_gpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "compile", lambda update, fullgraph: update)
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    fresh, agent = (CPQL(4, 2, SMALL, seed=[0, 1]) for _ in range(2))
+    made = program(agent, True, tmp_path / "cache", print)
+    assert made.compiled and made.how == "compiled" and not isinstance(made.update, Replay)
+    for name, tensor in fresh.state.items():
+        torch.testing.assert_close(agent.state[name], tensor, rtol=0, atol=0)
+    assert (tmp_path / "cache").stat().st_mode & 0o777 == 0o700
+    assert program(agent, False, tmp_path, print).how == "uncompiled"
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs a file's mode")
+def test_what_others_can_write_to_is_not_unpickled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    tmp_path.chmod(0o777)
+    with pytest.raises(ConfigError, match=r"others can write to this folder of compiled programs.*chmod 700"):
+        program(CPQL(4, 2, SMALL), "auto", tmp_path, print)
+
+
+def test_where_a_graph_cannot_be_recorded_the_compiled_update_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The stand-in fails in the middle of the recording, as a driver too old for it would."""
+
+    class Stream:
+        def wait_stream(self, other: Any) -> None:
+            pass
+
+    @contextlib.contextmanager
+    def within(_: Any) -> Iterator[None]:
+        yield
+
+    def fails() -> None:
+        raise RuntimeError("CUDA error: operation not permitted when stream is capturing\nmore\nlines")
+
+    for name, stand_in in {
+        "CUDAGraph": fails, "Stream": Stream, "current_stream": Stream, "stream": within
+    }.items():  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    fresh, agent = (CPQL(4, 2, SMALL, seed=0) for _ in range(2))
+    said: list[str] = []
+    made = record(agent, agent.update, *zeros(agent), said.append)
+    assert made.how == "compiled, no CUDA graph: RuntimeError: CUDA error: operation not permitted when " \
+        "stream is capturing"  # fmt: skip
+    assert made.compiled and len(said) == 1 and said[0].startswith("warning: no CUDA graph")
+    assert_equal_training("cpu", fresh.update, made.update, (fresh, agent), near=0.0)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_replayed_update_is_the_eager_one(tmp_path: Path) -> None:
     eager, recorded = (CPQL(4, 2, SMALL, seed=0, device="cuda") for _ in range(2))
-    replay = program(recorded, tmp_path)
+    made = program(recorded, True, tmp_path, print)
+    replay = made.update
+    assert made.how == "compiled, CUDA graph"
     assert_equal_training("cuda", eager.update, replay, (eager, recorded), near=1e-4)

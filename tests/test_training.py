@@ -19,69 +19,22 @@ import pytest
 import torch
 import yaml
 from rich.console import Console
-from safetensors.torch import load_file
+from trainings import AGENTS, Killed, die, everything, run, run_group, settings, write_dataset
 
 from cpql import training
 from cpql.checkpoint import load_training, save_checkpoint
-from cpql.config import BudgetConfig, DatasetConfig, TrainConfig, build, load_task
+from cpql.config import BudgetConfig, DatasetConfig, build, load_task
 from cpql.data import d4rl
-from cpql.errors import CheckpointError, ConfigError, CpqlError
+from cpql.errors import CheckpointError, ConfigError, CpqlError, Interrupted
 from cpql.evaluation import evaluate
 from cpql.policy import Policy
 from cpql.runs import Run, summary
-from cpql.training import Interrupted, train, train_group
-
-AGENTS: dict[str, dict[str, Any]] = {
-    "cpql": {"name": "cpql"},
-    "cpiql": {"name": "cpql", "critic": "expectile", "candidates": 3},
-    "consistency_ac": {"name": "consistency_ac"},
-}
+from cpql.training import train_group
 
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A file of Hopper's widths in D4RL's layout."""
-    random = np.random.default_rng(0)
-    path = tmp_path_factory.mktemp("data") / "hopper.hdf5"
-    ends = np.arange(1, 401) % 20 == 0
-    arrays = {
-        "observations": random.normal(size=(400, 11)),
-        "actions": random.uniform(-1, 1, size=(400, 3)),
-        "rewards": random.normal(size=400),
-        "terminals": ends,
-        "timeouts": np.zeros(400, bool),
-    }
-    d4rl.write(path, arrays, {})
-    return path
-
-
-def settings(path: Path, run_dir: Path, agent: str = "cpql", **changes: Any) -> TrainConfig:
-    little: dict[str, Any] = {"actor": {"hidden": [16, 16]}, "critic_hidden": [16, 16], "batch_size": 8}
-    config = TrainConfig(
-        env=load_task("hopper-medium"),
-        agent={**little, **AGENTS[agent]},
-        dataset=DatasetConfig(path=str(path)),
-        budget=BudgetConfig("test", 40, 4, 20, 10, 2, 3, keep=2),
-        run_dir=str(run_dir),
-        compile=False,
-    )
-    return replace(config, **changes)
-
-
-def run(config: TrainConfig, **said: Any) -> tuple[dict[str, Any], str]:
-    text = StringIO()
-    plain = {"seed": config.seed, "agent": config.agent, "resume": config.resume, **said}
-    return train(config, plain, Console(file=text, width=200)), text.getvalue()
-
-
-def everything(folder: Path) -> dict[str, Any]:
-    """All that a run leaves that may not depend on when it was interrupted."""
-    found: dict[str, Any] = {"metrics": (folder / "metrics.csv").read_text()}
-    for file in [*sorted(folder.glob("evaluations/*.json")), folder / "result.json"]:
-        found[file.name] = json.loads(file.read_text())
-    for file in sorted((folder / "checkpoints" / "last").rglob("*.safetensors")):
-        found[file.name] = {k: v.numpy().tobytes() for k, v in load_file(file).items()}
-    return found
+    return write_dataset(tmp_path_factory.mktemp("data") / "hopper.hdf5")
 
 
 @pytest.fixture
@@ -108,14 +61,6 @@ def ctrl_c() -> None:
     os.kill(os.getpid(), signal.SIGINT)
 
 
-class Killed(BaseException):
-    """Stands for a process that dies on the spot."""
-
-
-def die() -> None:
-    raise Killed
-
-
 @pytest.mark.parametrize("agent", list(AGENTS))
 def test_interrupted_and_resumed_equals_uninterrupted(
     agent: str, dataset: Path, tmp_path: Path, interrupt_at: Any
@@ -126,14 +71,6 @@ def test_interrupted_and_resumed_equals_uninterrupted(
         run(settings(dataset, tmp_path / "parts", agent))
     run(settings(dataset, tmp_path / "parts", agent, resume=True))
     assert everything(tmp_path / "parts") == everything(tmp_path / "whole")
-
-
-def run_group(folder: Path, dataset: Path, seeds: tuple[int, ...], **changes: Any) -> list[dict[str, Any]]:
-    members = []
-    for seed in seeds:
-        config = settings(dataset, folder / f"seed{seed}", seed=seed, **changes)
-        members.append((config, {"seed": seed, "agent": config.agent, "resume": config.resume}))
-    return train_group(members, Console(file=StringIO(), width=200))
 
 
 def test_members_of_a_group_are_ordinary_runs(dataset: Path, tmp_path: Path, interrupt_at: Any) -> None:
