@@ -157,11 +157,10 @@ class Watch:
             paths = [os.fsdecode(arg) for arg in args if isinstance(arg, str | bytes)]
             if any(isinstance(arg, int) and arg >= 0 for arg in args) or any(map(self.inside, paths)):
                 self.count(f"{event} {paths[-1]}")
-                if event == "os.rename" and paths[-1].endswith("/last"):
-                    self.look_for_unflushed(Path(paths[-1]).parent, os.readlink(paths[0]))
-                for path in paths:
-                    with suppress(FileNotFoundError):
-                        self.flushed.discard(os.stat(os.path.dirname(path)).st_ino)
+                if event == "os.rename":
+                    if paths[-1].endswith("/last"):
+                        self.look_for_unflushed(Path(paths[-1]).parent, os.readlink(paths[0]))
+                    self.flushed.discard(os.stat(os.path.dirname(paths[-1])).st_ino)
 
     def flush(self, descriptor: int) -> None:
         """Note that a file or a folder is on the disk."""
