@@ -92,9 +92,9 @@ class Place:
             timeouts=np.arange(1, 201) % 20 == 0,
         )
 
-    def start(self, kind: Kind, folder: Path, resume: bool = False) -> None:
-        """Train one kind in a folder."""
-        members = []
+    def start(self, kind: Kind, folder: Path, resume: bool = False) -> str:
+        """Train one kind in a folder; what it says meanwhile."""
+        members, said = [], StringIO()
         for seed in kind.seeds:
             config = TrainConfig(
                 env=PENDULUM,
@@ -111,7 +111,8 @@ class Place:
             if config.online and not config.online.offline_share:
                 config = replace(config, dataset=DatasetConfig())
             members.append((config, {"seed": seed, "agent": LITTLE}))
-        train_group(members, Console(file=StringIO()))
+        train_group(members, Console(file=said))
+        return said.getvalue()
 
     def go_on(self, kind: Kind, folder: Path) -> None:
         """What a user does after a crash: resume, and start anew where that says that there is no run."""
@@ -210,7 +211,7 @@ class Outcome:
 class Child:
     """A fork that does some work under a watch and reports."""
 
-    def __init__(self, work: Callable[[], None], watch: Watch) -> None:
+    def __init__(self, work: Callable[[], object], watch: Watch) -> None:
         self.pipe, into = os.pipe()
         self.pid = os.fork()
         if self.pid == 0:
@@ -266,8 +267,9 @@ def _watch_what_is_not_audited(watch: Watch) -> None:
     patch("safetensors.torch.serialize_file", serialize_file).start()
 
 
-def _draw_quickly() -> None:
-    """Have figures saved as the numbers that they show: drawing takes nine tenths of a small training."""
+@contextmanager
+def drawn_quickly() -> Iterator[None]:
+    """Save figures as the numbers that they show: drawing takes nine tenths of a small training."""
 
     def savefig(self: Figure, target: Any, **_: Any) -> None:
         lines = [line.get_xydata().tolist() for axes in self.axes for line in axes.get_lines()]  # type: ignore[union-attr]
@@ -275,7 +277,8 @@ def _draw_quickly() -> None:
         with open(target, "wb") as file:
             file.write(text)
 
-    patch.object(Figure, "savefig", savefig).start()
+    with patch.object(Figure, "savefig", savefig):
+        yield
 
 
 # What is left
@@ -573,8 +576,7 @@ def command_twice(place: Place, trials: int) -> Tally:
 def prepared() -> Iterator[Place]:
     """A place, and a process that has everything loaded that a training needs."""
     torch.set_num_threads(1)
-    _draw_quickly()
-    with tempfile.TemporaryDirectory() as folder:
+    with drawn_quickly(), tempfile.TemporaryDirectory() as folder:
         place = Place(Path(folder).resolve())
         for name, kind in KINDS.items():
             if not kind.from_base:
