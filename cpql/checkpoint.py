@@ -12,6 +12,7 @@ A checkpoint is on the disk before `last` points to it, and says what its tensor
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -34,6 +35,7 @@ __all__ = [
     "aside",
     "clear_leftovers",
     "find_training",
+    "flush",
     "go_back",
     "load_training",
     "point_last",
@@ -44,6 +46,7 @@ __all__ = [
 ]
 
 ASIDE = ".aside"
+NO_RIGHT_TO_LINK = 1314  # Windows' number for it
 
 
 def write_text(path: Path, text: str) -> None:
@@ -88,9 +91,14 @@ def save_checkpoint(
 
 
 def point_last(folder: Path, step: int) -> None:
-    """Let `last` be the checkpoint of a step."""
-    with aside(folder / "last") as link:
-        link.symlink_to(_name(step))
+    """Let `last` be the checkpoint of a step: a link, or a copy where there are none (FAT, some Windows)."""
+    with aside(folder / "last") as last:
+        try:
+            last.symlink_to(_name(step))
+        except OSError as error:
+            if error.errno != errno.EPERM and getattr(error, "winerror", None) != NO_RIGHT_TO_LINK:
+                raise
+            shutil.copytree(folder / _name(step), last)
 
 
 def go_back(folder: Path, step: int) -> None:
@@ -158,11 +166,14 @@ def find_training(path: Path) -> tuple[Path, int]:
     Raises:
         CheckpointError: there is none, or it is a policy alone.
     """
-    step = find_policy(path).resolve().parent
-    match = re.fullmatch(r"step_(\d{8,})", step.name)
-    if match is None or not (step / "training" / "state.json").is_file():
-        raise CheckpointError(f"{path}: a policy alone, without the networks and optimisers of its training")
-    return step.parent, int(match[1])
+    folder = find_policy(path).resolve().parent
+    try:
+        step = int(json.loads((folder / "training" / "state.json").read_text())["step"])
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        raise CheckpointError(
+            f"{path}: a policy alone, without the networks and optimisers of its training"
+        ) from None
+    return folder.parent, step
 
 
 def _name(step: int) -> str:
@@ -179,9 +190,9 @@ def aside(final: Path) -> Iterator[Path]:
     try:
         temporary = holder / final.name
         yield temporary
-        _flush(temporary)
-        if temporary.is_dir() and not temporary.is_symlink() and final.exists():
-            final.replace(holder / "old")  # a folder can't replace one that isn't empty
+        flush(temporary)
+        if os.path.lexists(final) and (_is_folder(final) or _is_folder(temporary)):
+            final.replace(holder / "old")  # no move replaces a folder, or anything by one
         os.replace(temporary, final)
         _flush_folder(final.parent)
     finally:
@@ -192,19 +203,23 @@ def _holder(beside: Path) -> Path:
     return Path(tempfile.mkdtemp(prefix=f".{beside.name}.", suffix=ASIDE, dir=beside.parent))
 
 
+def _is_folder(path: Path) -> bool:
+    return path.is_dir() and not path.is_symlink()
+
+
 def clear_leftovers(folder: Path) -> None:
     """Remove what processes that were killed have left of `aside` in a folder; no other may be writing."""
     for path in folder.glob(f".*{ASIDE}"):
         shutil.rmtree(path, ignore_errors=True)
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
     """Have a file, or all files of a folder, on the disk."""
     if path.is_symlink():
         return
     if path.is_dir():
         for inner in path.iterdir():
-            _flush(inner)
+            flush(inner)
         _flush_folder(path)
         return
     with path.open("rb+") as file:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import math
 import os
 import sys
 import time
@@ -16,7 +15,7 @@ from typing import Any, Protocol, TextIO, cast
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from cpql.checkpoint import write_text
+from cpql.checkpoint import flush, write_text
 from cpql.errors import ConfigError
 
 __all__ = ["Bar", "CSVTable", "Logger", "make_console", "make_logger", "progress"]
@@ -35,7 +34,8 @@ class Logger(Protocol):
 class CSVTable:
     """A CSV file with one row a step.
 
-    Rows after `step` are dropped, as a resumed run writes them anew, and so is one that was cut off.
+    Rows after `step` are dropped, as a resumed run writes them anew, and so is what isn't a row: one that a
+    full disk or a power cut has cut off.
     """
 
     def __init__(self, path: Path, step: int = 0) -> None:
@@ -45,7 +45,9 @@ class CSVTable:
             return
         head, *lines = path.read_text(errors="replace").split("\n")[:-1] or [""]
         columns = head.split(",")
-        kept = [line for line in lines if line.count(",") == len(columns) - 1 and _step(line) <= step]
+        kept = [
+            line for line in lines if _numbers(line, len(columns)) and int(line.partition(",")[0]) <= step
+        ]
         if kept:
             self.columns = columns
             write_text(path, "\n".join([head, *kept]) + "\n")
@@ -69,14 +71,19 @@ class CSVTable:
         with self.path.open(newline="") as file:
             return [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
 
-    def close(self) -> None:
-        """Nothing is held open."""
+    def flush(self) -> None:
+        """Have it on the disk."""
+        if self.path.exists():
+            flush(self.path)
 
 
-def _step(line: str) -> float:
-    """The step of a row; infinity where it isn't a row."""
-    first = line.partition(",")[0]
-    return int(first) if first.isdecimal() else math.inf
+def _numbers(line: str, count: int) -> bool:
+    """Whether a line is a row: a step and as many numbers as make `count`."""
+    step, *rest = line.split(",")
+    try:
+        return step.isdecimal() and len([float(cell) for cell in rest]) == count - 1
+    except ValueError:
+        return False
 
 
 class TensorBoardLogger:

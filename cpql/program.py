@@ -56,15 +56,15 @@ def program(
         say: takes the line that says what couldn't be had, why, and what helps.
 
     Raises:
-        ConfigError: `compile` is True and it can't be had, or the cache belongs to somebody else.
+        ConfigError: `compile` is True and it can't be had.
     """
     if not compile:
         return Program(agent.update, "uncompiled", False)
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache))
-    _refuse_foreign(Path(os.environ["TORCHINDUCTOR_CACHE_DIR"]))
     batch, noise = zeros(agent)
     before = {name: tensor.clone() for name, tensor in agent.state.items()}
     try:
+        _check_cache(Path(os.environ["TORCHINDUCTOR_CACHE_DIR"]))
         compiled: Update = torch.compile(agent.update, fullgraph=True)
         compiled(batch, noise)
     except Exception as error:  # of any of the compiler's many parts
@@ -109,24 +109,21 @@ def zeros(agent: Agent) -> tuple[Batch, dict[str, Tensor]]:
     return split(rows, agent.state_dim, agent.action_dim), noise
 
 
-def _refuse_foreign(folder: Path) -> None:
+def _check_cache(folder: Path) -> None:
     """See to it that only this user can have written what is about to be unpickled.
 
     Raises:
-        ConfigError: others can, or the folder can't be made.
+        ConfigError: others can, or the folder can't be written to.
     """
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         about = folder.stat()
     except OSError as error:
-        raise ConfigError(
-            f"{folder}: what is compiled can't be kept there ({error.strerror}): set CPQL_CACHE to a folder "
-            "that you can write to, or compile=false"
-        ) from error
+        raise ConfigError(f"nothing can be kept in {folder} ({error.strerror}). Set CPQL_CACHE") from error
     if os.name == "posix" and (about.st_uid != os.geteuid() or about.st_mode & (stat.S_IWGRP | stat.S_IWOTH)):
         raise ConfigError(
-            f"{folder}: others can write to this folder of compiled programs, which are code: expected your "
-            f"own and mode 700 (chmod 700 {folder}), or set CPQL_CACHE to another one"
+            f"others can write to {folder}, and what is compiled is code. Make it your own, of mode 700, or "
+            "set CPQL_CACHE to another folder"
         )
 
 
@@ -137,6 +134,8 @@ def _first_line(error: BaseException) -> str:
 
 def _reason(error: BaseException) -> str:
     """Why compiling failed and what helps, of the compiler's account of its inside."""
+    if isinstance(error, ConfigError):
+        return str(error)
     error = getattr(error, "inner_exception", None) or error
     name, text = type(error).__name__, str(error)
     if name == "InvalidCxxCompiler":

@@ -316,7 +316,8 @@ class Run:
         }
 
     def save(self, step: int, policy: Policy, tensors: dict[str, Tensor]) -> None:
-        """Write a checkpoint that training can go on from."""
+        """Write a checkpoint that training can go on from, after the metrics that lead to it."""
+        self.metrics.flush()
         save_checkpoint(self.checkpoints, step, policy, tensors, {"data_sha256": self.data().sha256})
 
     def prune(self) -> None:

@@ -526,7 +526,7 @@ class _Training:
         text = [
             f"{word} {statistics.fmean(m[name] for m in going):{form}}"
             for word, name, form in SHOWN
-            if name in going[0]
+            if name in going[0] and math.isfinite(going[0][name])
         ]
         return "  ".join([*text, self.last_scores()])
 

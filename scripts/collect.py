@@ -19,14 +19,14 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cpql.errors import ConfigError, CpqlError
+from cpql.errors import ConfigError, CpqlError, DataError
 
 if TYPE_CHECKING:
     from cpql.tasks import Task
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command line; 0 when it went well, 1 after an error the user can mend."""
+    """Run the command line; 0 when it went well, 1 after an error the user can mend, 130 after Ctrl-C."""
     options = parser().parse_args(arguments)
     try:
         options.run(options)
@@ -34,7 +34,11 @@ def main(arguments: list[str] | None = None) -> int:
         if options.traceback:
             raise
         print(f"error: {error}", file=sys.stderr)
-        return 1
+        return error.exit_code
+    except KeyboardInterrupt:
+        # On a terminal the cursor is behind the progress.
+        print("\ninterrupted" if sys.stderr.isatty() else "interrupted", file=sys.stderr)
+        return 130
     return 0
 
 
@@ -121,6 +125,11 @@ def show(label: str, done: int, total: int) -> None:
         )
 
 
+def say(line: str) -> None:
+    """Tell the user something beside the results."""
+    print(line, file=sys.stderr)
+
+
 def dataset(options: argparse.Namespace) -> None:
     """Collect a dataset."""
     from cpql.data import embedded
@@ -131,13 +140,15 @@ def dataset(options: argparse.Namespace) -> None:
             raise ConfigError(
                 f"--policy={options.policy}: expected --out as well, a file for what it collects"
             )
-        data = embedded.cached(
-            task, options.size, options.seed, show, lambda line: print(line, file=sys.stderr)
-        )
+        data = embedded.cached(task, options.size, options.seed, show, say)
+        if data.provenance.file is None:
+            raise DataError(f"{task.name} was collected and isn't kept: expected --out to name a file")
     else:
-        data = embedded.save(task, options.size, options.seed, options.out, show, policy=options.policy)
+        data = embedded.save(
+            task, options.size, options.seed, options.out, show, policy=options.policy, say=say
+        )
     print(data.provenance.line())
-    print(f"in {options.out or embedded.cache_folder() / (data.provenance.file or '')}")
+    print(f"in {options.out or embedded.cache_folder() / str(data.provenance.file)}")
 
 
 def train(options: argparse.Namespace) -> None:

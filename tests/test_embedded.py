@@ -6,12 +6,18 @@ import dataclasses
 import hashlib
 import json
 import os
+import runpy
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+import tempfile
+import threading
+import types
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import filelock
 import h5py  # type: ignore[import-untyped]
 import numpy as np
 import pytest
@@ -80,7 +86,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         counts.append(len(arguments))
         return [function(*each) for each in arguments]
 
-    monkeypatch.setattr(embedded, "_in_workers", here)
+    monkeypatch.setattr(embedded, "in_workers", here)
     return counts
 
 
@@ -351,7 +357,10 @@ def test_other_options_of_the_environment_are_another_dataset(calls: list[int]) 
 
 
 def test_workers_import_neither_torch_nor_h5py() -> None:
-    code = "import sys, cpql.data.behaviour; sys.exit(bool({'torch', 'h5py'} & set(sys.modules)))"
+    code = (
+        "import sys, cpql.data.behaviour, cpql.data.workers\n"
+        "sys.exit(bool({'torch', 'h5py'} & set(sys.modules)))"
+    )
     assert (
         subprocess.run(
             [sys.executable, "-c", code], cwd=Path(data.__file__).parents[2], check=False
@@ -410,7 +419,7 @@ def test_a_card_chooses_by_return(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
             made.append(Episodes(returns[thousand] + steps, np.full(count, 9)))
         return made
 
-    monkeypatch.setattr(embedded, "_in_workers", scripted)
+    monkeypatch.setattr(embedded, "in_workers", scripted)
     card = embedded.make_card(snapshots, tmp_path / "card" / "thing", "Hopper-v4", replay=8)
     roles = {entry["role"]: entry["step"] for entry in card["snapshots"]}
     # A third of 310 is 103: 25 thousand (110) is as near as 30 thousand (90) and has less spread; 45 thousand
@@ -440,3 +449,162 @@ def test_a_full_disk_costs_the_cache_and_not_the_data(
     assert list((tmp_path / "cache").iterdir()) == []
     with pytest.raises(DataError, match="can't be written"):
         embedded.save(task(), 20, 0, tmp_path / "mine.hdf5")
+
+
+def test_what_killed_processes_left_is_cleared_but_not_what_lives(calls: list[int], tmp_path: Path) -> None:
+    path = embedded.prepare(task(), 60, 0).path()
+    left = path.with_name(f".{path.name}.00c0ffee.part")
+    other = path.with_name(f".other-{path.name}.00c0ffee.part")
+    path.parent.mkdir()
+    for file in (left, other, path.with_name(f".{path.name}.lock")):
+        file.touch()
+    said: list[str] = []
+    waits = threading.Event()
+
+    def say(line: str) -> None:
+        said.append(line)
+        waits.set()
+
+    lock = filelock.FileLock(path.with_name(f".{path.name}.lock"))
+    with ThreadPoolExecutor(1) as beside:
+        with lock:  # as the process that writes `left` holds it, as long as it lives
+            second = beside.submit(embedded.cached, task(), 60, 0, say=say)
+            assert waits.wait(30)
+            assert left.exists() and calls == []
+        assert len(second.result()) == 60
+    assert said == [f"{path.name}: another process is collecting it: waiting until that has ended"]
+    assert sorted(path.parent.iterdir()) == sorted([path, other])
+
+    out = tmp_path / "out" / "mine.hdf5"
+    out.parent.mkdir()
+    out.with_name(".mine.hdf5.00c0ffee.part").touch()
+    embedded.save(task(), 60, 0, out)
+    assert list(out.parent.iterdir()) == [out]
+
+
+def test_two_first_runs_at_once_collect_once(tmp_path: Path) -> None:
+    program = tmp_path / "program.py"
+    program.write_text(
+        "from cpql.config import load_task\n"
+        "from cpql.data import embedded\n"
+        "progress = lambda label, done, total: print('collects', done, total)\n"
+        "print('ready', flush=True)\n"
+        "input()\n"
+        "data = embedded.cached(load_task('hopper-random'), 20_000, 0, progress)\n"
+        "print('mean', data.table.double().mean().item())\n"
+    )
+    pipes: dict[str, Any] = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    both: list[Any] = [subprocess.Popen([sys.executable, str(program)], text=True, **pipes) for _ in range(2)]
+    for process in both:
+        assert process.stdout.readline() == "ready\n"
+    for process in both:
+        process.stdin.write("\n")
+        process.stdin.flush()
+    said = [process.communicate(timeout=120) for process in both]
+    assert [(process.returncode, errors) for process, (_, errors) in zip(both, said, strict=True)] == [
+        (0, ""),
+        (0, ""),
+    ]
+    one, other = sorted((lines.splitlines() for lines, _ in said), key=len)
+    assert one[0].endswith(": another process is collecting it: waiting until that has ended")
+    assert len(one) == 2 and len(other) == 3 and other[1] == "collects 20000 20000"
+    assert one[-1] == other[-1] and one[-1].startswith("mean")
+    assert [path.suffix for path in (tmp_path / "cache").iterdir()] == [".hdf5"]
+
+
+@pytest.fixture(params=["none", "under a file", "of another user"])
+def home(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """No home that anything can be kept in."""
+    if sys.platform == "win32":
+        pytest.skip("homes of Unix")
+    monkeypatch.delenv("CPQL_CACHE")
+    monkeypatch.delenv("D4RL_DATASET_DIR")
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o755)
+        if request.param == "none":
+
+            def unknown(_: int) -> None:
+                raise KeyError("uid not found")
+
+            monkeypatch.delenv("HOME", raising=False)
+            monkeypatch.setattr("pwd.getpwuid", unknown)
+        elif request.param == "under a file":
+            Path(folder, "file").touch()
+            monkeypatch.setenv("HOME", f"{folder}/file/home")
+        else:
+            Path(folder, "home").mkdir(mode=0o000)
+            monkeypatch.setenv("HOME", f"{folder}/home")
+            user = os.geteuid()
+            if user == 0:
+                os.seteuid(65534)  # root may do anything
+            yield request.param
+            os.seteuid(user)
+            return
+        yield request.param
+
+
+def test_data_are_had_without_a_home(calls: list[int], home: str) -> None:
+    said: list[str] = []
+    _, made = data.load(task("random"), source="embedded", size=20, say=said.append)
+    assert len(made) == 20 and calls == [1]
+    (line,) = said
+    assert line.startswith("warning: ") and "CPQL_CACHE" in line and "collect it again" in line
+    if home == "none":
+        with pytest.raises(DataError) as caught:
+            d4rl.find("hopper-medium-v2")
+        assert str(caught.value) == (
+            "there is no home folder for ~/.d4rl/datasets: expected D4RL_DATASET_DIR to name a folder"
+        )
+        _, made = data.load(task("random"), size=20, say=said.append)
+        assert len(made) == 20 and len(said) == 3 and "D4RL_DATASET_DIR" in said[1]
+    else:
+        assert d4rl.find("hopper-medium-v2") is None
+
+
+def test_what_cannot_be_written_is_said_before_anything_is_done(
+    calls: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(DataError, match=r"mine\.hdf5: can't be written in .*file"):
+        embedded.save(task(), 20, 0, tmp_path / "file" / "mine.hdf5")
+    for k in range(1, 3):
+        safetensors.numpy.save_file(behaviour(k).to_tensors(), tmp_path / f"step-{k}.safetensors")
+    with pytest.raises(DataError, match=r"hopper: can't be made in .*file \(Not a directory\)"):
+        embedded.make_card(tmp_path, tmp_path / "file" / "hopper", "Hopper-v4", expert_step=1, medium_step=2)
+    monkeypatch.setitem(sys.modules, "sbx", types.SimpleNamespace(SAC=None))
+    with pytest.raises(DataError, match=r"run: can't be made in .*file"):
+        embedded.train_behaviour("Hopper-v4", tmp_path / "file" / "run")
+    with pytest.raises(ConfigError, match="no environment 'Hoper-v4'"):
+        embedded.train_behaviour("Hoper-v4", tmp_path / "run")
+    assert calls == [] and not (tmp_path / "run").exists()
+
+
+def test_training_warns_where_verify_does(
+    calls: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    rows = embedded.collect(task(), 200, 0).to_dict()
+    rows["actions"][:, 1] = 0.5
+    d4rl.write(tmp_path / "mine.hdf5", rows | {"rewards": np.ones(200)}, {})
+    data.load(task(), path=str(tmp_path / "mine.hdf5"), size=1, say=said.append)
+    expected = ["all rewards are 1", "action 1 of 3: always the same value"]
+    assert said == [f"warning: mine.hdf5: {finding}" for finding in expected]
+    # What cpql collected itself is known.
+    embedded.save(task(), 20, 0, tmp_path / "ours.hdf5")
+    data.load(task(), path=str(tmp_path / "ours.hdf5"), size=1, say=said.append)
+    assert len(said) == 2
+    monkeypatch.setattr(d4rl, "find", lambda *_: tmp_path / "mine.hdf5")
+    data.load(task(), source="d4rl", size=1, say=said.append)
+    assert said[2:] == said[:2]
+
+
+def test_the_command_says_that_nothing_is_kept(
+    calls: list[int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "cache").touch()
+    main = runpy.run_path(str(Path(data.__file__).parents[2] / "scripts" / "collect.py"))["main"]
+    assert main(["dataset", "hopper-random", "--size", "20"]) == 1
+    printed = capsys.readouterr()
+    warning, error = printed.err.splitlines()
+    assert printed.out == "" and warning.startswith("warning: hopper-random")
+    assert error == "error: hopper-random was collected and isn't kept: expected --out to name a file"

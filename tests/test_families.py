@@ -51,7 +51,7 @@ def here(monkeypatch: pytest.MonkeyPatch) -> None:
     ) -> list[Any]:
         return [function(*each) for each in arguments]
 
-    monkeypatch.setattr(embedded, "_in_workers", call)
+    monkeypatch.setattr(embedded, "in_workers", call)
 
 
 def arrays_of(path: Path) -> dict[str, Any]:

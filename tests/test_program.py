@@ -150,8 +150,16 @@ def test_compiling_leaves_no_trace_and_there_is_no_graph_without_a_gpu(
 def test_what_others_can_write_to_is_not_unpickled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     tmp_path.chmod(0o777)
-    with pytest.raises(ConfigError, match=r"others can write to this folder of compiled programs.*chmod 700"):
-        program(CPQL(4, 2, SMALL), "auto", tmp_path, print)
+    text = rf"others can write to {tmp_path}, and what is compiled is code. Make it your own, of mode 700"
+    with pytest.raises(ConfigError, match=rf"compile=true: {text}"):
+        program(CPQL(4, 2, SMALL), True, tmp_path, print)
+    assert program(CPQL(4, 2, SMALL), "auto", tmp_path, print).how.startswith(f"uncompiled: {text}")
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "file"))
+    with pytest.raises(
+        ConfigError, match=r"compile=true: nothing can be kept in .*file \(File exists\). Set"
+    ):
+        program(CPQL(4, 2, SMALL), True, tmp_path, print)
 
 
 def test_where_a_graph_cannot_be_recorded_the_compiled_update_runs(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -48,6 +48,14 @@ def whole(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
     return everything(folder / "run")
 
 
+@pytest.fixture(scope="module")
+def whole_group(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """The same of a group of two."""
+    folder = tmp_path_factory.mktemp("whole")
+    run_group(folder, dataset, (0, 1))
+    return [everything(folder / f"seed{seed}") for seed in (0, 1)]
+
+
 class Odd(gymnasium.Env[Any, Any]):
     """As wide as Hopper, and does at its step `at` what the test wants."""
 
@@ -258,18 +266,16 @@ def test_a_group_killed_anywhere_resumes_as_a_group(
     dataset: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
+    whole_group: list[dict[str, Any]],
 ) -> None:
     budget = replace(LITTLE, keep=keep)
-    run_group(tmp_path / "whole", dataset, (0, 1), budget=budget)
     with monkeypatch.context() as patch:
         at_call(patch, module, name, count)
         with pytest.raises(Killed):
             run_group(tmp_path / "parts", dataset, (0, 1), budget=budget)
     results = run_group(tmp_path / "parts", dataset, (0, 1), resume=True, budget=budget)
     assert [result["step"] for result in results] == [40, 40]
-    for seed in (0, 1):
-        one, other = (everything(tmp_path / name / f"seed{seed}") for name in ("parts", "whole"))
-        assert one == other
+    assert [everything(tmp_path / "parts" / f"seed{seed}") for seed in (0, 1)] == whole_group
 
 
 def test_killed_between_the_last_checkpoint_and_its_link(
@@ -284,6 +290,49 @@ def test_killed_between_the_last_checkpoint_and_its_link(
     run(settings(dataset, tmp_path / "run", resume=True))
     assert last.resolve().name == "step_00000040"
     assert everything(tmp_path / "run") == whole
+
+
+def test_a_checkpoint_is_on_the_disk_before_last_points_to_it(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    happened: list[str] = []
+    fsync, symlink = os.fsync, os.symlink
+
+    def flushed(handle: int) -> None:
+        happened.append(os.path.basename(os.readlink(f"/proc/self/fd/{handle}")))
+        fsync(handle)
+
+    def linked(*arguments: Any, **options: Any) -> None:
+        happened.append("last")
+        symlink(*arguments, **options)
+
+    monkeypatch.setattr(os, "fsync", flushed)
+    monkeypatch.setattr(os, "symlink", linked)
+    run(settings(dataset, tmp_path / "run"))
+    before = happened[: happened.index("last")]
+    assert {"model.safetensors", "config.json", "policy", "state.safetensors", "state.json", "training",
+            "step_00000010", "metrics.csv"} <= set(before)  # fmt: skip
+    assert before[-1] == "checkpoints", "the folder's new name as well"
+
+
+def test_where_there_are_no_links_last_is_a_copy(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: dict[str, Any]
+) -> None:
+    def refused(*_: Any, **__: Any) -> None:
+        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+
+    monkeypatch.setattr(os, "symlink", refused)
+    at_call(monkeypatch, training.Means, "add", 25)
+    with pytest.raises(Killed):
+        run(settings(dataset, tmp_path / "run"))
+    run(settings(dataset, tmp_path / "run", resume=True))
+    assert everything(tmp_path / "run") == whole
+    last = tmp_path / "run" / "checkpoints" / "last"
+    assert not last.is_symlink() and checkpoint.find_training(tmp_path / "run") == (last.parent, 40)
+    monkeypatch.undo()
+    longer = replace(LITTLE, updates=50)  # where there are links again
+    run(settings(dataset, tmp_path / "run", resume=True, budget=longer), budget={"updates": 50})
+    assert last.is_symlink() and last.resolve().name == "step_00000050"
 
 
 def test_weights_that_are_not_finite_are_never_saved(

@@ -1,6 +1,6 @@
 """Data: one form, `Transitions`, and the sources that it comes from.
 
-Imports wait until they are needed: the worker processes that collect data import `cpql.data.behaviour`
+Imports wait until they are needed: the worker processes that collect data import `cpql.data.workers`
 and must not load torch.
 """
 
@@ -55,7 +55,8 @@ def load(
         seed: of the collection.
         time_limits: "drop" leaves out the rows at a time limit, as `d4rl.qlearning_dataset` does.
         progress: called with what is being done, how much of it is done, and how much there is.
-        say: takes a line for the user.
+        say: takes a line for the user: a warning where D4RL's data can't be had, and one for each finding of
+            `cpql.data.inspection` in data that cpql didn't collect itself.
 
     Returns:
         The task as the data have it (Minari's name their own environment and references), and the data, as
@@ -66,7 +67,7 @@ def load(
         ConfigError: there is no such source, or the environment can't be made.
         DataError: the data can't be had, or aren't valid.
     """
-    from cpql.data import d4rl, embedded, files, minari
+    from cpql.data import d4rl, embedded, files, inspection, minari
     from cpql.environments import facts
 
     if source not in SOURCES:
@@ -113,6 +114,10 @@ def load(
             data = d4rl.read(found, dataset, source="d4rl", **form)
     if expected is not None:
         data.validate_for(*expected)
+    if data.provenance.source != "embedded":
+        where = data.provenance.file or data.provenance.id
+        for finding in inspection.inspect(data).findings:
+            say(f"warning: {where}: {finding}")
     return task, data
 
 

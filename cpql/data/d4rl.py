@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import glob
 import hashlib
 import json
 import os
@@ -31,6 +32,7 @@ from cpql.errors import DataError
 __all__ = [
     "Progress",
     "cache_folder",
+    "clear",
     "download",
     "filename",
     "find",
@@ -40,6 +42,7 @@ __all__ = [
     "read",
     "replacing",
     "urls",
+    "user_folder",
     "write",
 ]
 
@@ -53,9 +56,28 @@ MOST_EXPANSION = 100
 UNSUSPICIOUS_BYTES = 64 << 20
 
 
+def user_folder(variable: str, default: str) -> Path:
+    """The folder that an environment variable names, or else `default`; either may begin with `~`.
+
+    Raises:
+        DataError: it begins with `~`, and there is no home folder.
+    """
+    path = os.environ.get(variable) or default
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise DataError(
+            f"there is no home folder for {path}: expected {variable} to name a folder"
+        ) from error
+
+
 def cache_folder() -> Path:
-    """Where D4RL keeps its files: `$D4RL_DATASET_DIR`, else `~/.d4rl/datasets`."""
-    return Path(os.environ.get("D4RL_DATASET_DIR") or Path.home() / ".d4rl" / "datasets").expanduser()
+    """Where D4RL keeps its files: `$D4RL_DATASET_DIR`, else `~/.d4rl/datasets`.
+
+    Raises:
+        DataError: there is no home folder.
+    """
+    return user_folder("D4RL_DATASET_DIR", "~/.d4rl/datasets")
 
 
 def filename(id: str) -> str:
@@ -82,9 +104,14 @@ def urls(id: str, path: str = "") -> list[str]:
 
 
 def find(id: str, path: str = "") -> Path | None:
-    """Give a dataset's file in the cache folder, or None; see `urls` for the arguments."""
+    """Give a dataset's file in the cache folder, or None; see `urls` for the arguments.
+
+    Raises:
+        DataError: there is no home folder.
+    """
     file = cache_folder() / (path.rpartition("/")[2] or filename(id))
-    return file if file.exists() else None
+    # Unlike `Path.exists`, it has no objection to a home folder of somebody else's.
+    return file if os.path.exists(file) else None
 
 
 def read(
@@ -235,7 +262,16 @@ def replacing(path: Path) -> Iterator[Path]:
         yield aside
         os.replace(aside, path)
     finally:
-        aside.unlink(missing_ok=True)
+        # Where it couldn't be made, there is nothing to remove, and a reason already.
+        with contextlib.suppress(OSError):
+            aside.unlink(missing_ok=True)
+
+
+def clear(path: Path) -> None:
+    """Remove what processes that were killed in `replacing` left; for whoever alone may write `path`."""
+    for left in path.parent.glob(f".{glob.escape(path.name)}.????????.part"):
+        with contextlib.suppress(OSError):
+            left.unlink()
 
 
 def download(

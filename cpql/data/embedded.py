@@ -18,15 +18,13 @@ import hashlib
 import importlib
 import importlib.metadata
 import json
-import multiprocessing
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import filelock
 import numpy as np
 import safetensors.numpy
 from numpy.typing import NDArray
@@ -35,6 +33,7 @@ from cpql.data import d4rl
 from cpql.data.behaviour import Behaviour, Episodes, play, rollout
 from cpql.data.d4rl import Progress
 from cpql.data.transitions import Transitions
+from cpql.data.workers import in_workers
 from cpql.environments import ROBOTICS, facts, make_environment, make_task_environment
 from cpql.errors import ConfigError, DataError, did_you_mean
 from cpql.tasks import Task
@@ -72,6 +71,9 @@ HYPERPARAMETERS: dict[str, Any] = {
 }
 """What `train_behaviour` gives to sbx's SAC; the rest is sbx's default."""
 
+Say = Callable[[str], None]
+"""Takes a line for the user."""
+
 Policy = Literal["random"]
 """Whose actions to take, rather than those of the recipe that a dataset's name stands for."""
 
@@ -101,8 +103,12 @@ def behaviours_folder() -> Path:
 
 
 def cache_folder() -> Path:
-    """Where collected datasets are kept: `$CPQL_CACHE`, else `~/.cache/cpql`."""
-    return Path(os.environ.get("CPQL_CACHE") or Path.home() / ".cache" / "cpql").expanduser()
+    """Where collected datasets are kept: `$CPQL_CACHE`, else `~/.cache/cpql`.
+
+    Raises:
+        DataError: there is no home folder.
+    """
+    return d4rl.user_folder("CPQL_CACHE", "~/.cache/cpql")
 
 
 class Part(NamedTuple):
@@ -124,7 +130,11 @@ class Plan(NamedTuple):
     details: dict[str, Any]
 
     def path(self) -> Path:
-        """The cached file: its name changes with anything that could change a row."""
+        """The cached file: its name changes with anything that could change a row.
+
+        Raises:
+            DataError: there is no folder for it.
+        """
         facts = [
             FORMAT,
             CHUNK_STEPS,
@@ -171,6 +181,7 @@ def save(
     progress: Progress | None = None,
     *,
     policy: Policy | None = None,
+    say: Say = print,
 ) -> Transitions:
     """Collect a dataset into a file in D4RL's layout, which says that it is embedded, and read it back.
 
@@ -181,13 +192,15 @@ def save(
         path: the file, whose actions are in the environment's bounds, as D4RL's are. One there is replaced.
         progress: called as chunks come in.
         policy: "random" takes uniform random actions, in any task's environment; None the task's recipe.
+        say: takes the line that another process is waited for.
 
     Raises:
         DataError: there are no behaviours for the task, they are damaged, or the file can't be written.
         ConfigError: there is no such policy, or the environment can't be made.
     """
     plan = prepare(task, size, seed, policy)
-    return _save(plan, _gather(plan, progress, None), path)
+    with _alone(path, say):
+        return _save(plan, _gather(plan, progress, None), path)
 
 
 def cached(
@@ -195,30 +208,79 @@ def cached(
     size: int,
     seed: int,
     progress: Progress | None = None,
-    say: Callable[[str], None] | None = None,
+    say: Say = print,
 ) -> Transitions:
     """Give what `collect` would, from the cache where it is there.
 
-    A damaged file is collected again, and data that can't be written are still given; `say` hears of both.
+    Where another process collects the same, that is waited for. A damaged file is collected again, and data
+    that can't be kept are still given; `say` hears of all that.
     """
     plan = prepare(task, size, seed)
-    path = plan.path()
-    if path.exists():
+
+    def lost(error: DataError) -> None:
+        say(f"warning: {error}; the next run will have to collect it again (CPQL_CACHE names the folder)")
+
+    with contextlib.ExitStack() as stack:
         try:
-            data = _read(plan, path)
-            if data.provenance.source != "embedded" or len(data) != size:
-                raise DataError(f"{path.name}: holds something else: expected {size} embedded transitions")
-            return data
+            path = plan.path()
+            data = _kept(plan, path, lambda error: say(f"warning: {error}; collecting it again"))
+            if data is None:
+                stack.enter_context(_alone(path, say))
+                data = _kept(plan, path, lambda _: None)
         except DataError as error:
-            if say is not None:
-                say(f"warning: {error}; collecting it again")
-    arrays = _gather(plan, progress, None)
+            lost(error)
+            return _made(plan, _gather(plan, progress, None))
+        if data is not None:
+            return data
+        arrays = _gather(plan, progress, None)
+        try:
+            return _save(plan, arrays, path)
+        except DataError as error:
+            lost(error)
+            return _made(plan, arrays)
+
+
+def _kept(plan: Plan, path: Path, damaged: Callable[[DataError], None]) -> Transitions | None:
+    """What the cache has, if it is that."""
+    if not os.path.exists(path):
+        return None
     try:
-        return _save(plan, arrays, path)
+        data = _read(plan, path)
+        if data.provenance.source != "embedded" or len(data) != plan.size:
+            raise DataError(f"{path.name}: holds something else: expected {plan.size} embedded transitions")
+        return data
     except DataError as error:
-        if say is not None:
-            say(f"warning: {error}; the next run will have to collect it again")
-        return _made(plan, arrays)
+        damaged(error)
+        return None
+
+
+@contextlib.contextmanager
+def _alone(path: Path, say: Say) -> Iterator[None]:
+    """Be the only process that collects into a file, and clear what killed ones left of theirs.
+
+    Raises:
+        DataError: the file's folder can't be written to.
+    """
+    file = path.with_name(f".{path.name}.lock")
+    lock = filelock.FileLock(file)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire(timeout=0)
+        except filelock.Timeout:
+            say(f"{path.name}: another process is collecting it: waiting until that has ended")
+            lock.acquire()
+    except (OSError, NotImplementedError) as error:
+        raise DataError(f"{path.name}: can't be written in {path.absolute().parent} ({error})") from error
+    try:
+        d4rl.clear(path)
+        yield
+    finally:
+        # Removed while it is held, as in `cpql.data.download`.
+        if isinstance(lock, filelock.FileLock):
+            with contextlib.suppress(OSError):  # not while it is open, on Windows
+                file.unlink()
+        lock.release()
 
 
 def _made(plan: Plan, arrays: dict[str, NDArray[Any]]) -> Transitions:
@@ -354,61 +416,8 @@ def _gather(plan: Plan, progress: Progress | None, workers: int | None) -> dict[
         if progress is not None:
             progress(f"collect {plan.task.name}", sum(jobs[k][1] for k in done), plan.size)
 
-    chunks_ = _in_workers(rollout, arguments, workers, report)
+    chunks_ = in_workers(rollout, arguments, workers, report)
     return {key: np.concatenate([chunk[key] for chunk in chunks_]) for key in chunks_[0]}
-
-
-def _in_workers(
-    function: Callable[..., Any],
-    arguments: Sequence[tuple[Any, ...]],
-    workers: int | None,
-    report: Callable[[Sequence[int]], None] | None = None,
-) -> list[Any]:
-    """Call a function of `cpql.data.behaviour` in fresh processes; results are in the order of `arguments`.
-
-    Even a single job runs in a worker: there BLAS has one thread, and sums in one order.
-    """
-    count = min(workers or _cores(), len(arguments))
-    try:
-        with (
-            _single_threaded(),
-            ProcessPoolExecutor(count, multiprocessing.get_context("spawn")) as pool,
-        ):
-            futures: dict[Future[Any], int] = {pool.submit(function, *a): k for k, a in enumerate(arguments)}
-            done: list[int] = []
-            try:
-                for future in as_completed(futures):
-                    future.result()
-                    done.append(futures[future])
-                    if report is not None:
-                        report(done)
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
-            return [future.result() for future in futures]
-    except BrokenProcessPool as error:
-        raise DataError("a worker process died while collecting: is there enough memory?") from error
-
-
-@contextlib.contextmanager
-def _single_threaded() -> Iterator[None]:
-    """Give child processes one BLAS thread each: it is read once, when they import numpy."""
-    names = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
-    before = {name: os.environ.get(name) for name in names}
-    os.environ.update(dict.fromkeys(names, "1"))
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
-
-
-def _cores() -> int:
-    # What this process may use, which in a container is fewer than the machine has.
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def train_behaviour(
@@ -431,7 +440,8 @@ def train_behaviour(
         progress: called at each snapshot.
 
     Raises:
-        ConfigError: sbx isn't installed.
+        ConfigError: sbx isn't installed, or the environment can't be made.
+        DataError: the folder can't be made.
     """
     try:
         sac = importlib.import_module("sbx").SAC
@@ -439,7 +449,8 @@ def train_behaviour(
         raise ConfigError(
             f"training a behaviour needs sbx ({error}): pip install 'cpql[behaviours]'"
         ) from error
-    out.mkdir(parents=True, exist_ok=True)
+    made = make_environment(environment)
+    _make_folder(out)
     facts = {
         "environment": environment,
         "algorithm": "SAC (sbx)",
@@ -448,7 +459,7 @@ def train_behaviour(
         "versions": _versions("gymnasium", "mujoco", "numpy", "sbx-rl", "stable-baselines3", "jax"),
     }
     _write_json(out / "training.json", facts)
-    model = sac("MlpPolicy", make_environment(environment), seed=seed, **HYPERPARAMETERS)
+    model = sac("MlpPolicy", made, seed=seed, **HYPERPARAMETERS)
 
     def flat(tree: Any, prefix: str = "") -> dict[str, NDArray[np.float32]]:
         leaves: dict[str, NDArray[np.float32]] = {}
@@ -518,7 +529,7 @@ def make_card(
         The card, as written to `out/card.json`.
 
     Raises:
-        DataError: there are too few snapshots, or they can't be read.
+        DataError: there are too few snapshots, they can't be read, or the folder can't be made.
     """
     facts: dict[str, Any] = {
         "algorithm": "SAC (sbx)",
@@ -554,6 +565,7 @@ def make_card(
             f"{snapshots.name}: {len(steps)} trained snapshots: expected at least 2 of step-*.safetensors"
         )
     behaviours = {step: Behaviour.read(found[step]) for step in steps}
+    _make_folder(out)
 
     def evaluate(chosen: Sequence[int], count: int, sampled: bool, label: str) -> dict[int, Episodes]:
         def report(done: Sequence[int]) -> None:
@@ -564,7 +576,7 @@ def make_card(
         arguments = [
             (task, behaviours[step], count, s, sampled) for step, s in zip(chosen, seeds, strict=True)
         ]
-        return dict(zip(chosen, _in_workers(play, arguments, workers, report), strict=True))
+        return dict(zip(chosen, in_workers(play, arguments, workers, report), strict=True))
 
     first = {s: e.summary() for s, e in evaluate(steps, first_episodes, True, "evaluate all").items()}
 
@@ -650,6 +662,16 @@ def _versions(*packages: str) -> dict[str, str]:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[package] = importlib.metadata.version(package)
     return found
+
+
+def _make_folder(path: Path) -> None:
+    """Make a folder before the hours whose result goes there."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(
+            f"{path.name}: can't be made in {path.absolute().parent} ({error.strerror})"
+        ) from error
 
 
 def _write_behaviour(path: Path, behaviour: Behaviour) -> str:
