@@ -417,7 +417,7 @@ def _fetch(name: str, source: str) -> Path:
         return folder / "data" / minari.ARRAYS
     task = _with_data(name)
     with _progress() as progress:
-        return d4rl.download(task.dataset, progress, path=task.url, say=say)
+        return d4rl.download(task.dataset, progress, path=task.url, rows=task.transitions, say=say)
 
 
 def _sha256(path: Path) -> str:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,10 @@ import pytest
 import torch
 
 from cpql import data
-from cpql.data import d4rl
+from cpql.config import load_task, task_names
+from cpql.data import d4rl, embedded, files
+from cpql.data.transitions import Transitions
+from cpql.environments import facts
 from cpql.errors import ConfigError, DataError
 from cpql.tasks import Task
 
@@ -144,3 +149,121 @@ def test_auto_takes_the_cache_first_and_says_nothing(folder: Path) -> None:
     (folder / NAME).write_bytes(b"")
     with pytest.raises(DataError, match="an empty file"):
         data.load(TASK, size=10, say=said.append)
+
+
+@pytest.mark.parametrize(
+    ("changed", "reason"),
+    [
+        ({}, ""),
+        (arrays(39), "'observations' has shape [39, 11]: expected [40, 11] of D4RL's hopper-medium-v2"),
+        (
+            {"observations": np.zeros((40, 17)), "next_observations": np.zeros((40, 17))},
+            "'observations' has shape [40, 17]: expected [40, 11] of D4RL's hopper-medium-v2",
+        ),
+        (
+            {"actions": np.zeros((40, 6))},
+            "'actions' has shape [40, 6]: expected [40, 3] of D4RL's hopper-medium-v2",
+        ),
+        ({"actions": np.zeros(40)}, "'actions' has shape [40]: expected [40, 3] of D4RL's hopper-medium-v2"),
+    ],
+    ids=["fits", "rows", "observations", "actions", "flat"],
+)
+def test_what_lies_in_the_cache_counts_as_d4rls_only_if_it_fits(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, changed: dict[str, Any], reason: str
+) -> None:
+    task = dataclasses.replace(TASK, transitions=40)
+    stand_in = Transitions.from_dict(arrays(10), source="embedded", id="hopper-medium")
+    monkeypatch.setattr(embedded, "prepare", lambda *_: None)
+    monkeypatch.setattr(embedded, "cached", lambda *_: stand_in)
+    d4rl.write(folder / NAME, arrays() | changed, {})
+    said: list[str] = []
+    if not reason:
+        for source in ("auto", "d4rl"):
+            assert data.load(task, source=source, size=10, say=said.append)[1].provenance.source == "d4rl"
+        assert said == []
+        return
+    line = f"{NAME}: {reason}"
+    strict: list[dict[str, Any]] = [{"source": "d4rl"}, {"id": "hopper-medium-v2"}]
+    for options in strict:
+        with pytest.raises(DataError) as caught:
+            data.load(task, size=10, say=said.append, **options)
+        assert str(caught.value) == line and said == []
+    provenance = data.load(task, size=10, say=said.append)[1].provenance
+    assert provenance.source == "embedded" and provenance.details["fallback"] == line
+    assert len(said) == 1 and said[0].endswith(f"not D4RL's hopper-medium-v2, because {line}")
+
+
+def test_where_the_number_of_rows_is_not_known_any_fits(folder: Path) -> None:
+    task = dataclasses.replace(TASK, transitions=1_000_000)
+    d4rl.write(folder / "hopper_other-v0.hdf5", arrays(), {})
+    assert data.load(task, id="hopper-other-v0", size=1)[1].provenance.source == "d4rl"
+    d4rl.write(folder / "robot_other-v0.hdf5", arrays(), {})
+    assert data.load(task, id="robot-other-v0", size=1)[1].provenance.source == "d4rl"
+    d4rl.write(folder / "pen_other-v0.hdf5", arrays(), {})
+    with pytest.raises(DataError, match=r"shape \[40, 11\]: expected \[any, 45\] of D4RL's pen-other-v0$"):
+        data.load(task, id="pen-other-v0", size=1)
+
+
+def test_the_widths_are_those_of_the_tasks_environments() -> None:
+    tasks = [task for name in task_names() if (task := load_task(name)).dataset]
+    assert {task.dataset.partition("-")[0] for task in tasks} == set(d4rl.WIDTHS)
+    for name in ("hopper-medium", "halfcheetah-medium", "walker2d-medium", "ant-medium"):
+        assert facts(load_task(name))[0] == d4rl.WIDTHS[name.partition("-")[0]]
+
+
+def test_a_file_in_the_cache_that_is_not_what_was_downloaded_is_refused(folder: Path) -> None:
+    d4rl.write(folder / NAME, arrays(), {})
+    found = hashlib.sha256((folder / NAME).read_bytes()).hexdigest()
+    record = folder / f"{NAME}.sha256"
+    record.write_text(f"{found}  {NAME}\n")
+    assert data.load(TASK, size=1)[1].provenance.sha256 == found
+    record.write_text(f"{'0' * 64}  {NAME}\n")
+    for source in ("auto", "d4rl"):
+        with pytest.raises(
+            DataError, match=rf"^{NAME}: changed since it was downloaded: SHA-256 found {found}"
+        ):
+            data.load(TASK, source=source, size=1)
+
+
+@pytest.mark.parametrize(
+    ("said", "believed"),
+    [
+        ("embedded", "embedded"),
+        ("minari", "minari"),
+        ("stable-baselines3", "stable-baselines3"),
+        ("embedded + online", "embedded + online"),
+        ("d4rl", "file"),
+        ("D4RL", "file"),
+        (" d4rl", "file"),
+        ("d4rl + online", "file"),
+        ("d4rl + embedded", "file"),
+        ("embedded, and d4rl", "file"),
+        ("d4\u200brl", "file"),
+        ("", "file"),
+    ],
+)
+@pytest.mark.parametrize("form", ["hdf5", "npz", "minari"])
+def test_no_file_can_call_itself_d4rls(
+    tmp_path: Path, folder: Path, said: str, believed: str, form: str
+) -> None:
+    claim = json.dumps({"source": said, "id": "hopper-medium-v2", "details": {}})
+    path = tmp_path / f"mine.{form}"
+    if form == "hdf5":
+        d4rl.write(path, arrays(), {d4rl.ORIGIN: claim})
+    elif form == "npz":
+        np.savez(path, **arrays(), cpql_origin=np.array(claim))
+    else:
+        path = files.write(Transitions.from_dict(arrays()), tmp_path, id="mine-v0")
+        about = json.loads((path / "data/metadata.json").read_text())
+        (path / "data/metadata.json").write_text(json.dumps(about | {d4rl.ORIGIN: claim}))
+    provenance = files.read(path).provenance
+    assert provenance.source == believed
+    assert (believed == "file") or provenance.id == "hopper-medium-v2"
+    if form != "hdf5":
+        return
+    # Not even where it fits, under D4RL's name and in D4RL's folder.
+    folder.mkdir()
+    path.rename(folder / NAME)
+    assert d4rl.read(folder / NAME, "hopper-medium-v2", source="d4rl", rows=40).provenance.source == believed
+    with pytest.raises(DataError, match=rf"^{NAME}: carries 'cpql_origin', as cpql's own files do: expected"):
+        data.load(dataclasses.replace(TASK, transitions=40), source="d4rl", size=1)

@@ -25,11 +25,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import cpql.data
+from cpql import config
 from cpql.config import load_task
 from cpql.data import d4rl, files, minari
 from cpql.data.transitions import Transitions
 from cpql.data_cli import main
 from cpql.errors import CpqlError, DataError
+from cpql.tasks import Task
 
 ROOT = Path(__file__).parent.parent
 NOWHERE = "http://127.0.0.1:9/"
@@ -85,6 +87,16 @@ def hopper(rows: int = 60) -> dict[str, Any]:
         "next_observations": states[1:],
         "actions": generator.uniform(-1, 1, (rows, 3)).astype(np.float32),
     }
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A world in which D4RL's files have 60 rows."""
+
+    def load(name: str) -> Task:
+        return dataclasses.replace(load_task(name), transitions=60)
+
+    monkeypatch.setattr(config, "load_task", load)
 
 
 def content(path: Path) -> dict[str, Any]:
@@ -354,6 +366,7 @@ def test_list_says_what_is_on_this_disk(data: Any, monkeypatch: pytest.MonkeyPat
     assert "antmaze-umaze-v2 *" in shown and shown.count("\n* antmaze: the living ant has") == 1
 
 
+@pytest.mark.usefixtures("small")
 def test_show_gives_each_source_its_own_score(data: Any) -> None:
     made = Transitions.from_dict(hopper())
     mean = made.provenance.return_mean
@@ -449,6 +462,7 @@ def test_verify_takes_a_tasks_name_or_an_environments_id(data: Any, task: str) -
     assert data("verify", "hopper.hdf5", "--env", task).code == 0
 
 
+@pytest.mark.usefixtures("small")
 def test_a_file_that_is_no_longer_what_was_downloaded_is_an_error(data: Any) -> None:
     d4rl.write("d4rl/hopper_medium-v2.hdf5", hopper(), {})
     path = Path("d4rl/hopper_medium-v2.hdf5")
@@ -480,6 +494,7 @@ def mirror(tmp_path: Path) -> Iterator[str]:
         server.shutdown()
 
 
+@pytest.mark.usefixtures("small")
 def test_download_says_file_size_and_checksum(
     data: Any, mirror: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -498,6 +513,20 @@ def test_download_says_file_size_and_checksum(
     Path(f"{path}.sha256").unlink()
     assert data("download", "hopper-medium") == Said(0, line, "")
     assert data("verify", path, "--env", "hopper-medium").code == 0
+
+
+def test_a_file_of_another_size_does_not_pass_for_d4rls(
+    data: Any, mirror: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("CPQL_D4RL_MIRROR", mirror)
+    misfit = "'observations' has shape [60, 11]: expected [1000000, 11] of D4RL's hopper-medium-v2"
+    said = data("download", "hopper-medium")
+    assert said.code == 1 and f"{mirror}hopper_medium-v2.hdf5 ({misfit})" in said.err
+    assert not (tmp_path / "d4rl").exists()
+    d4rl.write("d4rl/hopper_medium-v2.hdf5", hopper(), {})
+    line = f"error: hopper_medium-v2.hdf5: {misfit}\n"
+    assert data("download", "hopper-medium") == data("show", "hopper-medium") == Said(1, "", line)
+    assert data("show", "d4rl/hopper_medium-v2.hdf5").out.startswith("hopper_medium-v2 (file): 60 trans")
 
 
 def test_download_finds_local_minari_datasets(data: Any, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import contextlib
 import errno
 import hashlib
 import http.server
@@ -11,15 +12,17 @@ import json
 import os
 import random
 import re
+import select
 import shutil
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -771,6 +774,348 @@ def test_a_proxy_of_the_environment_is_asked(
     assert [asked.path for asked in server.asked] == [url]
 
 
+# What a stranger's server does: bytes that it sends and seconds that it waits, then it hangs up.
+Script = Iterable[bytes | float]
+
+RESET = b"reset"
+HOLD = itertools.repeat(0.02)
+PLAIN = b"HTTP/1.1 200 OK\r\nContent-Length: 300000\r\n"
+HEAD = PLAIN + b"\r\n"
+TAGGED = PLAIN + b'ETag: "one"\r\n\r\n'
+CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
+CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
+START = 200_000 - OVERLAP
+REST = b"HTTP/1.1 206 Partial Content\r\nContent-Range: bytes %d-299999/300000\r\n" % START
+SLOW = "less than 1024 bytes a second"
+NO_ANSWER = "no answer within 0.3 s"
+TOO_MUCH = "no end within 3,000,000 bytes"
+NO_FILE = "no file within 262,144 bytes"
+NO_HTTP = "expected an answer in HTTP/1, found '"
+
+
+class Stranger:
+    """A server that plays scripts: `script` is given what was asked, its head."""
+
+    def __init__(self) -> None:
+        self.listening = socket.create_server(("127.0.0.1", 0))
+        self.place = f"127.0.0.1:{self.listening.getsockname()[1]}"
+        self.script: Callable[[bytes], Script] = honest
+        self.asked: list[bytes] = []
+        threading.Thread(target=self.serve, daemon=True).start()
+
+    def serve(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                threading.Thread(target=self.answer, args=self.listening.accept()[:1], daemon=True).start()
+
+    def answer(self, connection: socket.socket) -> None:
+        with connection, contextlib.suppress(OSError):
+            head = connection.recv(1 << 16)
+            self.asked.append(head)
+            for act in self.script(head):
+                if isinstance(act, float):
+                    # A client that has gone away: there is an end to read.
+                    if select.select([connection], [], [], act)[0] and not connection.recv(1 << 16):
+                        return
+                elif act == RESET:
+                    connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                    return
+                else:
+                    connection.sendall(act)
+
+    def close(self) -> None:
+        self.listening.shutdown(socket.SHUT_RDWR)
+        self.listening.close()
+
+
+@pytest.fixture
+def stranger(server: Server) -> Iterator[Stranger]:
+    stranger = Stranger()
+    yield stranger
+    stranger.close()
+
+
+def honest(head: bytes) -> Script:
+    span = re.search(rb"Range: bytes=(\d+)-", head)
+    if not span:
+        return [TAGGED, BODY]
+    start = int(span[1])
+    return [REST + b'ETag: "one"\r\nContent-Length: %d\r\n\r\n' % (300_000 - start), BODY[start:]]
+
+
+def drip(text: bytes, pause: float = 0.02) -> Script:
+    for letter in text:
+        yield bytes([letter])
+        yield pause
+
+
+def over_and_over(text: bytes, pause: float = 0.0) -> Script:
+    while True:
+        yield text
+        if pause:
+            yield pause
+
+
+def status(line: str, *headers: str) -> bytes:
+    return "".join(f"{each}\r\n" for each in (f"HTTP/1.1 {line}", *headers, "")).encode("latin-1")
+
+
+def chunks(body: bytes, size: int) -> bytes:
+    pieces = (body[i : i + size] for i in range(0, len(body), size))
+    return b"".join(b"%x\r\n%b\r\n" % (len(piece), piece) for piece in pieces)
+
+
+def elsewhere(location: str, after: Script = ()) -> Callable[[bytes], Script]:
+    """Redirects what asks for the file, and is honest about the rest."""
+
+    def script(head: bytes) -> Script:
+        if b"file.bin" not in head.split()[1]:
+            return honest(head)
+        return itertools.chain([status("302 Found", f"Location: {location}")], after)
+
+    return script
+
+
+def further(pause: float) -> Callable[[bytes], Script]:
+    """Redirects everything to a place of another name."""
+    return lambda head: [pause, status("302 Found", f"Location: {head.split()[1].decode()}x")]
+
+
+def then(*scripts: Script | bytes | float) -> Callable[[bytes], Script]:
+    """Answers so, whatever is asked."""
+    acts = [[script] if isinstance(script, bytes | float) else script for script in scripts]
+    return lambda head: itertools.chain(*acts)
+
+
+# What it does, and the reason that is given, or WHOLE where the file comes nevertheless.
+WHOLE = None
+STRANGERS: dict[str, tuple[Callable[[bytes], Script], str | None]] = {
+    "hangs up": (then(), "Remote end closed connection without response"),
+    "resets": (then(RESET), "Connection reset by peer"),
+    "says nothing": (then(HOLD), NO_ANSWER),
+    "stops within the status": (then(b"HTTP/1.1", HOLD), NO_ANSWER),
+    "stops within the headers": (then(PLAIN, HOLD), NO_ANSWER),
+    "drips its status": (then(drip(HEAD), BODY), NO_ANSWER),
+    "drips its headers": (then(PLAIN, drip(b"X: y\r\n" * 99)), NO_ANSWER),
+    "drips whole headers without end": (then(PLAIN, over_and_over(b"X: y\r\n", 0.02)), NO_ANSWER),
+    "a status without end": (then(over_and_over(b"HTTP/1.1 " * 999)), "more than 65536 bytes"),
+    "a header without end": (then(PLAIN, over_and_over(b"X" * 9999)), "more than 65536 bytes"),
+    "headers without end": (then(PLAIN, over_and_over(b"X: y\r\n" * 999)), "more than 100 headers"),
+    "long headers without end": (then(PLAIN, over_and_over(b"X: %b\r\n" % (b"y" * 60_000))), NO_FILE),
+    "continues without end": (then(over_and_over(CONTINUE * 99)), NO_FILE),
+    "drips continues": (then(over_and_over(CONTINUE, 0.02)), NO_ANSWER),
+    "continues with headers without end": (
+        then(CONTINUE[:-2], over_and_over(b"X: y\r\n")),
+        "more than 100 headers",
+    ),
+    "continues once": (then(CONTINUE, TAGGED, BODY), WHOLE),
+    "switches protocols": (then(status("101 Switching Protocols"), HOLD), "HTTP 101"),
+    "hints early": (then(status("103 Early Hints"), HEAD, BODY), "HTTP 103"),
+    "garbage": (then(OTHER), NO_HTTP),
+    "a file without a head": (then(BODY), NO_HTTP),
+    "an alert of TLS": (then(b"\x15\x03\x01\x00\x02\x02\x28"), NO_HTTP + "\\x15\\x03"),
+    "another protocol": (then(HEAD.replace(b"HTTP/1.1", b"HTTP/7.0"), BODY), NO_HTTP + "HTTP/7.0"),
+    "a status that is no number": (then(HEAD.replace(b"200", b"2oo"), BODY), NO_HTTP + "HTTP/1.1 2oo OK"),
+    "a status that is none": (then(HEAD.replace(b"200", b"999"), BODY), "HTTP 999 OK"),
+    "colours the terminal": (then(status("500 \x1b[31mred\x07\x9b")), "HTTP 500 \\x1b[31mred\\x07\\x9b"),
+    "a reason without end": (then(status("500 " + "because " * 8000)), "HTTP 500 because"),
+    "redirects to itself": (elsewhere("/file.bin"), "infinite loop"),
+    "redirects without end": (further(0.0), "infinite loop"),
+    "drips redirections": (further(0.1), NO_ANSWER),
+    "redirects nowhere": (then(status("302 Found")), "HTTP 302 Found"),
+    "redirects to a port that cannot be": (elsewhere(f"http://127.0.0.1:{10**20}/x"), "too large"),
+    "redirects to a port that is no number": (elsewhere("http://127.0.0.1:x/x"), "nonnumeric port"),
+    "redirects to half an address": (elsewhere("http://[::1/x"), "Invalid IPv6 URL"),
+    "redirects to a name too long": (elsewhere(f"http://{'x' * 300}.invalid/x"), "label empty or too long"),
+    "redirects to a name with a line break": (elsewhere("http://a\r\n b/x"), "control characters"),
+    "redirects into the machine": (elsewhere("file:///etc/hostname"), "is not allowed"),
+    "redirects to other data": (elsewhere("data:,x"), "is not allowed"),
+    "redirects with a page without end": (elsewhere("/x", over_and_over(b"page" * 999)), WHOLE),
+    "not found, without end": (then(status("404 Not Found"), over_and_over(b"gone" * 999)), "HTTP 404"),
+    "forbidden, in riddles": (
+        then(status("401 Unauthorized", "WWW-Authenticate: x" + "=" * 999)),
+        "HTTP 401 Unauthorized",
+    ),
+    "not modified": (then(status("304 Not Modified"), BODY), "HTTP 304 Not Modified"),
+    "a part that nobody asked for": (then(REST, b"\r\n", BODY[START:]), "HTTP 206 without being asked"),
+    "a page without end": (
+        then(status("200 OK", "Content-Type: text/html"), over_and_over(b"page" * 999)),
+        "a web page, not the file",
+    ),
+    "a packed file": (then(PLAIN, b"Content-Encoding: br\r\n\r\n", BODY), "encoded as br"),
+    "declares what no disk holds": (
+        then(status("200 OK", f"Content-Length: {10**18}"), BODY),
+        "declares 1,000,000,000,000,000,000 bytes: expected at most 3,000,000",
+    ),
+    "declares what no number holds": (
+        then(status("200 OK", f"Content-Length: {'9' * 5000}"), over_and_over(BODY)),
+        TOO_MUCH,
+    ),
+    "declares less than nothing": (then(status("200 OK", "Content-Length: -1"), BODY), WHOLE),
+    "declares two lengths": (then(PLAIN, b"Content-Length: 7\r\n\r\n", BODY), WHOLE),
+    "declares less than it sends": (then(HEAD, over_and_over(BODY)), WHOLE),
+    "declares more than it sends": (then(HEAD, BODY[:-1]), "cut off after 299,999 of 300,000 bytes"),
+    "declares nothing, without end": (then(status("200 OK"), over_and_over(BODY)), TOO_MUCH),
+    "chunks without end": (then(CHUNKED, over_and_over(chunks(BODY, 99_999))), TOO_MUCH),
+    "small chunks": (then(CHUNKED, chunks(BODY, 9), b"0\r\n\r\n"), WHOLE),
+    "a chunk of no size": (then(CHUNKED, b"many\r\n", BODY), "at 0 bytes"),
+    "a chunk of less than nothing": (then(CHUNKED, b"-5\r\n", BODY), "at 300,000 bytes"),
+    "a chunk of more than it sends": (then(CHUNKED, b"f" * 99, b"\r\n", BODY), "at 300,000 bytes"),
+    "a chunk's size without end": (then(CHUNKED, over_and_over(b"1" * 999)), "more than 65536 bytes"),
+    "drips a chunk's size": (then(CHUNKED, over_and_over(b"1", 0.02)), SLOW),
+    "trailers without end": (
+        then(CHUNKED, chunks(BODY, 99_999), b"0\r\n", over_and_over(b"X: y\r\n" * 999)),
+        TOO_MUCH,
+    ),
+    "drips trailers": (then(CHUNKED, chunks(b"x", 1), b"0\r\n", over_and_over(b"X: y\r\n", 0.02)), SLOW),
+    "lines of another system": (then(TAGGED.replace(b"\r\n", b"\n"), BODY), WHOLE),
+    "a header that is none": (then(PLAIN, b"nonsense\r\n\r\n", BODY), WHOLE),
+    "drips the file": (then(TAGGED, over_and_over(b"x", 0.02)), SLOW),
+    "stops within the file": (then(TAGGED, BODY[:200_000], HOLD), "stalled for 0.3 s at 200,000 bytes"),
+    "resets within the file": (then(TAGGED, BODY[:200_000], 0.1, RESET), "Connection reset by peer at"),
+    "a version in two lines": (
+        then(PLAIN, b'ETag: "a\r\n b"\r\n\r\n', BODY[:200_000]),
+        "cut off after 200,000 of 300,000 bytes",
+    ),
+}
+
+
+SOON: dict[str, Any] = {"connect_timeout": 0.5, "read_timeout": 0.3}
+
+
+def meet(url: str, path: Path, reason: str | None) -> None:
+    """Fetch from a stranger: the right file, or one line with the reason, in time.
+
+    Only what ends by a clock has a quick one: the others mustn't need it, nor fail on a busy machine.
+    """
+    options: dict[str, Any] = {"check": fits, "most": 3_000_000}
+    if reason is WHOLE:
+        fetch([url], path, **options)
+        lies_whole(path)
+        return
+    clock = SOON if re.match(rf"no (answer|connection) within|stalled|{SLOW}", reason) else {}
+    message = within(8, [url], path, **options, **clock)
+    assert reason in message and message.isprintable() and len(message) < 700
+    assert not path.exists()
+
+
+@pytest.mark.parametrize("name", STRANGERS)
+def test_a_stranger_sends_the_right_file_or_is_refused(stranger: Stranger, path: Path, name: str) -> None:
+    url = f"http://{stranger.place}/file.bin"
+    stranger.script, reason = STRANGERS[name]
+    meet(url, path, reason)
+    stranger.script = honest
+    meet(url, path, WHOLE)
+
+
+def rest(*acts: Script | bytes | float, after: Callable[[bytes], Script]) -> Callable[[bytes], Script]:
+    """Answers so if a part is asked for."""
+    scripted = then(*acts)
+    return lambda head: scripted(head) if b"Range:" in head else after(head)
+
+
+PART = REST + b'ETag: "one"\r\n\r\n'
+# What it does when it is asked for the rest of 200,000 bytes, the reason, and how many bytes are kept.
+WITHIN: dict[str, tuple[Callable[[bytes], Script], str | None, int]] = {
+    "hangs up": (then(), "Remote end closed connection", 200_000),
+    "says nothing": (then(HOLD), NO_ANSWER, 200_000),
+    "continues without end": (then(over_and_over(CONTINUE * 99)), NO_FILE, 200_000),
+    "not found": (then(status("404 Not Found")), "HTTP 404", 200_000),
+    "drips its headers": (then(PART[:-2], over_and_over(b"X: y\r\n", 0.02)), NO_ANSWER, 200_000),
+    "drips what lies here": (then(PART, drip(BODY[START:])), SLOW, 200_000),
+    "drips chunks of what lies here": (
+        then(PART[:-2], b"Transfer-Encoding: chunked\r\n\r\n", drip(chunks(BODY[START:], 1))),
+        SLOW,
+        200_000,
+    ),
+    "stops within what lies here": (then(PART, BODY[START:150_000], HOLD), "stalled for 0.3 s", 200_000),
+    "resets within what lies here": (
+        then(PART, BODY[START:150_000], 0.1, RESET),
+        "Connection reset by peer",
+        200_000,
+    ),
+    "ends within what lies here": (then(PART, BODY[START:150_000]), "cut off after 150,000", 200_000),
+    "drips what is new": (then(PART, BODY[START:220_000], drip(BODY[220_000:])), SLOW, 220_000),
+    "sends more than there is": (then(PART, over_and_over(BODY[START:])), WHOLE, 0),
+    "sends another file": (rest(PART, OTHER[START:], after=honest), WHOLE, 0),
+    "sends another file's end": (rest(PART, BODY[START:200_000], OTHER[200_000:], after=honest), WHOLE, 0),
+    "names a place that no number holds": (
+        rest(REST.replace(b"300000", b"9" * 5000), b"\r\n", BODY[START:], after=honest),
+        WHOLE,
+        0,
+    ),
+    "names no place": (rest(status("206 Partial Content"), BODY[START:], after=honest), WHOLE, 0),
+    "sends several parts": (
+        rest(status("206 Partial Content", "Content-Type: multipart/byteranges"), after=honest),
+        WHOLE,
+        0,
+    ),
+    "has no such part of anything": (then(status("416 Range Not Satisfiable")), "HTTP 416", 200_000),
+    "has no such part of a longer file": (
+        rest(status("416 Range Not Satisfiable"), after=then(HEAD.replace(b"300000", b"999999"), BODY)),
+        "cut off after 300,000 of 999,999 bytes",
+        300_000,
+    ),
+    "redirects without end": (further(0.0), "infinite loop", 200_000),
+}
+
+
+@pytest.mark.parametrize("name", WITHIN)
+def test_what_lies_here_survives_a_stranger(stranger: Stranger, path: Path, name: str) -> None:
+    url = f"http://{stranger.place}/file.bin"
+    path.parent.mkdir()
+    part, note = path.with_name(".file.bin.part"), path.with_name(".file.bin.part.json")
+    part.write_bytes(BODY[:200_000])
+    note.write_text(json.dumps({"url": url, "validator": '"one"', "total": 300_000}))
+    stranger.script, reason, kept = WITHIN[name]
+    meet(url, path, reason)
+    assert part.stat().st_size >= kept if kept else not part.exists()
+    stranger.script = honest
+    meet(url, path, WHOLE)
+
+
+TUNNEL = b"HTTP/1.1 200 Connection established\r\n"
+# What it does when TLS is expected, at once or through a proxy, and the reason.
+BEFORE: dict[str, tuple[Callable[[bytes], Script], str, bool]] = {
+    "no handshake": (then(HOLD), "no connection within 0.5 s", False),
+    "a dripped handshake": (
+        then(over_and_over(b"\x16\x03\x03\x40\x00" + b"\x02\x00\x3f\xfc", 0.02)),
+        "no connection within 0.5 s",
+        False,
+    ),
+    "no TLS": (then(HEAD, BODY), "SSL", False),
+    "a proxy that hangs up": (then(), "Remote end closed connection", True),
+    "a proxy that says nothing": (then(HOLD), NO_ANSWER, True),
+    "a proxy that drips": (then(TUNNEL, over_and_over(b"X: y\r\n", 0.02)), NO_ANSWER, True),
+    "a proxy without end": (then(TUNNEL, over_and_over(b"X: y\r\n" * 999)), "no file within", True),
+    "a proxy that refuses": (
+        then(status("407 Proxy Authentication Required")),
+        "Tunnel connection failed: 407",
+        True,
+    ),
+    "a proxy to nowhere": (then(TUNNEL, b"\r\n", HOLD), "no connection within", True),
+    "a proxy to no TLS": (then(TUNNEL, b"\r\n", HEAD, BODY), "SSL", True),
+}
+
+
+@pytest.mark.parametrize("name", BEFORE)
+def test_a_stranger_where_tls_is_expected(
+    stranger: Stranger, path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    stranger.script, reason, proxy = BEFORE[name]
+    if proxy:
+        monkeypatch.setenv("https_proxy", f"http://{stranger.place}")
+        monkeypatch.delenv("no_proxy", raising=False)
+        monkeypatch.delenv("NO_PROXY", raising=False)
+    place = "no.such.host.invalid" if proxy else stranger.place
+    meet(f"https://{place}/file.bin", path, reason)
+    assert not proxy or stranger.asked[0].startswith(b"CONNECT no.such.host.invalid:443 ")
+
+
+def test_these_are_ninety_six_strangers() -> None:
+    assert (len(STRANGERS), len(WITHIN), len(BEFORE)) == (66, 20, 10)
+
+
 NAME = "hopper_medium-v2.hdf5"
 
 
@@ -799,14 +1144,14 @@ def test_a_d4rl_file_arrives_from_its_urls(
     # The host has a folder for each family, its mirror has none.
     monkeypatch.setattr(d4rl, "HOST", f"{server.url}/host/")
     monkeypatch.setattr(d4rl, "MIRROR", f"{server.url}/mirror/")
-    server["/mirror/Ant_maze_u-maze_sparse_fixed.hdf5"] = Page(content, length=length)
+    place = "elsewhere/hopper_full-v2.hdf5"
+    server[f"/host/{place}"] = Page(content, length=length)
     seen: list[tuple[str, int, int]] = []
-    place = "ant_maze_v2/Ant_maze_u-maze_sparse_fixed.hdf5"
-    path = d4rl.download("antmaze-umaze-v2", lambda *report: seen.append(report), path=place)
-    assert [asked.path for asked in server.asked] == [f"/host/{place}", f"/mirror/{path.name}"]
-    assert path == cache / "Ant_maze_u-maze_sparse_fixed.hdf5" and path.read_bytes() == content
+    path = d4rl.download("hopper-full-replay-v2", lambda *report: seen.append(report), path=place)
+    assert [asked.path for asked in server.asked] == [f"/mirror/{path.name}", f"/host/{place}"]
+    assert path == cache / "hopper_full-v2.hdf5" and path.read_bytes() == content
     size = len(content)
-    assert seen[-1] == ("download Ant_maze_u-maze_sparse_fixed.hdf5", size, size if length else 0)
+    assert seen[-1] == ("download hopper_full-v2.hdf5", size, size if length else 0)
     # Without a path D4RL's host is asked for the id's name.
     server[f"/host/gym_mujoco_v2/{NAME}"] = Page(content)
     assert d4rl.download("hopper-medium-v2") == cache / NAME
@@ -815,6 +1160,10 @@ def test_a_d4rl_file_arrives_from_its_urls(
         d4rl.download("x-v2", path="a/b/")
     with pytest.raises(DataError, match="isn't a D4RL id"):
         d4rl.download("hopper")
+
+
+def test_d4rls_places_are_asked_by_https_first() -> None:
+    assert [url.partition(":")[0] for url in d4rl.urls("hopper-medium-v2")] == ["https", "http"]
 
 
 def test_an_own_mirror_is_asked_first(
@@ -840,6 +1189,11 @@ def test_an_own_mirror_is_asked_first(
         ("half", "damaged"),
         ("none", "an empty file"),
         ("other", "none of D4RL's arrays"),
+        ("long", "'observations' has shape [4001, 11]: expected [4000, 11] of D4RL's hopper-medium-v2"),
+        ("wide", "'actions' has shape [4000, 6]: expected [4000, 3] of D4RL's hopper-medium-v2"),
+        ("few", "no 'actions': expected D4RL's hopper-medium-v2"),
+        ("marked", "carries 'cpql_origin', as cpql's own files do: expected D4RL's hopper-medium-v2"),
+        ("huge", "declares 100,000,000 bytes: expected at most 83,492,864"),
     ],
 )
 def test_what_is_no_d4rl_file_is_never_taken_for_one(
@@ -851,23 +1205,43 @@ def test_what_is_no_d4rl_file_is_never_taken_for_one(
     kind: str,
     reason: str,
 ) -> None:
-    with h5py.File(tmp_path / "other.hdf5", "w") as file:
-        file["x"] = 1
+    def made(attributes: dict[str, str] | None = None, **shapes: tuple[int, ...]) -> bytes:
+        with h5py.File(tmp_path / "made.hdf5", "w") as file:
+            for key, shape in shapes.items():
+                file[key] = np.zeros(shape)
+            file.attrs.update(attributes or {})
+        return (tmp_path / "made.hdf5").read_bytes()
+
+    claim = {"cpql_origin": json.dumps({"source": "d4rl", "id": "hopper-medium-v2", "details": {}})}
     bodies = {
         "page": b"<html>Sorry</html>",
         "half": content[: len(content) // 2],
         "none": b"",
-        "other": (tmp_path / "other.hdf5").read_bytes(),
+        "other": made(x=()),
+        "long": made(observations=(4001, 11), actions=(4001, 3)),
+        "wide": made(observations=(4000, 11), actions=(4000, 6)),
+        "few": made(observations=(4000, 11)),
+        "marked": made(claim, observations=(4000, 11), actions=(4000, 3)),
+        "huge": content,
     }
-    monkeypatch.setattr(d4rl, "HOST", f"{server.url}/")
-    url = f"{server.url}/gym_mujoco_v2/{NAME}"
-    server[f"/gym_mujoco_v2/{NAME}"] = Page(bodies[kind])
+    monkeypatch.setattr(d4rl, "MIRROR", f"{server.url}/")
+    url = f"{server.url}/{NAME}"
+    said = {"Content-Length": "100000000"} if kind == "huge" else {}
+    server[f"/{NAME}"] = Page(bodies[kind], headers=said, length=not said)
     with pytest.raises(DataError) as caught:
-        d4rl.download("hopper-medium-v2")
+        d4rl.download("hopper-medium-v2", rows=4000)
     message = str(caught.value)
     assert message.startswith(f"{NAME} can't be downloaded from {url} ({reason}")
     assert message.endswith(f": put {NAME} into {cache} by hand") and "\n" not in message
     assert not cache.exists()
+    # What fits is taken, and where nobody knows how many rows there are, any number fits.
+    server[f"/{NAME}"] = Page(content)
+    d4rl.download("hopper-medium-v2", rows=4000)
+    if kind == "long":
+        (cache / NAME).unlink()
+        (cache / f"{NAME}.sha256").unlink()
+        server[f"/{NAME}"] = Page(bodies[kind])
+        d4rl.download("hopper-medium-v2")
 
 
 @pytest.mark.parametrize("folder", ["http://127.0.0.1:9/", "nonsense", "http://no.such.host.invalid/"])

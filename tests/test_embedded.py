@@ -179,7 +179,9 @@ def test_a_corrupt_cache_is_collected_again_with_a_warning(calls: list[int], tmp
 def test_an_embedded_file_cannot_pass_for_d4rl(calls: list[int], tmp_path: Path) -> None:
     path = tmp_path / "d4rl" / "hopper_medium-v2.hdf5"
     embedded.save(task(), 20, 0, path)
-    provenance = data.load(task(), source="d4rl", size=1)[1].provenance
+    with pytest.raises(DataError, match=r"hopper_medium-v2.hdf5: carries 'cpql_origin', as cpql's own"):
+        data.load(task(), source="d4rl", size=1)
+    provenance = d4rl.read(path, "hopper-medium-v2", source="d4rl").provenance
     assert provenance.source == "embedded" and "not D4RL" in provenance.line()
 
 

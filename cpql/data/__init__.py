@@ -102,16 +102,21 @@ def load(
         data = _as_asked(embedded.cached(task, size, seed, progress, say), time_limits)
     else:
         dataset = id or task.dataset
-        url = task.url if dataset == task.dataset else ""
+        url, rows = (task.url, task.transitions) if dataset == task.dataset else ("", None)
         try:
-            found = d4rl.find(dataset, url) or d4rl.download(dataset, progress, path=url, say=say)
+            found = d4rl.find(dataset, url) or d4rl.download(dataset, progress, path=url, rows=rows, say=say)
         except DataError as error:
-            # The task's stand-in is none for a dataset that was named.
-            if source == "d4rl" or id is not None:
-                raise
-            data = _as_asked(_fall_back(task, size, seed, progress, say, str(error)), time_limits)
+            reason = str(error)
         else:
-            data = d4rl.read(found, dataset, source="d4rl", **form)
+            # What is damaged, not another file, is the user's to mend: falling back would hide it.
+            reason = d4rl.misfit(found, dataset, rows)
+        if not reason:
+            data = d4rl.read(found, dataset, source="d4rl", rows=rows, **form)
+        elif source == "d4rl" or id is not None:
+            # The task's stand-in is none for a dataset that was named.
+            raise DataError(reason)
+        else:
+            data = _as_asked(_fall_back(task, size, seed, progress, say, reason), time_limits)
     if expected is not None:
         data.validate_for(*expected)
     if data.provenance.source != "embedded":

@@ -25,7 +25,7 @@ import h5py  # type: ignore[import-untyped]
 import numpy as np
 from numpy.typing import NDArray
 
-from cpql.data.download import Progress, fetch
+from cpql.data.download import MOST, Progress, fetch, verify_recorded
 from cpql.data.transitions import Provenance, Reading, Transitions
 from cpql.errors import DataError
 
@@ -36,6 +36,7 @@ __all__ = [
     "download",
     "filename",
     "find",
+    "misfit",
     "opened",
     "origin",
     "origin_of",
@@ -46,11 +47,29 @@ __all__ = [
     "write",
 ]
 
-# D4RL's own host, and a copy of its files without their folders.
+# D4RL's own host, which is asked last as nobody vouches for what it sends, and a copy without its folders.
 HOST = "http://rail.eecs.berkeley.edu/datasets/offline_rl/"
 MIRROR = "https://huggingface.co/datasets/imone/D4RL/resolve/main/"
 KEYS = ("observations", "actions", "rewards", "terminals", "timeouts", "next_observations")
 ORIGIN = "cpql_origin"
+# Whose data a file may say that it holds; there may have been acting besides.
+ORIGINS = ("embedded", "minari", "stable-baselines3")
+# How wide D4RL's observations and actions are, by the first word of a dataset's id.
+WIDTHS = {
+    "hopper": (11, 3),
+    "halfcheetah": (17, 6),
+    "walker2d": (17, 6),
+    "ant": (111, 8),
+    "antmaze": (29, 8),
+    "maze2d": (4, 2),
+    "pen": (45, 24),
+    "hammer": (46, 26),
+    "door": (39, 28),
+    "relocate": (39, 30),
+    "kitchen": (60, 9),
+}
+# Ant's rows, the widest, have some 230 numbers of 4 or 8 bytes, and what the simulator said besides.
+MOST_ROW_BYTES = 4096
 # Compressed floating-point data shrink a few times, sparse ones a few ten times; zeros a thousand times.
 MOST_EXPANSION = 100
 UNSUSPICIOUS_BYTES = 64 << 20
@@ -93,14 +112,14 @@ def filename(id: str) -> str:
 
 
 def urls(id: str, path: str = "") -> list[str]:
-    """Where a dataset's file can be had, D4RL's own host first.
+    """Where a dataset's file can be had, by https first.
 
     Args:
         id: D4RL's.
         path: of the file under D4RL's host, `Task.url`; by default the locomotion folder and the id's name.
     """
     path = path or f"gym_mujoco_v2/{filename(id)}"
-    return [HOST + path, MIRROR + path.rpartition("/")[2]]
+    return [MIRROR + path.rpartition("/")[2], HOST + path]
 
 
 def find(id: str, path: str = "") -> Path | None:
@@ -119,6 +138,7 @@ def read(
     id: str,
     *,
     source: str = "file",
+    rows: int | None = None,
     **reading: Unpack[Reading],
 ) -> Transitions:
     """Read and check any HDF5 file in D4RL's layout.
@@ -128,21 +148,59 @@ def read(
         id: the dataset's id, for the provenance.
         source: "file" or "d4rl". A file that cpql collected says so itself, and that wins, so that it
             can't pass for D4RL under another name.
+        rows: that D4RL's file has, see `misfit`.
         **reading: see `Reading`.
 
     Raises:
-        DataError: the file is missing, empty, truncated, not HDF5 or doesn't hold valid transitions.
+        DataError: the file is missing, empty, truncated, not HDF5 or doesn't hold valid transitions; or its
+            source is to be "d4rl", and it can't be D4RL's or isn't what was downloaded any more.
     """
     path = Path(path)
     with opened(path) as (arrays, said), ThreadPoolExecutor(1) as beside:
-        sha256 = beside.submit(_sha256, path)
+        if source == "d4rl" and said is None and (reason := _misfit(path.name, arrays, id, rows)):
+            raise DataError(reason)
+        hashing = beside.submit(_sha256, path)
         details: dict[str, Any] = {}
         if said is not None:
             source, id, details = said
         data = Transitions.from_dict(arrays, source=source, id=id, file=path.name, details=details, **reading)
-        return dataclasses.replace(
-            data, provenance=dataclasses.replace(data.provenance, sha256=sha256.result())
-        )
+        sha256 = hashing.result()
+    if source == "d4rl":
+        verify_recorded(path, sha256)
+    return dataclasses.replace(data, provenance=dataclasses.replace(data.provenance, sha256=sha256))
+
+
+def misfit(path: str | os.PathLike[str], id: str, rows: int | None = None) -> str:
+    """Say why a file can't be D4RL's.
+
+    Args:
+        path: the file.
+        id: D4RL's, whose first word says how wide its rows are.
+        rows: of D4RL's file, `Task.transitions`; None where that isn't known.
+
+    Returns:
+        A line that names the file, what was found and what was expected; "" where all that is known fits.
+
+    Raises:
+        DataError: it is no file in D4RL's layout at all, or damaged.
+    """
+    path = Path(path)
+    with opened(path) as (arrays, said):
+        if said is not None:
+            return f"{path.name}: carries '{ORIGIN}', as cpql's own files do: expected D4RL's {id}"
+        return _misfit(path.name, arrays, id, rows)
+
+
+def _misfit(name: str, arrays: Mapping[str, h5py.Dataset], id: str, rows: int | None) -> str:
+    widths = WIDTHS.get(id.partition("-")[0], (None, None))
+    for key, width in zip(("observations", "actions"), widths, strict=True):
+        if key not in arrays:
+            return f"{name}: no '{key}': expected D4RL's {id}"
+        found: tuple[int, ...] = arrays[key].shape or ()
+        if len(found) != 2 or rows not in (None, found[0]) or width not in (None, found[1]):
+            expected = ", ".join("any" if size is None else str(size) for size in (rows, width))
+            return f"{name}: '{key}' has shape {list(found)}: expected [{expected}] of D4RL's {id}"
+    return ""
 
 
 def _sha256(path: Path) -> str:
@@ -218,14 +276,18 @@ def origin_of(provenance: Provenance) -> str | None:
 def origin(text: str, where: str) -> tuple[str, str, dict[str, Any]]:
     """Read what `origin_of` wrote: source, id and details.
 
+    Anyone can write that. So it can say that data are cpql's own or Minari's, never that they are D4RL's:
+    what claims anything else is a file like any other.
+
     Raises:
         DataError: it is damaged; `where` says what of which file it is.
     """
     try:
         found = json.loads(text)
-        return str(found["source"]), str(found["id"]), dict(found["details"])
+        source, id, details = str(found["source"]), str(found["id"]), dict(found["details"])
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise DataError(f"{where} '{ORIGIN}' is damaged: expected what cpql wrote") from error
+    return (source if source.removesuffix(" + online") in ORIGINS else "file"), id, details
 
 
 def write(
@@ -279,6 +341,7 @@ def download(
     progress: Progress | None = None,
     *,
     path: str = "",
+    rows: int | None = None,
     say: Callable[[str], None] = print,
 ) -> Path:
     """Fetch a dataset into the cache folder, unless it lies there already; see `download.fetch`.
@@ -291,21 +354,24 @@ def download(
         id: D4RL's.
         progress: called with bytes.
         path: of the file under D4RL's host; see `urls`. It names the file, as it does for the d4rl package.
+        rows: of the file, `Task.transitions`; None where that isn't known.
         say: takes the line that another process is waited for.
 
     Raises:
-        DataError: no place had it whole; says what to put where by hand. Or see `download.fetch`.
+        DataError: no place had it whole, or what it had can't be D4RL's; says what to put where by hand. Or
+            what lies there already can't be, or see `download.fetch`.
     """
     places = urls(id, path)
-    path = "/".join(urlsplit(places[0]).path.split("/")[-2:])
+    path = "/".join(urlsplit(places[-1]).path.split("/")[-2:])
     name = path.rpartition("/")[2]
     if not re.fullmatch(r"\w[\w.-]*", name):
-        raise DataError(f"{id}: '{places[0]}' names no file: expected one at its end, such as x.hdf5")
+        raise DataError(f"{id}: '{places[-1]}' names no file: expected one at its end, such as x.hdf5")
     folders = [folder.rstrip("/") for folder in os.environ.get("CPQL_D4RL_MIRROR", "").split()]
     own = [(f"{folder}/{path}", f"{folder}/{name}") for folder in folders]
-    return fetch([*own, *places], cache_folder() / name, check=_openable, progress=progress, say=say)
 
+    def check(file: Path) -> None:
+        if reason := misfit(file, id, rows):
+            raise DataError(reason)
 
-def _openable(path: Path) -> None:
-    with opened(path):
-        pass
+    most = MOST if rows is None else min(MOST, UNSUSPICIOUS_BYTES + rows * MOST_ROW_BYTES)
+    return fetch([*own, *places], cache_folder() / name, check=check, progress=progress, say=say, most=most)

@@ -13,10 +13,12 @@ import errno
 import functools
 import hashlib
 import http.client
+import io
 import json
 import os
 import re
 import shutil
+import socket
 import time
 import urllib.error
 import urllib.request
@@ -26,7 +28,7 @@ from typing import Any
 
 import filelock
 
-from cpql.errors import ConfigError, DataError
+from cpql.errors import ConfigError, DataError, printable
 
 __all__ = ["Mirror", "Progress", "fetch", "recorded", "verify_recorded"]
 
@@ -39,6 +41,8 @@ Mirror = str | tuple[str, ...]
 BLOCK = 1 << 18
 OVERLAP = 1 << 16
 SLOWEST = 1024
+HEAD = 1 << 18
+MOST = 8 << 30
 
 
 def fetch(
@@ -49,6 +53,7 @@ def fetch(
     check: Callable[[Path], object] | None = None,
     progress: Progress | None = None,
     say: Callable[[str], None] = print,
+    most: int = MOST,
     connect_timeout: float = 10.0,
     read_timeout: float = 30.0,
 ) -> Path:
@@ -68,9 +73,12 @@ def fetch(
             isn't what was wanted.
         progress: called with bytes, some ten times a second.
         say: takes the line that another process is waited for.
-        connect_timeout: seconds until a connection must stand, for each address of a host. Looking up its
-            name takes as long as the system lets it.
-        read_timeout: seconds of silence that end a connection; so does less than 1 KiB a second for as long.
+        most: bytes that the file may have, whatever a server says or doesn't say.
+        connect_timeout: seconds until a connection must stand, for each address of a host, and again for TLS.
+            Looking up its name takes as long as the system lets it.
+        read_timeout: seconds that a server has for all that comes before the file: headers, redirections, a
+            proxy's answer. From then on, seconds of silence that end a connection; so does less than 1 KiB a
+            second for as long.
 
     Returns:
         `path`.
@@ -90,8 +98,7 @@ def fetch(
         if os.path.lexists(path):
             return _present(path, sha256, check)
         expected = (sha256 or recorded(path) or "").lower()
-        opener = _opener(read_timeout)
-        job = _Fetch(path, expected, check, progress, opener, connect_timeout, read_timeout)
+        job = _Fetch(path, expected, check, progress, most, connect_timeout, read_timeout)
         return job.run((mirrors,) if isinstance(mirrors, str) else mirrors)
 
 
@@ -146,7 +153,7 @@ class _Refused(Exception):
     """A mirror that is of no use, and why."""
 
     def __init__(self, reason: str, status: int = 0) -> None:
-        super().__init__(" ".join(reason.split()))
+        super().__init__(printable(" ".join(reason.split()))[:200])
         self.status = status
 
 
@@ -173,7 +180,7 @@ class _Fetch:
     sha256: str
     check: Callable[[Path], object] | None
     progress: Progress | None
-    opener: urllib.request.OpenerDirector
+    most: int
     connect_timeout: float
     read_timeout: float
 
@@ -251,6 +258,8 @@ class _Fetch:
         with response:
             if response.status != http.HTTPStatus.PARTIAL_CONTENT:
                 made = _Origin(url, _validator(response), response.length or 0)
+                if made.total > self.most:
+                    raise _Refused(f"declares {made.total:,} bytes: expected at most {self.most:,}")
                 with self.writing(made.total):
                     self.discard()
                     self.reserve(made.total)
@@ -275,15 +284,14 @@ class _Fetch:
         """Ask for a file, and refuse whatever says that it isn't one."""
         if not re.match(r"https?://", url, re.IGNORECASE):
             raise _Refused("expected an http or https URL")
+        pace = _Pace(self.read_timeout)
         try:
             request = urllib.request.Request(url, headers=headers)
-            response: http.client.HTTPResponse = self.opener.open(request, timeout=self.connect_timeout)
+            response: http.client.HTTPResponse = _opener(pace).open(request, timeout=self.connect_timeout)
         except urllib.error.HTTPError as error:
             error.close()
             raise _Refused(f"HTTP {error.code} {error.reason}", error.code) from error
-        except TimeoutError as error:
-            raise _Refused(f"no answer within {self.read_timeout:g} s") from error
-        except (OSError, http.client.HTTPException, ValueError) as error:
+        except (OSError, http.client.HTTPException, ValueError, OverflowError) as error:
             raise _Refused(_reason(error)) from error
         kind = response.headers.get_content_type()
         encoding = response.headers.get("Content-Encoding", "identity")
@@ -294,6 +302,7 @@ class _Fetch:
         elif encoding.lower() != "identity":
             reason = f"encoded as {encoding}: expected the plain file"
         else:
+            pace.expect_file(self.most)
             return response
         response.close()
         raise _Refused(reason)
@@ -301,8 +310,8 @@ class _Fetch:
     def continues(self, response: http.client.HTTPResponse, url: str, start: int) -> bool:
         """Whether a 206 is the rest of the file in `part`; reads as much of it as lies there already."""
         origin = self.origin()
-        span = re.fullmatch(r"bytes (\d+)-(\d+)/(\d+)", response.headers.get("Content-Range", ""))
-        if span is None or [int(n) for n in span.groups()] != [start, origin.total - 1, origin.total]:
+        expected = f"bytes {start}-{origin.total - 1}/{origin.total}"
+        if response.headers.get("Content-Range", "").strip() != expected:
             return False
         # A server may know Range, but not If-Range.
         validator = _validator(response)
@@ -319,29 +328,27 @@ class _Fetch:
     def read(self, read: Callable[[int], bytes], count: int) -> bytes:
         try:
             return read(count)
-        except TimeoutError as error:
-            raise _Refused(f"stalled for {self.read_timeout:g} s at {self.size():,} bytes") from error
         except (OSError, http.client.HTTPException, ValueError) as error:
             raise _Refused(f"{_reason(error)} at {self.size():,} bytes") from error
 
     def append(self, response: http.client.HTTPResponse, done: int, total: int) -> None:
         """Append a response's body to `part` and see that it is whole, and on the disk."""
         label = f"download {self.path.name}"
-        since, lately, due = time.monotonic(), 0, 0.0
+        due = 0.0
         with contextlib.ExitStack() as stack:
             with self.writing(total):
                 # Without a buffer closing writes nothing, and what is killed has lost nothing.
                 file = stack.enter_context(open(self.part, "ab", buffering=0))
-            while block := self.read(response.read1, BLOCK):
+            # Whatever follows the last byte isn't waited for.
+            while not total or done < total:
+                block = self.read(response.read1, min(BLOCK, total - done) if total else BLOCK)
+                if not block:
+                    break
                 with self.writing(total):
                     rest = memoryview(block)
                     while rest:
                         rest = rest[file.write(rest) :]
-                done, lately, now = done + len(block), lately + len(block), time.monotonic()
-                if now - since >= self.read_timeout:
-                    if lately < SLOWEST * self.read_timeout:
-                        raise _Refused(f"less than {SLOWEST} bytes a second at {done:,} bytes")
-                    since, lately = now, 0
+                done, now = done + len(block), time.monotonic()
                 if self.progress is not None and now >= due:
                     self.progress(label, done, total)
                     due = now + 0.1
@@ -419,19 +426,99 @@ class _Fetch:
         )
 
 
+class _Pace:
+    """The time and the bytes that one answer may take, on however many connections it comes.
+
+    Only waiting counts: what the disk or a stopped process takes is no server's fault.
+
+    Args:
+        patience: seconds of waiting. All that comes before the file has to be there within them, and within
+            HEAD bytes; of the file as many seconds have to bring SLOWEST bytes each, again and again.
+    """
+
+    def __init__(self, patience: float) -> None:
+        self.patience = patience
+        self.in_file = False
+        self.waited, self.came = 0.0, 0
+        self.limit = self.room = HEAD
+
+    def expect_file(self, most: int) -> None:
+        """From here on comes the file: `most` bytes, with what chunks add to them."""
+        self.in_file = True
+        self.waited, self.came = 0.0, 0
+        self.limit = self.room = most
+
+    def read(self, connection: socket.socket, raw: io.RawIOBase, buffer: Any) -> int:
+        """Read what has come on a connection.
+
+        Raises:
+            HTTPException: it takes too long or brings too much.
+        """
+        patience = self.patience if self.in_file else self.patience - self.waited
+        if patience <= 0:
+            raise http.client.HTTPException(self.late())
+        connection.settimeout(patience)
+        since = time.monotonic()
+        try:
+            count = raw.readinto(buffer) or 0
+        except TimeoutError as error:
+            raise http.client.HTTPException(self.late()) from error
+        self.waited += time.monotonic() - since
+        self.came += count
+        self.room -= count
+        if self.room < 0:
+            what = "end" if self.in_file else "file"
+            raise http.client.HTTPException(f"no {what} within {self.limit:,} bytes")
+        if self.in_file and self.waited >= self.patience:
+            if self.came < SLOWEST * self.waited:
+                raise http.client.HTTPException(f"less than {SLOWEST} bytes a second")
+            self.waited, self.came = 0.0, 0
+        return count
+
+    def late(self) -> str:
+        return f"{'stalled for' if self.in_file else 'no answer within'} {self.patience:g} s"
+
+
+class _Incoming(io.RawIOBase):
+    """What comes on a connection, at a pace."""
+
+    def __init__(self, connection: socket.socket, raw: io.RawIOBase, pace: _Pace) -> None:
+        self.connection, self.raw, self.pace = connection, raw, pace
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        return self.pace.read(self.connection, self.raw, buffer)
+
+    def close(self) -> None:
+        self.raw.close()
+        super().close()
+
+
+class _Response(http.client.HTTPResponse):
+    """An answer that is read at a pace: its own head and body, and what a proxy says before it."""
+
+    def __init__(self, connection: socket.socket, *arguments: Any, pace: _Pace, **options: Any) -> None:
+        super().__init__(connection, *arguments, **options)
+        # As small as it is: what it reads ahead of the file counts as head.
+        self.fp = io.BufferedReader(_Incoming(connection, self.fp.detach(), pace), 8192)
+
+
 class _Connection(http.client.HTTPConnection):
     """A connection with two patiences: urllib knows only one."""
 
-    def __init__(self, *args: Any, read_timeout: float, **options: Any) -> None:
-        super().__init__(*args, **options)
-        self.read_timeout = read_timeout
+    def __init__(self, *arguments: Any, pace: _Pace, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.response_class = functools.partial(_Response, pace=pace)  # type: ignore[assignment]
+        self.patience = pace.patience
 
     def connect(self) -> None:
         try:
             super().connect()
         except TimeoutError as error:
             raise TimeoutError(f"no connection within {self.timeout:g} s") from error
-        self.sock.settimeout(self.read_timeout)
+        self.sock.settimeout(self.patience)
 
 
 class _SecureConnection(_Connection, http.client.HTTPSConnection):
@@ -441,29 +528,37 @@ class _SecureConnection(_Connection, http.client.HTTPSConnection):
 class _Handler(urllib.request.AbstractHTTPHandler):
     """Opens http and https URLs."""
 
-    def __init__(self, read_timeout: float) -> None:
+    def __init__(self, pace: _Pace) -> None:
         super().__init__()
-        self.read_timeout = read_timeout
+        self.pace = pace
 
     def http_open(self, request: urllib.request.Request) -> http.client.HTTPResponse:
-        return self.do_open(functools.partial(_Connection, read_timeout=self.read_timeout), request)
+        return self.do_open(functools.partial(_Connection, pace=self.pace), request)
 
     def https_open(self, request: urllib.request.Request) -> http.client.HTTPResponse:
-        return self.do_open(functools.partial(_SecureConnection, read_timeout=self.read_timeout), request)
+        return self.do_open(functools.partial(_SecureConnection, pace=self.pace), request)
 
     http_request = urllib.request.AbstractHTTPHandler.do_request_
     https_request = urllib.request.AbstractHTTPHandler.do_request_
 
 
-def _opener(read_timeout: float) -> urllib.request.OpenerDirector:
+class _Redirections(urllib.request.HTTPRedirectHandler):
+    """Follows them, and doesn't read what else they say, as urllib does: it may have no end."""
+
+    def redirect_request(self, request: urllib.request.Request, answer: Any, *more: Any) -> Any:
+        answer.close()
+        return super().redirect_request(request, answer, *more)
+
+
+def _opener(pace: _Pace) -> urllib.request.OpenerDirector:
     """Make an opener that, unlike urllib's own, knows neither ftp: nor file:, not even by a redirection."""
     opener = urllib.request.OpenerDirector()
     for handler in (
         urllib.request.ProxyHandler(),
         urllib.request.UnknownHandler(),
-        _Handler(read_timeout),
+        _Handler(pace),
         urllib.request.HTTPDefaultErrorHandler(),
-        urllib.request.HTTPRedirectHandler(),
+        _Redirections(),
         urllib.request.HTTPErrorProcessor(),
     ):
         opener.add_handler(handler)
@@ -560,4 +655,6 @@ def _sync_folder(folder: Path) -> None:
 
 def _reason(error: Exception) -> str:
     cause = error.reason if isinstance(error, urllib.error.URLError) else error
+    if type(cause) in (http.client.BadStatusLine, http.client.UnknownProtocol):
+        return f"expected an answer in HTTP/1, found '{cause}'"
     return str(getattr(cause, "strerror", None) or cause or type(cause).__name__)

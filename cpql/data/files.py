@@ -59,8 +59,9 @@ def read(
         path: a file, or a Minari dataset's folder.
         id: the dataset's id, for the provenance; the file's name without its ending by default. Minari's
             folders, and files that cpql collected or converted, say it themselves.
-        task: whose `observation` says which arrays to take where Minari's observations are dicts.
-        source: "file", or "d4rl" for a file of its own cache folder.
+        task: whose `observation` says which arrays to take where Minari's observations are dicts, and whose
+            `transitions` how many rows D4RL's file has.
+        source: "file", or "d4rl" for a file of its own cache folder, which then has to fit.
         **reading: see `Reading`; of a Minari folder, which says the rest itself, `time_limits` alone counts.
 
     Raises:
@@ -71,7 +72,9 @@ def read(
     if kind == "minari":
         return minari.read(path, task, time_limits=reading.get("time_limits", "keep"))
     id = id or path.stem
-    return npz.read(path, id, **reading) if kind == "npz" else d4rl.read(path, id, source=source, **reading)
+    if kind == "npz":
+        return npz.read(path, id, **reading)
+    return d4rl.read(path, id, source=source, rows=task.transitions if task else None, **reading)
 
 
 def write(
