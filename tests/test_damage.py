@@ -81,6 +81,10 @@ def replaced_by_a_file(path: Path) -> None:
     path.touch()
 
 
+def mode(number: int) -> Damage:
+    return lambda path: path.chmod(number)
+
+
 def points_to(target: str) -> Damage:
     def damage(path: Path) -> None:
         gone(path)
@@ -238,6 +242,14 @@ KILLED: dict[str, tuple[str, Damage, str]] = {
     ".lock a folder": (".lock", folder, REFUSED_AS_A_RUN),
     "left over by a killed process": (".config.yaml.xxxx.aside", folder, SAME),
 }
+# Nothing of this keeps root out.
+FORBIDDEN: dict[str, tuple[str, Damage, str]] = {
+    "state.safetensors not to be read": (STATE, mode(0), TAKEN),
+    "config.yaml not to be read": ("config.yaml", mode(0), REFUSED),
+    "metrics.csv not to be written": ("metrics.csv", mode(0o400), SAME),
+    "checkpoints not to be written": ("checkpoints", mode(0o500), REFUSED),
+    "run not to be written": (".", mode(0o500), REFUSED_AS_A_RUN),
+}
 FINISHED: dict[str, tuple[str, Damage, str]] = {
     "result.json half": ("result.json", half, REFUSED),
     "result.json empty": ("result.json", holds(b""), REFUSED),
@@ -277,10 +289,21 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
         yield runs
 
 
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may do everything")
+@pytest.mark.parametrize("name", FORBIDDEN)
+def test_what_may_not_be_touched(name: str, runs: Runs, tmp_path: Path) -> None:
+    check(FORBIDDEN[name], runs.killed, runs, tmp_path)
+
+
 @pytest.mark.parametrize("name", [*KILLED, *FINISHED])
 def test_damage(name: str, runs: Runs, tmp_path: Path) -> None:
-    run, (path, damage, ends) = tmp_path / "run" / "seed0", (KILLED | FINISHED)[name]
-    shutil.copytree(runs.killed if name in KILLED else runs.whole, run.parent, symlinks=True)
+    check((KILLED | FINISHED)[name], runs.killed if name in KILLED else runs.whole, runs, tmp_path)
+
+
+def check(case: tuple[str, Damage, str], original: Path, runs: Runs, tmp_path: Path) -> None:
+    """Damage a copy of a run, and read and resume it."""
+    run, (path, damage, ends) = tmp_path / "run" / "seed0", case
+    shutil.copytree(original, run.parent, symlinks=True)
     damage(run / path)
     reads: tuple[Callable[[], object], ...] = (
         lambda: Policy.load(run),
