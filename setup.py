@@ -5,9 +5,7 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 extras = {
-    "wandb": ["wandb>=0.17"],
     "tensorboard": ["tensorboard>=2.15"],
-    "minari": ["minari[hdf5,hf]>=0.5.4"],
     "robotics": ["gymnasium-robotics>=1.3"],
     "dmc": ["shimmy[dm-control]>=2.0", "mujoco>=3.17,<4"],
     "export": ["onnx>=1.17", "onnxruntime>=1.20", "onnxscript>=0.3"],
@@ -44,12 +42,12 @@ setup(
         "safetensors>=0.4.3",
         "rich>=13.7",
         "matplotlib>=3.8",
+        "minari[hdf5,hf]>=0.5.4",
+        "wandb>=0.19.10",
     ],
     extras_require={
         **extras,
         "dev": [
-            *extras["minari"],
-            *extras["wandb"],
             *extras["tensorboard"],
             *extras["robotics"],
             *extras["export"],

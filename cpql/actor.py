@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from cpql.consistency import (
@@ -30,6 +32,7 @@ from cpql.consistency import (
 from cpql.errors import ConfigError, did_you_mean
 from cpql.folded import pick
 from cpql.networks import MLP, TimeEmbedding
+from cpql.ranges import Positive, Widths
 
 __all__ = ["ActorConfig", "ConsistencyActor", "choose"]
 
@@ -58,21 +61,21 @@ class ActorConfig:
         dropout: share of the hidden units left out in the objective's loss, the same ones on both sides of a
             target; iCT and ECT have it for images.
         hidden: widths of the hidden layers.
-        time_width: width of the time embedding.
+        time_width: width of the time embedding, an even number.
     """
 
     objective: str = "denoise"
     objective_options: dict[str, Any] = field(default_factory=dict)
     parameterisation: Literal["auto", "edm", "unscaled", "trig", "flow", "average"] = "auto"
-    t_min: float = 0.002
-    t_max: float = 80.0
-    refinements: tuple[float, ...] = ()
-    sigma_data: float = 0.5
+    t_min: Positive = 0.002
+    t_max: Positive = 80.0
+    refinements: tuple[Positive, ...] = ()
+    sigma_data: Positive = 0.5
     clamp: Literal["end", "inside"] = "end"
     action_norm: bool = False
-    dropout: float = 0.0
-    hidden: tuple[int, ...] = (256, 256, 256)
-    time_width: int = 16
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    hidden: Widths = (256, 256, 256)
+    time_width: Annotated[int, Field(ge=4, le=1024, multiple_of=2)] = 16
 
     def __post_init__(self) -> None:
         if self.objective not in OBJECTIVES:
@@ -91,6 +94,11 @@ class ActorConfig:
                     f"objective_options: {option} {value!r} does not exist: "
                     f"{did_you_mean(str(value), get_args(types[option]))}"
                 )
+            kinds = (types[option], *get_args(types[option]))
+            if int in kinds and not (type(value) is int and value >= (option != "grid")):
+                raise ConfigError(f"objective_options: {option}: expected a count, found {value!r}")
+            if float in kinds and not (value is None or _is_finite(value)):
+                raise ConfigError(f"objective_options: {option}: expected a finite number, found {value!r}")
         for key, choices in (
             ("clamp", ("end", "inside")),
             ("parameterisation", ("auto", *PARAMETERISATIONS)),
@@ -119,8 +127,6 @@ class ActorConfig:
             raise ConfigError(f"objective_options: {error}") from None
         if self.refinements and self.objective == "distill":
             raise ConfigError("objective=distill learns one step: it has no refinements")
-        if not 0.0 <= self.dropout < 1.0:
-            raise ConfigError(f"dropout must be in [0, 1), found {self.dropout}")
         if not 0.0 < self.t_min < self.t_max:
             raise ConfigError(f"noise levels need 0 < t_min < t_max, found {self.t_min} and {self.t_max}")
         previous = self.t_max
@@ -145,6 +151,10 @@ class ActorConfig:
         """The consistency function of an actor's network F."""
         parameterisation = Parameterisation(self.kind, self.sigma_data, self.t_min)
         return consistency_function(network, parameterisation, 1.0 if self.clamp == "inside" else None)
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
 
 
 class _Network(nn.Module):

@@ -4,22 +4,29 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import io
 import json
 import math
+import os
+import re
 import sys
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NoReturn, cast
+from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 import hydra
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from cpql.config import (
     BudgetConfig,
     DatasetConfig,
+    EvaluateConfig,
     ExportConfig,
     OnlineConfig,
     TrainConfig,
@@ -28,9 +35,15 @@ from cpql.config import (
     load_task,
     task_names,
     task_patterns,
+    with_own_references,
 )
-from cpql.errors import CheckpointError, ConfigError, CpqlError, did_you_mean, printable
+from cpql.errors import CheckpointError, ConfigError, CpqlError, Interrupted, did_you_mean, printable
 from cpql.hub import PREFIX
+
+if TYPE_CHECKING:
+    from cpql.evaluation import Evaluation
+    from cpql.policy import Policy
+    from cpql.tasks import Task
 
 __all__ = ["evaluate", "export", "train"]
 
@@ -155,34 +168,67 @@ def _keys(content: Any, prefix: str = "") -> list[str]:
     return keys
 
 
-def _ends(error: CpqlError, traceback: bool) -> NoReturn:
+def _ends(error: CpqlError) -> NoReturn:
     """Say in one line what the user can mend, and end."""
-    if traceback:
-        raise error
-    Console(stderr=True, soft_wrap=True).print(f"[red]error[/] {error}", highlight=False)
+    line = Text(printable(" ".join(str(error).splitlines())))
+    if not isinstance(error, Interrupted):
+        line = Text.assemble(("error", "red"), " ", line)
+    Console(stderr=True, soft_wrap=True).print(line)
     sys.exit(error.exit_code)
+
+
+@contextmanager
+def _in_one_line(traceback: bool) -> Iterator[None]:
+    """End with one line where the user can mend what went wrong, or has stopped the command."""
+    if traceback:
+        yield
+        return
+    try:
+        yield
+        print(end="", flush=True)
+    except CpqlError as error:
+        _ends(error)
+    except KeyboardInterrupt:
+        _ends(Interrupted("interrupted"))
+    except OSError as error:
+        where = error.filename
+        try:
+            print(end="", flush=True)
+        except OSError:  # nobody reads it any more, or its disk is full: Python would say so once more
+            where = "standard output"
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        reason = error.strerror or str(error)
+        _ends(CpqlError(reason if where is None else f"{where}: {reason}"))
 
 
 def _main(config_name: str, task: Callable[[DictConfig], None]) -> None:
     """Run a task under Hydra."""
-    _register()
-    # An objective's own settings depend on which it is: ++ lets Hydra take any, ActorConfig checks them.
-    sys.argv[1:] = [f"++{w}" if w.startswith("agent.actor.objective_options.") else w for w in sys.argv[1:]]
-    try:
+    with _in_one_line("traceback=true" in sys.argv):
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(errors="backslashreplace")  # not every encoding has a ±
+        _check_home()
+        _register()
+        # An objective's own settings depend on which it is: ++ lets Hydra take any, ActorConfig checks them.
+        own = "agent.actor.objective_options."
+        sys.argv[1:] = [f"++{word}" if word.startswith(own) else word for word in sys.argv[1:]]
         _check_words(config_name, sys.argv[1:])
-    except CpqlError as error:
-        _ends(error, "traceback=true" in sys.argv)
-    hydra.main(config_path=str(config_folder()), config_name=config_name, version_base="1.3")(task)()
+        hydra.main(config_path=str(config_folder()), config_name=config_name, version_base="1.3")(task)()
+
+
+def _check_home() -> None:
+    """See to it that there is a home, where data and what was compiled are looked for and kept."""
+    try:
+        Path.home()
+    except RuntimeError:
+        raise ConfigError("HOME isn't set, and this user has no name: set HOME to a folder") from None
 
 
 def _task(function: Callable[[DictConfig], None]) -> Callable[[DictConfig], None]:
-    """Carry our errors past Hydra, which would print its own account of them."""
+    """Carry errors past Hydra, which would print its own account of them."""
 
     def run(content: DictConfig) -> None:
-        try:
+        with _in_one_line(content.traceback is True):
             function(content)
-        except CpqlError as error:
-            _ends(error, content.traceback)
 
     return run
 
@@ -211,7 +257,9 @@ def _members(content: DictConfig, told: list[str]) -> list[tuple[TrainConfig, di
         )
     count = len(next(iter(lists.values()))) if lists else 1
     for key, values in lists.items():
-        if len(values) != count or not values:
+        if not values:
+            raise ConfigError(f"{key}=[]: expected a value for each member, found none")
+        if len(values) != count:
             raise ConfigError(f"{key}={values}: {len(values)} values: expected {count}, one for each member")
     members = []
     for k in range(count):
@@ -228,7 +276,12 @@ def _members(content: DictConfig, told: list[str]) -> list[tuple[TrainConfig, di
             _go_on_from(said, told)
         said["agent"].pop("published", None)
         _leave_out_anothers_options(said["agent"], told)
-        members.append((build(TrainConfig, said, "configuration"), said))
+        config = build(TrainConfig, said, "configuration")
+        if config.env.name in task_names():
+            config = dataclasses.replace(
+                config, env=with_own_references(config.env, load_task(config.env.name))
+            )
+        members.append((config, said))
     if len({config.run_dir for config, _ in members}) == count:
         return members
     named = []
@@ -244,20 +297,28 @@ def _members(content: DictConfig, told: list[str]) -> list[tuple[TrainConfig, di
 def _go_on_from(said: dict[str, Any], told: list[str]) -> None:
     """Take task, agent and dataset from the run that this one starts from, but for what the command says.
 
+    The name of the agent's configuration comes along, "" where that run has none.
+
     Raises:
-        CheckpointError: there is no such run.
+        CheckpointError: there is no such run, or its configuration can't be read.
         ConfigError: the command chooses another agent.
     """
     import yaml
 
     from cpql.checkpoint import find_training
 
-    run = find_training(Path(said["checkpoint"]))[0].parent
-    before = yaml.safe_load((run / "config.yaml").read_text())
+    file = find_training(Path(said["checkpoint"]))[0].parent / "config.yaml"
+    try:
+        before = yaml.safe_load(file.read_text())
+        if not {"env", "agent", "dataset"} <= before.keys():
+            raise ValueError("it has no env, agent and dataset")
+    except (OSError, ValueError, AttributeError, yaml.YAMLError) as error:
+        raise CheckpointError(f"{file}: no readable configuration of a run: {error}") from error
     if "agent" in told:
         raise ConfigError(
             f"agent=...: the agent is that of checkpoint={said['checkpoint']}; agent.KEY=VALUE changes it"
         )
+    said["configuration"] = before.get("configuration", "")
     for part in ("env", "agent", "dataset"):
         if part in told:
             continue
@@ -297,7 +358,7 @@ def _train(content: DictConfig) -> None:
     console = make_console()
     results = train_group(members, console)
     text = group_summary(results, [config for config, _ in members])
-    console.print(printable(text), highlight=False, markup=False)
+    console.print(Text(printable(text)))
 
 
 def _beside(checkpoint: str, folder: Path) -> Path:
@@ -305,40 +366,102 @@ def _beside(checkpoint: str, folder: Path) -> Path:
     return Path() if checkpoint.startswith(PREFIX) else folder.resolve().parent
 
 
+def _acts_by(policy: Policy, config: EvaluateConfig | ExportConfig) -> None:
+    """Give a policy another rule of acting, where one is asked for."""
+    if config.candidates is not None:
+        policy.candidates = config.candidates
+    if config.temperature is not None:
+        if policy.candidates == 1:
+            raise ConfigError(f"temperature={config.temperature:g}: expected candidates above 1, found 1")
+        policy.temperature = config.temperature
+
+
+def _file_of(policy: Policy, task: Task, config: EvaluateConfig) -> str:
+    """The name of an evaluation's file, with what isn't the policy's own: no two that differ share one."""
+    words = ["evaluation", str(config.episodes), str(config.seed)]
+    folder = policy.folder.resolve().name if policy.folder else ""
+    if config.checkpoint.startswith(PREFIX):
+        words.append(config.checkpoint.removeprefix(PREFIX))
+    elif folder != "policy":  # it is in no checkpoint's folder
+        words.append(folder)
+    if task.id != policy.config.task.id:
+        words.append(str(task.id))
+    if policy.candidates != policy.config.candidates:
+        words.append(f"{policy.candidates}candidates")
+    if policy.temperature != policy.config.temperature:
+        words.append(f"temperature{policy.temperature:g}")
+    if config.deterministic:
+        words.append("deterministic")
+    if config.episode_limit != BudgetConfig.episode_limit:
+        words.append(f"limit{config.episode_limit}")
+    return "_".join(re.sub(r"[^\w.@-]", "-", word.replace("/", "--")) for word in words) + ".json"
+
+
+def _check_writable(path: Path) -> None:
+    """See to it that a file can be written, before what is to be in it is worked out."""
+    try:
+        if path.is_dir():
+            raise ConfigError(f"out={path}: expected a file, found a folder")
+        tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent).cleanup()
+    except OSError as error:
+        raise ConfigError(f"out={path}: can't be written: {error.strerror}") from None
+
+
 @_task
 def _evaluate(content: DictConfig) -> None:
     import torch
 
     from cpql.checkpoint import write_text
+    from cpql.device import choose_device
     from cpql.evaluation import evaluate as run
     from cpql.policy import Policy, find_policy
 
     if OmegaConf.is_missing(content, "checkpoint"):
         raise ConfigError(MISSING)
-    if content.episodes < 1:
-        raise ConfigError(f"episodes={content.episodes}: expected at least 1")
-    torch.set_num_threads(content.threads)
-    folder = find_policy(content.checkpoint)
-    policy = Policy.load(folder, content.device)
-    if content.candidates is not None:
-        policy.candidates = content.candidates
-    if content.temperature is not None:
-        policy.temperature = content.temperature
+    config = build(EvaluateConfig, cast(dict[str, Any], OmegaConf.to_container(content)), "configuration")
+    device = choose_device(config.device)
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    if config.deterministic and config.temperature is not None:
+        raise ConfigError(
+            f"temperature={config.temperature:g}: expected none with deterministic=true, where the best wins"
+        )
+    folder = find_policy(config.checkpoint)
+    policy = Policy.load(folder, device)
+    _acts_by(policy, config)
     task = policy.config.task
-    if content.env_id is not None:
-        task = dataclasses.replace(task, id=content.env_id)
-    evaluation = run(policy, task, content.episodes, seed=content.seed, deterministic=content.deterministic)
-    origin = policy.config.origin
-    low, high = evaluation.interval
-    table = Table(title=f"{origin['agent']} on {task.name}, update {origin['step']:,}, seed {origin['seed']}")
-    for column in ("", "value"):
-        table.add_column(column)
+    if config.env_id is not None:
+        task = with_own_references(dataclasses.replace(task, id=config.env_id), task)
+    beside = _beside(config.checkpoint, folder) / _file_of(policy, task, config)
+    out = Path(config.out) if config.out is not None else beside
+    _check_writable(out)
+    evaluation = run(
+        policy,
+        task,
+        config.episodes,
+        seed=config.seed,
+        deterministic=config.deterministic,
+        episode_limit=config.episode_limit,
+    )
+    Console().print(_table(evaluation, policy.config.origin))
+    result = {"task": task.name, "policy": policy.config.origin, **evaluation.to_dict()}
+    write_text(out, json.dumps(result, indent=2, allow_nan=False) + "\n")
+    print(printable(str(out)))
+
+
+def _table(evaluation: Evaluation, origin: dict[str, Any]) -> Table:
+    """What a person wants to read of an evaluation, of the policy that has this origin."""
+    task, (low, high) = evaluation.task, evaluation.interval
+    data, step = origin.get("data", {}), origin.get("step")
+    said = f"{step:,}" if isinstance(step, int) else "unknown"
+    title = f"{origin.get('agent')} on {task.name}, update {said}, seed {origin.get('seed')}"
+    cut = f", {evaluation.cut} of them cut after {evaluation.episode_limit:,} steps" if evaluation.cut else ""
     rows = [
         ("return", f"{evaluation.mean:,.1f} ± {evaluation.std:,.1f}  [{low:,.1f}, {high:,.1f}]"),
         ("episode length", f"{sum(evaluation.lengths) / len(evaluation.lengths):,.1f}"),
-        ("episodes", str(len(evaluation.returns))),
+        ("episodes", f"{len(evaluation.returns)}{cut}"),
     ]
-    behaviour = origin["data"]["return_mean"]
+    behaviour = data.get("return_mean")
     said = "unknown" if behaviour is None else f"{behaviour:,.1f}"
     if evaluation.score is None:
         rows += [("behaviour's return", said), ("references", "none: a return, and no score")]
@@ -353,18 +476,16 @@ def _evaluate(content: DictConfig) -> None:
     rows += [
         ("environment", task.id or ""),
         ("action rule", evaluation.rule),
-        ("data", f"{origin['data']['source']} {origin['data']['id']}"),
+        ("data", f"{data.get('source', 'unknown')} {data.get('id', '')}"),
     ]
     if task.note:
         rows.append(("note", task.note))
-    for name, value in rows:
-        table.add_row(name, value)
-    Console().print(table)
-    result = {"task": task.name, "policy": origin, **evaluation.to_dict()}
-    name = f"evaluation_{content.episodes}_{content.seed}.json"
-    out = Path(content.out or _beside(content.checkpoint, folder) / name)
-    write_text(out, json.dumps(result, indent=2, allow_nan=False) + "\n")
-    print(out)
+    table = Table(title=Text(printable(title)))
+    for column in ("", "value"):
+        table.add_column(column)
+    for row in rows:
+        table.add_row(*(Text(printable(cell)) for cell in row))
+    return table
 
 
 @_task
@@ -385,12 +506,7 @@ def _export(content: DictConfig) -> None:
         raise CheckpointError(f"{out} already exists: name another file by out=...")
     torch.set_num_threads(1)
     policy = Policy.load(folder)
-    if config.candidates is not None:
-        policy.candidates = config.candidates
-    if config.temperature is not None:
-        if policy.candidates == 1:
-            raise ConfigError(f"temperature={config.temperature:g}: expected candidates above 1, found 1")
-        policy.temperature = config.temperature
+    _acts_by(policy, config)
     done = run(policy, out, config.format, config.noise)
     for way in ("inputs", "outputs"):
         arrays = (f"{name} [{', '.join(map(str, s))}]" for name, s in done.description[way].items())
@@ -400,8 +516,8 @@ def _export(content: DictConfig) -> None:
         f"({done.states:,} random states)"
     )
     if config.format == "numpy":
-        print(f"where cpql isn't installed, take {folded.__file__} along: it needs numpy alone")
-    print(out)
+        print(f"where cpql isn't installed, take {printable(folded.__file__)} along: it needs numpy alone")
+    print(printable(str(out)))
 
 
 def train() -> None:

@@ -8,19 +8,22 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import Field
 
 from cpql.errors import ConfigError, did_you_mean
+from cpql.ranges import Candidates, Count, Natural, NonNegative, Positive, Seed, Share, Threads
 from cpql.tasks import Task, expand, patterns
 
 __all__ = [
     "BudgetConfig",
     "DatasetConfig",
+    "EvaluateConfig",
     "ExportConfig",
     "OnlineConfig",
     "TrainConfig",
@@ -29,6 +32,7 @@ __all__ = [
     "load_task",
     "task_names",
     "task_patterns",
+    "with_own_references",
 ]
 
 T = TypeVar("T")
@@ -76,6 +80,30 @@ def load_task(name: str) -> Task:
     return build(Task, tasks[name], f"tasks.yaml: {name}")
 
 
+def with_own_references(task: Task, own: Task) -> Task:
+    """A task that was made of another one, without that one's references where they don't hold for it.
+
+    References are returns in one environment, made and reset with certain options. Those that a task was
+    given in their place stay.
+
+    Args:
+        task: whose environment or options may have been changed.
+        own: the task that it was made of.
+    """
+    if task.id is None or own.random_return is None:
+        return task
+    if (task.random_return, task.expert_return) != (own.random_return, own.expert_return):
+        return task
+    keys = ("id", "env_options", "reset_options")
+    changed = [f"{key}={getattr(task, key)}" for key in keys if getattr(task, key) != getattr(own, key)]
+    if not changed:
+        return task
+    note = (
+        f"{', '.join(changed)} isn't {own.name}'s own: a return, and no score by {own.benchmark}'s references"
+    )
+    return dataclasses.replace(task, random_return=None, expert_return=None, note=note)
+
+
 @dataclass(frozen=True)
 class DatasetConfig:
     """Which data to learn from, and what to make of them.
@@ -99,11 +127,11 @@ class DatasetConfig:
     source: Literal["auto", "d4rl", "minari", "embedded"] = "auto"
     path: str | None = None
     id: str | None = None
-    size: int = 1_000_000
-    seed: int = 0
+    size: Count = 1_000_000
+    seed: Seed = 0
     reward: Literal["none", "normalize", "antmaze", "cql_antmaze", "iql_antmaze", "iql_locomotion"] = "none"
     normalise_observations: bool = False
-    n_step: int = 1
+    n_step: Annotated[int, Field(ge=1, le=1_000)] = 1
     time_limits: Literal["keep", "drop"] = "keep"
 
 
@@ -115,24 +143,25 @@ class BudgetConfig:
         name: `quick` or `full`.
         updates: gradient steps.
         log_every: gradient steps between lines of metrics.csv, means over the interval.
-        evaluate_every: gradient steps between evaluations.
+        evaluate_every: gradient steps between evaluations; 0 evaluates at the end only.
         save_every: gradient steps between checkpoints.
         episodes: of an evaluation during training.
         final_episodes: of the evaluation at the end.
         keep: how many checkpoints to keep, the newest; 0 keeps all.
         dataset_size: transitions that are collected where data has to be.
+        episode_limit: steps after which an evaluation ends an episode that its environment doesn't end.
     """
 
     name: str = "full"
-    updates: int = 1_000_000
-    log_every: int = 1_000
-    evaluate_every: int = 50_000
-    save_every: int = 50_000
-    episodes: int = 10
-    final_episodes: int = 100
-    keep: int = 2
-    dataset_size: int = 1_000_000
-    episode_limit: int = 10_000
+    updates: Count = 1_000_000
+    log_every: Count = 1_000
+    evaluate_every: Natural = 50_000
+    save_every: Count = 50_000
+    episodes: Count = 10
+    final_episodes: Count = 100
+    keep: Natural = 2
+    dataset_size: Count = 1_000_000
+    episode_limit: Count = 10_000
 
 
 @dataclass(frozen=True)
@@ -154,28 +183,18 @@ class OnlineConfig:
         offline_share: of each batch, from the dataset (`mode=finetune`).
     """
 
-    environments: int = 1
-    updates_per_step: float = 1.0
-    start_steps: int = 5_000
+    environments: Annotated[int, Field(ge=1, le=1_000)] = 1
+    updates_per_step: Positive = 1.0
+    start_steps: Natural = 5_000
     start: Literal["random", "policy"] = "random"
-    candidates: int = 1
-    epsilon: float = 0.0
-    epsilon_end: float = 0.0
-    epsilon_steps: int = 0
-    noise: float = 0.0
-    buffer_size: int = 1_000_000
+    candidates: Candidates = 1
+    epsilon: Share = 0.0
+    epsilon_end: Share = 0.0
+    epsilon_steps: Natural = 0
+    noise: Share = 0.0
+    buffer_size: Count = 1_000_000
     save_buffer: bool = True
-    offline_share: float = 0.0
-
-    def __post_init__(self) -> None:
-        for key, least in (("environments", 1), ("candidates", 1), ("start_steps", 0), ("buffer_size", 1)):
-            if getattr(self, key) < least:
-                raise ConfigError(f"online.{key} must be at least {least}, found {getattr(self, key)}")
-        if self.updates_per_step <= 0.0:
-            raise ConfigError(f"online.updates_per_step must be positive, found {self.updates_per_step}")
-        for key in ("epsilon", "epsilon_end", "noise", "offline_share"):
-            if not 0.0 <= getattr(self, key) <= 1.0:
-                raise ConfigError(f"online.{key} must be in [0, 1], found {getattr(self, key)}")
+    offline_share: Share = 0.0
 
 
 @dataclass(frozen=True)
@@ -196,6 +215,10 @@ class TrainConfig:
             it, with weights, optimiser and losses in fp32; `tf32`, which only a GPU has.
         threads: CPU threads of PyTorch; 0 leaves its own choice.
         compile: fuse the update into one program: a minute to build, then about twice as fast on a CPU.
+            `auto` does so where that can be had and goes on uncompiled elsewhere, which it says; true ends
+            in an error there.
+        configuration: name of the chosen agent configuration, a file of `configs/agent/`: results and loggers
+            call the agent by it.
         run_dir: the run's folder; never overwritten.
         resume: go on with the run in `run_dir`.
         traceback: show Python's traceback with an error.
@@ -208,10 +231,10 @@ class TrainConfig:
     online: OnlineConfig | None = None
     checkpoint: str | None = None
     logger: Literal["csv", "tensorboard", "wandb"] = "csv"
-    seed: int = 0
+    seed: Seed = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["fp32", "bf16", "tf32"] = "fp32"
-    threads: int = 1
+    threads: Threads = 1
     compile: bool | Literal["auto"] = "auto"
     configuration: str = ""
     run_dir: str = "runs/run"
@@ -236,17 +259,46 @@ class ExportConfig:
 
     checkpoint: str
     format: Literal["onnx", "torch", "numpy"]
-    candidates: int | None
-    temperature: float | None
+    candidates: Candidates | None
+    temperature: NonNegative | None
     noise: Literal["input", "inside"]
     out: str | None
     traceback: bool
 
-    def __post_init__(self) -> None:
-        if self.candidates is not None and self.candidates < 1:
-            raise ConfigError(f"candidates={self.candidates}: expected at least 1")
-        if self.temperature is not None and not 0.0 <= self.temperature < math.inf:
-            raise ConfigError(f"temperature={self.temperature}: expected 0 or more")
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """One evaluation; `configs/evaluate.yaml` has the defaults.
+
+    Attributes:
+        checkpoint: a run's folder, one of its checkpoints, a policy's folder, or the Hub's.
+        episodes: how many.
+        seed: of the environments and the policy's noise: episode i has seed + i.
+        candidates: how many actions compete by their value; 1 is the actor alone; None leaves the policy's
+            own rule.
+        temperature: of that choice, likewise; only for several candidates that are sampled.
+        deterministic: see `cpql.Policy.predict`.
+        env_id: Gymnasium's id of another environment than the task's, as wide as that; then there is a return
+            and no score.
+        episode_limit: steps after which an episode ends that its environment doesn't end.
+        device: `auto` takes a GPU where there is one.
+        threads: CPU threads of PyTorch; 0 leaves its own choice.
+        out: the JSON file; None puts it beside the policy, named by what isn't the policy's own there.
+        traceback: show Python's traceback with an error.
+    """
+
+    checkpoint: str
+    episodes: Count
+    seed: Seed
+    candidates: Candidates | None
+    temperature: NonNegative | None
+    deterministic: bool
+    env_id: str | None
+    episode_limit: Count
+    device: Literal["auto", "cpu", "cuda"]
+    threads: Threads
+    out: str | None
+    traceback: bool
 
 
 def build(cls: type[T], values: Mapping[str, Any], where: str) -> T:
@@ -267,11 +319,16 @@ def build(cls: type[T], values: Mapping[str, Any], where: str) -> T:
     try:
         return typing.cast(T, _adapter(typing.cast(Any, cls)).validate_python(dict(values)))
     except ValidationError as error:
-        first = error.errors()[0]
-        # pydantic puts the tried one of several types behind the key
-        key = ".".join(str(part) for part in first["loc"] if part not in ("float", "tuple[float, ...]"))
-        message = first["msg"].removeprefix("Value error, ")
-        raise ConfigError(f"{where}: {key}: {message}, found {first['input']!r}") from None
+        # Of a setting with several types there is an error for each: one that understood the value says more.
+        found = error.errors()
+        found = [each for each in found if not each["type"].endswith("_type")] or found
+        key = _key(cls, found[0]["loc"])
+        expected = [each["msg"].partition(", unable")[0] for each in found if _key(cls, each["loc"]) == key]
+        message = " or ".join(
+            [expected[0], *(text.removeprefix("Input should be ") for text in expected[1:])]
+        )
+        value = repr(found[0]["input"])
+        raise ConfigError(f"{where}: {key}: {message}, found {value[:80]}") from None
 
 
 @functools.cache
@@ -287,8 +344,27 @@ def _refuse_unknown(cls: type[Any], values: Mapping[str, Any], where: str) -> No
     for key, value in values.items():
         if key not in types:
             raise ConfigError(f"{where}: unknown key {key!r}: {did_you_mean(key, types)}")
-        inner = next(
-            (kind for kind in typing.get_args(types[key]) if dataclasses.is_dataclass(kind)), types[key]
-        )
-        if dataclasses.is_dataclass(inner) and isinstance(value, Mapping):
-            _refuse_unknown(typing.cast(type[Any], inner), value, f"{where}: {key}")
+        inner = _inner(types[key])
+        if inner is not None and isinstance(value, Mapping):
+            _refuse_unknown(inner, value, f"{where}: {key}")
+
+
+def _inner(kind: Any) -> type[Any] | None:
+    """The dataclass that a field of this type holds, if it holds one."""
+    for one in (kind, *typing.get_args(kind)):
+        if dataclasses.is_dataclass(one):
+            return typing.cast(type[Any], one)
+    return None
+
+
+def _key(cls: type[Any] | None, path: tuple[int | str, ...]) -> str:
+    """A setting's name, from where pydantic found it: without the types that it has tried."""
+    parts = []
+    for part in path:
+        types = typing.get_type_hints(cls) if cls else {}
+        if part in types:
+            cls = _inner(types[str(part)])
+        elif not isinstance(part, int):
+            continue
+        parts.append(str(part))
+    return ".".join(parts)

@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import fnmatch
 import hashlib
+import io
 import json
 import os
 import re
@@ -23,9 +24,9 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
-from cpql.errors import ConfigError, CpqlError, DataError, did_you_mean
+from cpql.errors import ConfigError, CpqlError, DataError, did_you_mean, printable
 
 if TYPE_CHECKING:
     from cpql.data.download import Progress
@@ -37,9 +38,13 @@ __all__ = ["main"]
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; 0 when it went well, 1 after an error the user can mend."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # not every encoding has a ±
     options = parser().parse_args(arguments)
     try:
-        return int(options.run(options) or 0)
+        code = int(options.run(options) or 0)
+        print(end="", flush=True)
+        return code
     except CpqlError as error:
         if options.traceback:
             raise
@@ -49,13 +54,24 @@ def main(arguments: list[str] | None = None) -> int:
         # Whoever read this has seen enough (`| head`); Python would complain once more on its way out.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except OSError as error:
+        if options.traceback:
+            raise
+        reason = error.strerror or str(error)
+        _complain(CpqlError(reason if error.filename is None else f"{error.filename}: {reason}"))
+        return 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
 
 
 def _complain(error: CpqlError) -> None:
-    print(f"error: {error}", file=sys.stderr)
+    _print(f"error: {' '.join(str(error).splitlines())}", file=sys.stderr)
+
+
+def _print(text: str, file: TextIO | None = None) -> None:
+    """Print what may come from a file, a server or a path as text."""
+    print(printable(text), file=file)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -167,7 +183,7 @@ def list_tasks(options: argparse.Namespace) -> None:
     rows = [_facts(tasks[name]) for name in names]
     if options.json:
         print(json.dumps(rows, indent=2))
-    elif sys.stdout.isatty():
+    elif sys.stdout and sys.stdout.isatty():
         _print_table(rows)
     else:
         print("name", "transitions", "d4rl", "minari", "here", "note", sep="\t")
@@ -212,6 +228,7 @@ def _where(row: dict[str, Any]) -> str:
 def _print_table(rows: list[dict[str, Any]]) -> None:
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     table = Table(header_style="bold", show_edge=False, pad_edge=False)
     for column in ("task", "transitions", "D4RL", "Minari", "on this disk"):
@@ -221,12 +238,15 @@ def _print_table(rows: list[dict[str, Any]]) -> None:
         name, transitions = row["name"], row["transitions"]
         if row["note"]:
             notes.setdefault(row["note"], []).append(name)
-        table.add_row(
+        cells = (
             f"{name} *" if row["note"] else name,
             "" if transitions is None else f"{transitions:,}",
             row["d4rl"] + (f" ({row['bytes'] / 1e6:,.0f} MB)" if row["bytes"] else ""),
             row["minari"],
             _where(row),
+        )
+        table.add_row(
+            *map(Text, cells),
             end_section=following is not None and _family(following["name"]) != _family(name),
         )
     console = Console()
@@ -280,9 +300,9 @@ def show(options: argparse.Namespace) -> None:
             )
         data, task = _read_own(_own_path(options.what), options.env)
     found = inspection.inspect(data)
-    print(inspection.describe(found, task))
+    _print(inspection.describe(found, task))
     if options.png:
-        print(f"\ndrawn in {inspection.picture(found, options.png, task)}")
+        _print(f"\ndrawn in {inspection.picture(found, options.png, task)}")
 
 
 def _with_data(name: str) -> Task:
@@ -397,7 +417,7 @@ def download(options: argparse.Namespace) -> int:
             _complain(error)
             failed = True
         else:
-            print(f"{path}: {path.stat().st_size:,} bytes, SHA-256 {_sha256(path)}")
+            _print(f"{path}: {path.stat().st_size:,} bytes, SHA-256 {_sha256(path)}")
     return int(failed)
 
 
@@ -406,7 +426,7 @@ def _fetch(name: str, source: str) -> Path:
     from cpql.data import d4rl, minari
 
     def say(line: str) -> None:
-        print(line, file=sys.stderr)
+        _print(line, file=sys.stderr)
 
     if source == "minari":
         id = name if "/" in name and name not in task_names() else load_task(name).minari
@@ -439,7 +459,7 @@ def _progress() -> Iterator[Progress]:
         from rich.console import Console
 
         columns = (
-            rich.TextColumn("{task.description}"),
+            rich.TextColumn("{task.description}", markup=False),
             rich.BarColumn(),
             rich.DownloadColumn(),
             rich.TransferSpeedColumn(),
@@ -450,7 +470,7 @@ def _progress() -> Iterator[Progress]:
 
             def draw(label: str, done: int, total: int) -> None:
                 if label not in made:
-                    made[label] = bars.add_task(label)
+                    made[label] = bars.add_task(printable(label))
                 bars.update(made[label], completed=done, total=total or None)
 
             yield draw
@@ -462,7 +482,7 @@ def _progress() -> Iterator[Progress]:
         if time.monotonic() - said >= 10:
             said = time.monotonic()
             of = f" of {total:,}" if total else ""
-            print(f"{label}: {done:,}{of} bytes", file=sys.stderr, flush=True)
+            _print(f"{label}: {done:,}{of} bytes", file=sys.stderr)
 
     yield tell
 
@@ -483,9 +503,9 @@ def verify(options: argparse.Namespace) -> int:
             continue
         found = inspection.inspect(data)
         for finding in found.findings:
-            print(f"warning: {file}: {finding}")
+            _print(f"warning: {file}: {finding}")
         warnings = len(found.findings)
-        print(
+        _print(
             f"{file}: can be trained on: {len(data):,} transitions, {data.provenance.episodes:,} complete "
             f"episodes, {warnings or 'no'} warning{'' if warnings == 1 else 's'}"
         )
@@ -515,7 +535,7 @@ def convert(options: argparse.Namespace) -> None:
     made = files.write(data, target, id=options.id or "", task=task, replace=options.force, **bounds)
     again = files.read(made, **bounds)
     rounded = _compare(data, again, made)
-    print(f"{made}: {len(data):,} transitions, read back the same {rounded or 'to the bit'}")
+    _print(f"{made}: {len(data):,} transitions, read back the same {rounded or 'to the bit'}")
     losses = files.left_out(source, data, task)
     ends = int((data.ends & ~again.ends).sum())
     if ends:
@@ -530,7 +550,7 @@ def convert(options: argparse.Namespace) -> None:
         if cuts:
             losses.append(f"cut episodes: {cuts:,}, which other readers of Minari's files take for truncated")
     for loss in losses:
-        print(f"lost: {loss}")
+        _print(f"lost: {loss}")
 
 
 def _bounds(source: Path, target: Path, task: Task | None) -> Reading:

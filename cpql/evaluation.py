@@ -179,6 +179,8 @@ def evaluate(
 
 def _check_widths(policy: Policy, environment: TaskEnvironment, task: Task) -> None:
     found, expected = widths(environment), (policy.config.state_dim, policy.config.action_dim)
-    for what, one, other in zip(("observations", "actions"), found, expected, strict=True):
-        if one != other:
-            raise ConfigError(f"environment '{task.id}' has {what} {one} wide: the policy's are {other} wide")
+    if found != expected:
+        raise ConfigError(
+            f"environment {task.id}: observations and actions are {found[0]} and {found[1]} wide: "
+            f"expected {expected[0]} and {expected[1]}, the policy's"
+        )

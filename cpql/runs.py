@@ -93,7 +93,7 @@ def claimed(folder: Path) -> Iterator[None]:
     except (OSError, NotImplementedError) as error:
         reason = getattr(error, "strerror", None) or error
         raise CheckpointError(
-            f"{folder} can't be written to ({reason}): name another folder by run_dir=..."
+            f"{folder}: can't be written to ({reason}): name another folder by run_dir=..."
         ) from error
     try:
         for place in (folder, folder / "checkpoints", folder / "evaluations"):

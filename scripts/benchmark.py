@@ -191,7 +191,10 @@ def measured(name: str, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def keep_results(options: argparse.Namespace) -> None:
-    """Keep what a run came to, how it got there, and all that it depends on."""
+    """Keep what a run came to, how it got there, and all that it depends on.
+
+    What is kept of another run stays: ends with a line where there is such a result by the name.
+    """
     import yaml
 
     from cpql.checkpoint import write_text
@@ -202,6 +205,8 @@ def keep_results(options: argparse.Namespace) -> None:
         said = yaml.safe_load((path / "config.yaml").read_text())
         del said["run_dir"]  # a path of this machine
         result = json.loads((path / "result.json").read_text())
+        if result.get("score") is None:
+            sys.exit(f"{path / 'result.json'}: has no score: expected a result with reference scores")
         evaluations = [
             json.loads(file.read_text()) for file in sorted((path / "evaluations").glob("step_*.json"))
         ]
@@ -210,8 +215,23 @@ def keep_results(options: argparse.Namespace) -> None:
         kind = "-".join((result["agent"], *unusual(said)))
         name = f"{result['task']}-{kind}-seed{result['training_seed']}.json"
         lines = (f"{json.dumps(key)}: {json.dumps(value)}" for key, value in content.items())
-        write_text(folder / name, "{\n" + ",\n".join(lines) + "\n}\n")
+        text = "{\n" + ",\n".join(lines) + "\n}\n"
+        kept = folder / name
+        if kept.exists() and (before := json.loads(kept.read_text())) != json.loads(text):
+            apart = difference("configuration", before["configuration"], said) or "only figures differ"
+            sys.exit(f"{path}: benchmarks/results/{name} is another run's ({apart}): remove that one first")
+        write_text(kept, text)
         print(f"benchmarks/results/{name}: {result['score']:.1f}")
+
+
+def difference(key: str, before: Any, now: Any) -> str:
+    """Name the first setting in which two runs differ, with both values; "" where none does."""
+    if before == now:
+        return ""
+    if isinstance(before, dict) and isinstance(now, dict):
+        inner = next(name for name in sorted(before.keys() | now.keys()) if before.get(name) != now.get(name))
+        return difference(f"{key}.{inner}", before.get(inner), now.get(inner))
+    return f"{key} is {before} there, {now} here"
 
 
 def unusual(said: dict[str, Any]) -> list[str]:

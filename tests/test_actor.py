@@ -16,6 +16,7 @@ from torch.nn import functional
 
 from cpql import consistency
 from cpql.actor import ActorConfig, ConsistencyActor, choose
+from cpql.config import build
 from cpql.critic import TwinCritic, ValueFunction
 from cpql.errors import ConfigError
 from cpql.networks import MLP, Mish, TimeEmbedding
@@ -300,8 +301,8 @@ def test_dropout_leaves_the_same_units_out_on_both_sides_of_a_target() -> None:
     drawn, _ = actor.loss(state, action, generator=seeded(5), **given)
     same, _ = actor.loss(state, action, drop=torch.rand(64, 32, generator=seeded(5)), **given)
     assert torch.equal(drawn, same) and not torch.equal(drawn, loss)
-    with pytest.raises(ConfigError, match=r"dropout must be in \[0, 1\), found 1.0"):
-        ActorConfig(dropout=1.0)
+    with pytest.raises(ConfigError, match=r"dropout: Input should be less than 1, found 1.0"):
+        build(ActorConfig, {"dropout": 1.0}, "actor")
 
 
 def test_action_norm_bounds_what_the_network_sees() -> None:

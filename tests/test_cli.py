@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import runpy
+import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import pytest
@@ -31,13 +34,17 @@ QUICK = (
 )
 
 
-def run(script: str, *words: str, folder: Path) -> subprocess.CompletedProcess[str]:
+def run(
+    script: str, *words: str, folder: Path, clone: Path = ROOT, stdout: int | IO[str] = subprocess.PIPE
+) -> subprocess.CompletedProcess[str]:
+    """Run a script of a clone without a terminal, a home with anything in it, git, or a network."""
     home = folder / "home"
-    home.mkdir(exist_ok=True)
-    # a mirror that refuses at once, so that nothing here depends on a network
     environment = {
         **os.environ,
         "HOME": str(home),
+        "PATH": str(home),
+        "PYTHONPATH": str(clone),
+        "PYTHONDONTWRITEBYTECODE": "1",
         "http_proxy": "http://127.0.0.1:9/",  # a world without D4RL's host and its mirror
         "https_proxy": "http://127.0.0.1:9/",
         "COLUMNS": "200",
@@ -45,8 +52,16 @@ def run(script: str, *words: str, folder: Path) -> subprocess.CompletedProcess[s
     }
     environment.pop("D4RL_DATASET_DIR", None)
     environment.pop("CPQL_CACHE", None)
-    command = [sys.executable, str(ROOT / "scripts" / script), *words]
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+    return subprocess.run(
+        [sys.executable, str(clone / "scripts" / script), *words],
+        cwd=folder,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=stdout,
+        stderr=subprocess.PIPE,
+        text=True,
+        timeout=300,
+    )
 
 
 def left(folder: Path) -> set[str]:
@@ -121,10 +136,18 @@ def test_learning_online(tmp_path: Path) -> None:
 
 
 def test_train_from_an_empty_home_then_evaluate_then_resume(tmp_path: Path) -> None:
-    """The main job, small: collects data by itself and says so, trains, scores and saves."""
+    """The main job, small: collects data by itself and says so, trains, scores and saves.
+
+    Nothing is written into the clone: it may be read-only.
+    """
+    clone = tmp_path / "clone"
+    for part in ("cpql", "configs", "scripts"):
+        shutil.copytree(ROOT / part, clone / part, ignore=shutil.ignore_patterns("__pycache__"))
+    before = {path: path.stat().st_mtime_ns for path in clone.rglob("*")}
     words = ("env=hopper-medium", *QUICK, "dataset.size=2000", "run_dir=run")
-    done = run("train.py", *words, folder=tmp_path)
+    done = run("train.py", *words, folder=tmp_path, clone=clone)
     assert done.returncode == 0, done.stderr
+    assert {path: path.stat().st_mtime_ns for path in clone.rglob("*")} == before
     assert "not D4RL" in done.stdout
     assert "score" in done.stdout and "behaviour" in done.stdout and "random 0.0" in done.stdout
     result = json.loads((tmp_path / "run" / "result.json").read_text())
@@ -162,7 +185,7 @@ def test_evaluate_errors(tmp_path: Path) -> None:
     for words, message in (
         ((), "checkpoint=... is missing"),
         (("checkpoint=nowhere",), "nowhere: does not exist"),
-        (("checkpoint=.", "episodes=0"), "episodes=0: expected at least 1"),
+        (("checkpoint=.", "episodes=0"), "episodes: Input should be greater than or equal to 1, found 0"),
         (("chekpoint=.",), "unknown setting 'chekpoint': did you mean checkpoint"),
     ):
         done = run("evaluate.py", *words, folder=tmp_path)
@@ -213,3 +236,25 @@ def test_a_chosen_objective_goes_without_the_settings_that_it_hasnt() -> None:
         agent: dict[str, Any] = {"actor": {"objective": objective, "objective_options": dict(own)}}
         cli._leave_out_anothers_options(agent, told)
         assert agent["actor"]["objective_options"] == left
+
+
+@pytest.mark.parametrize(("script", "word"), [("train.py", "--help"), ("data.py", "list")])
+def test_standard_output_that_takes_nothing(script: str, word: str, tmp_path: Path) -> None:
+    if not Path("/dev/full").exists():
+        pytest.skip("this system has no /dev/full")
+    with open("/dev/full", "w") as full:
+        done = run(script, word, folder=tmp_path, stdout=full)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1, done.stderr
+    assert "No space left on device" in done.stderr
+
+
+def test_minari_and_wandb_come_along_and_are_not_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    code = "import sys, cpql.cli, cpql.data_cli, cpql.training; print(*sys.modules)"
+    loaded = subprocess.check_output([sys.executable, "-c", code], text=True).split()
+    assert "torch" in loaded and not {"minari", "wandb"} & set(loaded)
+    asked: dict[str, Any] = {}
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr("setuptools.setup", asked.update)
+    runpy.run_path("setup.py")
+    names = {re.split(r"[\[<>=~]", requirement)[0] for requirement in asked["install_requires"]}
+    assert {"minari", "wandb"} <= names and not {"minari", "wandb"} & asked["extras_require"].keys()

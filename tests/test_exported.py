@@ -327,8 +327,8 @@ def test_wrong_settings() -> None:
     for setting, message in (
         ({"format": "onx"}, "format: Input should be 'onnx', 'torch' or 'numpy', found 'onx'"),
         ({"noise": "outside"}, "noise: Input should be 'input' or 'inside'"),
-        ({"candidates": 0}, "candidates=0: expected at least 1"),
-        ({"temperature": -1}, "temperature=-1.0: expected 0 or more"),
+        ({"candidates": 0}, "candidates: Input should be greater than or equal to 1, found 0"),
+        ({"temperature": -1}, "temperature: Input should be greater than or equal to 0, found -1"),
         ({"temprature": 1}, "unknown key 'temprature': did you mean temperature"),
     ):
         with pytest.raises(ConfigError, match=message):

@@ -19,7 +19,7 @@ from rich.console import Console
 from torch import Tensor
 
 from cpql.agents import CPQL, Agent, CPQLConfig
-from cpql.config import BudgetConfig, DatasetConfig, OnlineConfig, TrainConfig
+from cpql.config import BudgetConfig, DatasetConfig, OnlineConfig, TrainConfig, build
 from cpql.data.replay import ReplayBuffer
 from cpql.data.transitions import Transitions
 from cpql.errors import CheckpointError, ConfigError
@@ -198,14 +198,14 @@ def test_the_policy_can_act_from_the_start() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"environments": 0}, r"online\.environments must be at least 1, found 0"),
-        ({"updates_per_step": 0.0}, r"online\.updates_per_step must be positive"),
-        ({"offline_share": 1.5}, r"online\.offline_share must be in \[0, 1\], found 1\.5"),
+        ({"environments": 0}, r"online: environments: .* greater than or equal to 1, found 0"),
+        ({"updates_per_step": 0.0}, r"online: updates_per_step: .* greater than 0, found 0"),
+        ({"offline_share": 1.5}, r"online: offline_share: .* less than or equal to 1, found 1\.5"),
     ],
 )
 def test_settings_that_make_no_sense(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        OnlineConfig(**settings)
+        build(OnlineConfig, settings, "online")
 
 
 # Batches for agents

@@ -315,7 +315,7 @@ def composed() -> Composed:
     """A maker of configurations. Composing is slow, swapping `env` isn't: each agent is composed once."""
     cli._register()
     with initialize_config_dir(str(config_folder()), version_base="1.3"):
-        contents = {agent: compose("train", [f"agent={agent}", "run_dir=x"]) for agent in AGENTS}
+        contents = {agent: compose("train", [f"agent={agent}", "configuration=x"]) for agent in AGENTS}
 
     def make(env: str, agent: str) -> TrainConfig:
         content = contents[agent].copy()
@@ -328,7 +328,7 @@ def composed() -> Composed:
 
 def test_swapping_the_task_is_composing_with_it(composed: Composed) -> None:
     with initialize_config_dir(str(config_folder()), version_base="1.3"):
-        content = compose("train", ["env=pen-human", "agent=consistency_ac", "run_dir=x"])
+        content = compose("train", ["env=pen-human", "agent=consistency_ac", "configuration=x"])
     assert built(content) == composed("pen-human", "consistency_ac")
 
 
@@ -366,7 +366,7 @@ def test_what_is_published_for_learning_online(
 ) -> None:
     cli._register()
     with initialize_config_dir(str(config_folder()), version_base="1.3"):
-        config = built(compose("train", ["mode=online", "env=hopper", f"agent={agent}", "run_dir=x"]))
+        config = built(compose("train", ["mode=online", "env=hopper", f"agent={agent}", "configuration=x"]))
     assert config.online == online and config.env.id == "Hopper-v4" and config.budget.updates == 1_000_000
     _, found = agent_config(config)
     assert {key: getattr(found, key) for key in settings} == settings
@@ -464,7 +464,13 @@ def test_the_rest_of_a_published_agent(composed: Composed) -> None:
 
 def test_what_is_said_on_the_command_line_wins() -> None:
     cli._register()
-    words = ["env=antmaze-umaze-v2", "agent=cpql", "budget=quick", "run_dir=x", "env.id=AntMaze_UMaze-v5"]
+    words = [
+        "env=antmaze-umaze-v2",
+        "agent=cpql",
+        "budget=quick",
+        "configuration=x",
+        "env.id=AntMaze_UMaze-v5",
+    ]
     words += ["agent.actor.refinements=[0.8]", "dataset.reward=none", "env.episodes=7", "dataset=minari"]
     words += ["env.env_options.continuing_task=true", "+env.env_options.max_episode_steps=50"]
     with initialize_config_dir(str(config_folder()), version_base="1.3"):
@@ -480,7 +486,7 @@ def test_what_is_said_on_the_command_line_wins() -> None:
 def test_a_quick_budget_is_the_same_for_every_task(env: str) -> None:
     cli._register()
     with initialize_config_dir(str(config_folder()), version_base="1.3"):
-        config = built(compose("train", [f"env={env}", "budget=quick", "run_dir=x"]))
+        config = built(compose("train", [f"env={env}", "budget=quick", "configuration=x"]))
     _, settings = agent_config(config)
     assert (config.budget.updates, config.budget.episodes, config.budget.final_episodes) == (5_000, 10, 50)
     assert (settings.actor_lr, settings.eta_warmup, settings.critic_target.rate) == (3e-4, 10_000, 0.02)

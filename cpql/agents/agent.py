@@ -6,9 +6,10 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from cpql.actor import ActorConfig, ConsistencyActor, choose
@@ -18,6 +19,7 @@ from cpql.data.transitions import Batch
 from cpql.errors import ConfigError
 from cpql.networks import set_product
 from cpql.optimisation import Network, adam, clip_gradient, value_and_grad
+from cpql.ranges import Candidates, Count, Natural, NonNegative, Positive, Widths
 
 __all__ = ["BY_MEMBER", "Agent", "AgentConfig", "TargetConfig", "steps_first"]
 
@@ -39,9 +41,9 @@ class TargetConfig:
             official codes start at 1000, which for CPQL freezes the critic's target at random values.
     """
 
-    rate: float = 0.005
-    period: int = 1
-    start: int = 0
+    rate: Annotated[float, Field(gt=0.0, le=1.0)] = 0.005
+    period: Count = 1
+    start: Natural = 0
 
 
 @dataclass(frozen=True)
@@ -79,25 +81,25 @@ class AgentConfig:
     """
 
     actor: ActorConfig = field(default_factory=ActorConfig)
-    updates: int = 2_000_000
-    batch_size: int = 256
-    discount: float = 0.99
-    actor_lr: float | tuple[float, ...] = 3e-4
-    critic_lr: float | tuple[float, ...] = 3e-4
+    updates: Count = 2_000_000
+    batch_size: Annotated[int, Field(ge=1, le=1_000_000)] = 256
+    discount: Annotated[float, Field(gt=0.0, le=1.0)] = 0.99
+    actor_lr: Positive | tuple[Positive, ...] = 3e-4
+    critic_lr: Positive | tuple[Positive, ...] = 3e-4
     lr_decay: Literal["none", "cosine"] = "none"
-    max_grad_norm: float = 10.0
-    alpha: float = 1.0
-    eta: float | tuple[float, ...] = 1.0
-    eta_warmup: int = 0
+    max_grad_norm: Positive = 10.0
+    alpha: NonNegative = 1.0
+    eta: NonNegative | tuple[NonNegative, ...] = 1.0
+    eta_warmup: Natural = 0
     q_loss: Literal["normalised", "min"] = "normalised"
-    critic_hidden: tuple[int, ...] = (256, 256, 256)
+    critic_hidden: Widths = (256, 256, 256)
     critic_layer_norm: bool = False
     critic_target: TargetConfig = field(default_factory=TargetConfig)
     actor_target: TargetConfig = field(default_factory=TargetConfig)
     backup_actor: Literal["target", "online"] = "target"
-    max_q_backup: int = 0
-    candidates: int = 1
-    temperature: float = 1.0
+    max_q_backup: Annotated[int, Field(ge=0, le=1_000)] = 0
+    candidates: Candidates = 1
+    temperature: NonNegative = 1.0
 
     @property
     def schedule(self) -> str | None:

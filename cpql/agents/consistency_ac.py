@@ -17,6 +17,7 @@ from torch import Tensor
 from cpql.actor import ActorConfig
 from cpql.agents.agent import Agent, AgentConfig, Metrics, Noise
 from cpql.data.transitions import Batch
+from cpql.ranges import Count
 
 __all__ = ["ConsistencyAC", "ConsistencyACConfig"]
 
@@ -42,7 +43,7 @@ class ConsistencyACConfig(AgentConfig):
         )
     )
     q_normalisation: bool = False
-    curriculum_restarts: int = 1
+    curriculum_restarts: Count = 1
 
 
 class ConsistencyAC(Agent):

@@ -12,9 +12,10 @@ objective can take its place.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from cpql.agents.agent import Agent, AgentConfig, Metrics, Noise
@@ -39,7 +40,7 @@ class CPQLConfig(AgentConfig):
     critic_layer_norm: bool = True
     backup_actor: Literal["target", "online"] = "online"
     critic: Literal["q", "expectile"] = "q"
-    expectile: float = 0.7
+    expectile: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.7
     expectile_q: Literal["target", "online"] = "target"
 
 
