@@ -10,6 +10,9 @@
     python scripts/benchmark.py objectives RUN... scores, diversity and Q bias of finished runs, by objective
     python scripts/benchmark.py online RUN...     curves of online and finetuned runs, as data and as a plot
     python scripts/benchmark.py official_online   the papers' own codes learning online
+    python scripts/benchmark.py torture           kill trainings at every file operation and continue them
+    python scripts/benchmark.py soak              memory, threads and descriptors over many trainings
+    python scripts/benchmark.py cost --other DIR  updates and checkpoints beside another checkout of cpql
     python scripts/benchmark.py keep RUN...       keep the results of finished runs, in benchmarks/results/
     python scripts/benchmark.py table             print those as the README's table, a row a task
 
@@ -133,6 +136,24 @@ def main() -> None:
     command.add_argument("--every", type=int, default=1_000, help="steps between evaluations")
     command.add_argument("--seed", type=int, default=0)
     command.set_defaults(run=lambda options: keep("online", measured("official_online", options)))
+    command = commands.add_parser("torture", help="kill trainings, continue them, look at what was lost")
+    command.add_argument("--trials", type=int, default=301, help="kills at operations (default: %(default)s)")
+    command.add_argument("--twice", type=int, default=20, help="of two trainings at once")
+    command.add_argument("--commands", type=int, default=50, help="kills of the command, compiled")
+    command.add_argument("--commands-twice", type=int, default=20, help="of the command, twice at once")
+    command.add_argument("--seed", type=int, default=0)
+    command.set_defaults(run=lambda options: keep("torture", measured("torture", options)))
+    command = commands.add_parser("soak", help="many trainings in one process")
+    command.add_argument("--minutes", type=float, default=20.0)
+    command.add_argument("--compile", action="store_true", help="compiled ones instead of all kinds")
+    command.add_argument("--name", default="soak", help="of the JSON (default: %(default)s)")
+    command.set_defaults(run=lambda options: keep(options.name, measured("soak", options)))
+    command = commands.add_parser("cost", help="updates and checkpoints beside another checkout")
+    command.add_argument("--other", type=Path, required=True, metavar="DIR", help="cpql as it was before")
+    command.add_argument("--updates", type=int, default=2_000, help="of a training (default: %(default)s)")
+    command.add_argument("--every", type=int, default=200, help="updates between checkpoints")
+    command.add_argument("--rounds", type=int, default=7, help="each trains once in each checkout")
+    command.set_defaults(run=lambda options: keep("cost", measured("cost", options)))
     command = commands.add_parser("keep", help="keep the results of finished runs as data")
     command.add_argument("runs", type=Path, nargs="+", metavar="RUN")
     command.set_defaults(run=keep_results)
