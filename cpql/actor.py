@@ -30,7 +30,7 @@ from cpql.consistency import (
     sample,
 )
 from cpql.errors import ConfigError, did_you_mean
-from cpql.folded import pick
+from cpql.folded import MOST_STEPS, pick
 from cpql.networks import MLP, TimeEmbedding
 from cpql.ranges import Positive, Widths
 
@@ -69,7 +69,7 @@ class ActorConfig:
     parameterisation: Literal["auto", "edm", "unscaled", "trig", "flow", "average"] = "auto"
     t_min: Positive = 0.002
     t_max: Positive = 80.0
-    refinements: tuple[Positive, ...] = ()
+    refinements: Annotated[tuple[Positive, ...], Field(max_length=MOST_STEPS - 1)] = ()
     sigma_data: Positive = 0.5
     clamp: Literal["end", "inside"] = "end"
     action_norm: bool = False

@@ -113,7 +113,7 @@ class WandbLogger:
         try:
             import wandb
         except ImportError:
-            raise ConfigError("logger=wandb needs a package: pip install 'cpql[wandb]'") from None
+            raise ConfigError("logger=wandb needs a package: pip install wandb") from None
         mode: Any = os.environ.get("WANDB_MODE", "online" if os.environ.get("WANDB_API_KEY") else "offline")
         try:
             # The members of a group are runs of their own, in one process.

@@ -26,7 +26,7 @@ from cpql.critic import TwinCritic
 from cpql.device import choose_device
 from cpql.errors import CheckpointError, ConfigError
 from cpql.export import fold, fold_critic
-from cpql.folded import LARGEST, MOST_CANDIDATES, MOST_STEPS, FoldedActor, FoldedCritic
+from cpql.folded import LARGEST, FoldedActor, FoldedCritic
 from cpql.hub import (
     PREFIX,
     card,
@@ -38,14 +38,13 @@ from cpql.hub import (
     read_result,
     upload,
 )
+from cpql.ranges import Candidates, NonNegative, Width, Widths
 from cpql.tasks import Task
 
 __all__ = ["Policy", "PolicyConfig", "find_policy"]
 
 FORMAT = 1
 # A policy may be a stranger's, and it says itself how large it is.
-MOST_WIDTH = 1 << 20
-MOST_LAYERS = 100
 MOST_HEADER_BYTES = 1 << 20
 SMALLEST = float(np.finfo(np.float32).tiny)
 
@@ -73,39 +72,21 @@ class PolicyConfig:
         ConfigError: a number that isn't in its range, or lists that aren't as long as they have to be.
     """
 
-    state_dim: int
-    action_dim: int
+    state_dim: Width
+    action_dim: Width
     action_low: tuple[float, ...]
     action_high: tuple[float, ...]
     actor: ActorConfig
-    critic_hidden: tuple[int, ...]
+    critic_hidden: Widths
     critic_layer_norm: bool
-    candidates: int
-    temperature: float
+    candidates: Candidates
+    temperature: NonNegative
     task: Task
     origin: dict[str, Any] = field(default_factory=dict)
     observation_mean: tuple[float, ...] = ()
     observation_std: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
-        for key, values, most in (
-            ("state_dim", [self.state_dim], MOST_WIDTH),
-            ("action_dim", [self.action_dim], MOST_WIDTH),
-            ("actor.hidden", self.actor.hidden, MOST_WIDTH),
-            ("actor.time_width", [self.actor.time_width], MOST_WIDTH),
-            ("critic_hidden", self.critic_hidden, MOST_WIDTH),
-            ("candidates", [self.candidates], MOST_CANDIDATES),
-        ):
-            for value in values:
-                if not 1 <= value <= most:
-                    raise ConfigError(f"{key}: expected 1 to {most:,}, found {value}")
-        for key, count, most in (
-            ("actor.hidden", len(self.actor.hidden), MOST_LAYERS),
-            ("critic_hidden", len(self.critic_hidden), MOST_LAYERS),
-            ("actor.refinements", len(self.actor.refinements), MOST_STEPS - 1),
-        ):
-            if count > most:
-                raise ConfigError(f"{key}: expected at most {most:,} values, found {count:,}")
         normalised = self.state_dim if self.observation_mean or self.observation_std else 0
         for key, width, least in (
             ("action_low", self.action_dim, -LARGEST),
@@ -124,8 +105,6 @@ class PolicyConfig:
                 raise ConfigError(
                     f"action_low, action_high: expected the lower first, found {low} and {high}"
                 )
-        if not 0.0 <= self.temperature <= LARGEST:
-            raise ConfigError(f"temperature: expected 0 or more, found {self.temperature}")
 
 
 class Policy:

@@ -15,6 +15,7 @@ __all__ = [
     "Seed",
     "Share",
     "Threads",
+    "Width",
     "Widths",
 ]
 
@@ -44,5 +45,8 @@ Threads = Annotated[int, Field(ge=0, le=1024)]
 Candidates = Annotated[int, Field(ge=1, le=10_000)]
 """Actions that compete by their value."""
 
-Widths = Annotated[tuple[Annotated[int, Field(ge=1, le=16_384)], ...], Field(min_length=1, max_length=64)]
-"""Of hidden layers, at least one of them: the widest have a gigabyte of weights each."""
+Width = Annotated[int, Field(ge=1, le=16_384)]
+"""Of a layer: the widest have a gigabyte of weights each."""
+
+Widths = Annotated[tuple[Width, ...], Field(min_length=1, max_length=64)]
+"""Of hidden layers, at least one of them."""

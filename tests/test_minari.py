@@ -539,7 +539,7 @@ def test_what_is_absent_is_fetched_by_the_package(
         and "\n" not in message
     )
     monkeypatch.setitem(sys.modules, "minari", None)
-    with pytest.raises(DataError, match=r"pip install 'cpql\[minari\]' for downloads"):
+    with pytest.raises(DataError, match=r"pip install 'minari\[hdf5,hf\]' for downloads"):
         minari.locate("D4RL/pen/human-v2", say=said.append)
     # Neither reading nor writing needs the package.
     minari.write(minari.read(ID), root, id="again-v0")

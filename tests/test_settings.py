@@ -456,6 +456,7 @@ def test_evaluations_that_differ_have_files_of_their_own(command: Command, check
     for more, name in expected.items():
         found, content = evaluated(command(*words, *more))
         assert found == name and content["episodes"] == 2
+        assert content["length_mean"] == (3 if "episode_limit=3" in more else 5)
     files = {path.name for path in Path(checkpoint).resolve().glob("evaluation_*.json")}
     assert files == set(expected.values())
 

@@ -148,7 +148,7 @@ def _download(id: str, say: Callable[[str], None]) -> None:
     try:
         import minari  # type: ignore[import-untyped]
     except ImportError as error:
-        raise DataError(f"{_absent(id)}; pip install 'cpql[minari]' for downloads ({error})") from error
+        raise DataError(f"{_absent(id)}; pip install 'minari[hdf5,hf]' for downloads ({error})") from error
     say(f"downloading {id} from Minari into {root()}")
     try:
         # What it prints and warns of is for its own command line; `say` is told what matters.
