@@ -74,6 +74,7 @@ def save_checkpoint(
         OSError: it can't be written; then nothing has changed.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    _flush_folder(folder.parent)
     final = folder / _name(step)
     with aside(final) as temporary:
         try:
@@ -149,6 +150,8 @@ def load_training(folder: Path, step: int) -> tuple[dict[str, Tensor], dict[str,
     path = folder / _name(step) / "training"
     try:
         state = json.loads((path / "state.json").read_text())
+        if state["step"] != step:
+            raise ValueError(f"state.json says step {state['step']}, expected {step}")
         content = (path / "state.safetensors").read_bytes()
         found = hashlib.sha256(content).hexdigest()
         expected = state.get("sha256", found)  # there was none at first

@@ -193,7 +193,7 @@ class Run:
 
     def evaluations(self) -> list[dict[str, Any]]:
         """All evaluations so far, in order."""
-        return [_read(file) for _, file in self._evaluation_files()]
+        return [_read(file, "return_mean") for _, file in self._evaluation_files()]
 
     def _evaluation_files(self) -> list[tuple[int, Path]]:
         files = (self.folder / "evaluations").glob("step_*.json")
@@ -340,15 +340,17 @@ class Run:
         return result
 
 
-def _read(path: Path) -> dict[str, Any]:
-    """Read a result or an evaluation.
+def _read(path: Path, *numbers: str) -> dict[str, Any]:
+    """Read a result or an evaluation, with a step and other numbers in it.
 
     Raises:
         CheckpointError: it is damaged.
     """
     try:
         content = json.loads(path.read_text())
-        return {"step": int(content["step"]), **content}
+        for name in ("step", *numbers):
+            float(content[name])
+        return dict(content)
     except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
         raise CheckpointError(
             f"{path}: damaged ({_brief(error)}): expected what a run wrote; remove it to go on"

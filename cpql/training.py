@@ -433,12 +433,12 @@ class _Training:
             for run in self.runs:
                 run.start_logger(self.step, config.env, self.agent.name)
                 stack.callback(run.close)
-            for run in self.runs:
-                run.begin(self.step, made.how, lambda: source.provenance)
             if made.compiled:
                 # One program for the whole run: a second one would mean that something depends on data.
                 stack.enter_context(torch.compiler.set_stance("fail_on_recompile"))
             try:
+                for run in self.runs:
+                    run.begin(self.step, made.how, lambda: source.provenance)
                 self.loop(made.update, stack.enter_context(_stop_signals()))
                 results = [run.finish(self.step) for _, run in self.going()]
             except ActingError as error:
@@ -611,8 +611,8 @@ class _Training:
         """Go on from a checkpoint's tensors and state, by member."""
         sums: list[dict[str, Tensor]] = []
         for k, (run, (tensors, state)) in enumerate(zip(self.runs, read, strict=True)):
-            run.check_data(state["data_sha256"], self.source.provenance.sha256)
             try:
+                run.check_data(state["data_sha256"], self.source.provenance.sha256)
                 self.agent.load_state_dict(_named("agent.", tensors), k)
                 self.source.load_state_dict(_named("source.", tensors), k)
                 self.generators[k].set_state(tensors["generator"])
