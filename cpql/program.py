@@ -143,6 +143,10 @@ def _reason(error: BaseException) -> str:
     if name == "CppCompileError":
         said = re.search(r"(?:error: .*|Output:\n.*)", text)
         what = said[0].removeprefix("Output:\n") if said else text.partition("\n")[0]
+        if " " in (cache := os.environ["TORCHINDUCTOR_CACHE_DIR"]):  # which PyTorch doesn't quote
+            return (
+                f"the C++ compiler fails, as there is a space in {cache}. Set CPQL_CACHE to a folder without"
+            )
         return f"the C++ compiler fails ({what.strip()}). Install another one, or name it by CXX"
     if "triton" in name.lower() or "triton" in text.lower():
         return f"there is no working Triton ({_first_line(error)}). Install it (pip install triton)"

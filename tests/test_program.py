@@ -18,6 +18,7 @@ from cpql.agents import CPQL, CPQLConfig
 from cpql.data.transitions import Transitions
 from cpql.errors import ConfigError
 from cpql.program import Replay, program, record, zeros
+from cpql.program import _reason as program_reason
 
 SMALL = CPQLConfig(critic_hidden=(16, 16), batch_size=8)
 
@@ -130,6 +131,30 @@ def test_without_a_compiler_training_goes_on_and_says_why(
     assert how.startswith(f"uncompiled: {reason}")
     assert refused.startswith(f"refused: compile=true: {reason}") and "or compile=auto" in refused
     assert updates == "0 updates"
+
+
+@pytest.mark.parametrize(
+    ("kind", "text", "cache", "reason"),
+    [
+        ("CppCompileError", "C++ compile error", "/a b", "as there is a space in /a b. Set CPQL_CACHE to a"),
+        (
+            "CppCompileError",
+            "C++ compile error\n\nOutput:\nno disk",
+            "/a",
+            "fails (no disk). Install another",
+        ),
+        ("TritonMissing", "Cannot find a working triton", "/a", "no working Triton (TritonMissing: Cannot"),
+        ("RuntimeError", "not on this system\nmore", "/a", "fails (RuntimeError: not on this system). Use"),
+    ],
+)
+def test_the_reason_says_what_helps(
+    kind: str, text: str, cache: str, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the compiler has it: its own error is inside another one."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", cache)
+    outer = RuntimeError("backend failed")
+    outer.inner_exception = type(kind, (Exception,), {})(text)  # type: ignore[attr-defined]
+    assert reason in program_reason(outer) and "\n" not in program_reason(outer)
 
 
 def test_compiling_leaves_no_trace_and_there_is_no_graph_without_a_gpu(
