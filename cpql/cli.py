@@ -456,7 +456,8 @@ def _evaluate(content: DictConfig) -> None:
 def _table(evaluation: Evaluation, origin: dict[str, Any]) -> Table:
     """What a person wants to read of an evaluation, of the policy that has this origin."""
     task, (low, high) = evaluation.task, evaluation.interval
-    data, step = origin.get("data", {}), origin.get("step")
+    data, step = origin.get("data"), origin.get("step")
+    data = data if isinstance(data, dict) else {}  # it may be a stranger's
     said = f"{step:,}" if isinstance(step, int) else "unknown"
     title = f"{origin.get('agent')} on {task.name}, update {said}, seed {origin.get('seed')}"
     cut = f", {evaluation.cut} of them cut after {evaluation.episode_limit:,} steps" if evaluation.cut else ""
@@ -466,6 +467,7 @@ def _table(evaluation: Evaluation, origin: dict[str, Any]) -> Table:
         ("episodes", f"{len(evaluation.returns)}{cut}"),
     ]
     behaviour = data.get("return_mean")
+    behaviour = behaviour if isinstance(behaviour, int | float) else None
     said = "unknown" if behaviour is None else f"{behaviour:,.1f}"
     if evaluation.score is None:
         rows += [("behaviour's return", said), ("references", "none: a return, and no score")]

@@ -614,14 +614,25 @@ def test_what_a_policy_says_of_itself_is_text(command: Command, checkpoint: str,
     file = tmp_path / checkpoint / "policy" / "config.json"
     content = json.loads(file.read_text())
     content["origin"] |= {"agent": f"agent {STRANGE}", "data": {"source": "file", "id": f"id {STRANGE}"}}
-    content["task"] |= {"note": f"note {STRANGE}", "name": f"task {STRANGE}"}
+    content["task"] |= {"note": f"note {STRANGE}", "name": "task [red]"}
     file.write_text(json.dumps(content))
     os.rename(tmp_path / checkpoint, tmp_path / STRANGE)
     done = command("evaluate", f"checkpoint='{STRANGE}'", "episodes=1")
     assert done.code == 0 and "\x1b" not in done.out, done
-    for what in ("agent", "id", "note", "task"):
-        assert f"{what} {PRINTED}" in " ".join(done.out.split())  # a table breaks lines
+    said = " ".join(done.out.split())  # a table breaks lines
+    assert all(f"{what} {PRINTED}" in said for what in ("agent", "id", "note")) and "task [red]" in said
     assert done.out.rstrip().endswith(f"{PRINTED}/evaluation_1_1000.json")
+
+
+@pytest.mark.parametrize("data", ["text", [1], {"return_mean": "high", "source": 3}])
+def test_an_origin_of_another_form_is_no_reason_to_fail(
+    data: Any, command: Command, checkpoint: str, tmp_path: Path
+) -> None:
+    file = tmp_path / checkpoint / "policy" / "config.json"
+    content = json.loads(file.read_text())
+    file.write_text(json.dumps(content | {"origin": {"data": data}}))
+    done = command("evaluate", f"checkpoint={checkpoint}", "episodes=1")
+    assert done.code == 0 and "unknown" in done.out, done
 
 
 def test_what_a_file_says_of_itself_is_text(command: Command, tmp_path: Path) -> None:

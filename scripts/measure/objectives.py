@@ -91,7 +91,7 @@ def of_run(folder: Path) -> dict[str, Any]:
     states, bias, value = visited(policy, said["agent"].get("discount", 0.99))
     row = {
         "task": result["task"],
-        "agent": result["agent"],
+        "agent": result.get("algorithm", result["agent"]),
         "objective": policy.config.actor.objective,
         "seed": result["training_seed"],
         "score": round(result["score"], 2),
