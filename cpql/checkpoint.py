@@ -11,16 +11,12 @@ A checkpoint is on the disk before `last` points to it, and says what its tensor
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import hashlib
 import json
-import os
 import re
 import shutil
-import tempfile
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -29,30 +25,20 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from cpql.errors import CheckpointError
+from cpql.io import aside, aside_of, flush_folder
 from cpql.policy import Policy, find_policy
 
 __all__ = [
-    "aside",
-    "clear_leftovers",
     "find_training",
-    "flush",
     "go_back",
     "load_training",
     "point_last",
     "prune",
     "save_checkpoint",
     "saved_steps",
-    "write_text",
 ]
 
-ASIDE = ".aside"
 NO_RIGHT_TO_LINK = 1314  # Windows' number for it
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file aside and put it in place in one move."""
-    with aside(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
 
 
 def save_checkpoint(
@@ -74,7 +60,7 @@ def save_checkpoint(
         OSError: it can't be written; then nothing has changed.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    _flush_folder(folder.parent)
+    flush_folder(folder.parent)
     final = folder / _name(step)
     with aside(final) as temporary:
         try:
@@ -127,7 +113,7 @@ def prune(folder: Path, keep: int, spare: Collection[int] = ()) -> None:
 
 
 def _discard(path: Path) -> None:
-    holder = _holder(path)
+    holder = aside_of(path)
     path.replace(holder / path.name)  # whole or gone, even if this is where the process is killed
     shutil.rmtree(holder)
 
@@ -181,59 +167,3 @@ def find_training(path: Path) -> tuple[Path, int]:
 
 def _name(step: int) -> str:
     return f"step_{step:08d}"
-
-
-@contextmanager
-def aside(final: Path) -> Iterator[Path]:
-    """A path beside `final` to write to.
-
-    When the block ends well, what is there is flushed to the disk and replaces `final`; else it vanishes.
-    """
-    holder = _holder(final)
-    try:
-        temporary = holder / final.name
-        yield temporary
-        flush(temporary)
-        if os.path.lexists(final) and (_is_folder(final) or _is_folder(temporary)):
-            final.replace(holder / "old")  # no move replaces a folder, or anything by one
-        os.replace(temporary, final)
-        _flush_folder(final.parent)
-    finally:
-        shutil.rmtree(holder, ignore_errors=True)
-
-
-def _holder(beside: Path) -> Path:
-    return Path(tempfile.mkdtemp(prefix=f".{beside.name}.", suffix=ASIDE, dir=beside.parent))
-
-
-def _is_folder(path: Path) -> bool:
-    return path.is_dir() and not path.is_symlink()
-
-
-def clear_leftovers(folder: Path) -> None:
-    """Remove what processes that were killed have left of `aside` in a folder; no other may be writing."""
-    for path in folder.glob(f".*{ASIDE}"):
-        shutil.rmtree(path, ignore_errors=True)
-
-
-def flush(path: Path) -> None:
-    """Have a file, or all files of a folder, on the disk."""
-    if path.is_symlink():
-        return
-    if path.is_dir():
-        for inner in path.iterdir():
-            flush(inner)
-        _flush_folder(path)
-        return
-    with path.open("rb+") as file:
-        os.fsync(file.fileno())
-
-
-def _flush_folder(folder: Path) -> None:
-    """Have a folder's names on the disk, where the system lets folders be opened for that."""
-    with contextlib.suppress(OSError):
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)

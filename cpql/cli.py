@@ -414,10 +414,10 @@ def _check_writable(path: Path) -> None:
 def _evaluate(content: DictConfig) -> None:
     import torch
 
-    from cpql.checkpoint import write_text
     from cpql.device import choose_device
     from cpql.environments import import_environment
     from cpql.evaluation import evaluate as run
+    from cpql.io import write_text
     from cpql.policy import Policy, find_policy
 
     if OmegaConf.is_missing(content, "checkpoint"):

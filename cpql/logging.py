@@ -15,8 +15,8 @@ from typing import Any, Protocol, TextIO, cast
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from cpql.checkpoint import flush, write_text
 from cpql.errors import ConfigError
+from cpql.io import flush, write_text
 
 __all__ = ["Bar", "CSVTable", "Logger", "make_console", "make_logger", "progress"]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from cpql.checkpoint import aside
+from cpql.io import aside
 
 __all__ = ["learning_curve"]
 

@@ -13,34 +13,30 @@ runs/hopper-medium/cpql/full/seed0/
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
-import socket
 import statistics
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import filelock
 import yaml
 from torch import Tensor
 
 from cpql.agents import AGENTS, BY_MEMBER
 from cpql.checkpoint import (
-    clear_leftovers,
     go_back,
     load_training,
     prune,
     save_checkpoint,
     saved_steps,
-    write_text,
 )
 from cpql.config import DatasetConfig, OnlineConfig, TrainConfig, build
 from cpql.data.transitions import Provenance
 from cpql.errors import CheckpointError, ConfigError
 from cpql.evaluation import evaluate, versions
+from cpql.io import clear_leftovers, held, write_text
 from cpql.logging import CSVTable, make_logger
 from cpql.policy import Policy
 from cpql.report import learning_curve
@@ -63,50 +59,32 @@ FREE = (
 )
 
 
-@contextlib.contextmanager
+@contextmanager
 def claimed(folder: Path) -> Iterator[None]:
     """Be the only process that works on a run, and tidy up after one that was killed.
 
-    The folder is made for that, and goes again where nothing was put into it. The lock of a process that is
-    dead holds nobody up.
+    The folder is made for that, and goes again where nothing was put into it.
 
     Raises:
         CheckpointError: another process works on it, or it can't be written to.
     """
-    file, text = folder / ".lock", f"process {os.getpid()} on {socket.gethostname()}"
-    lock = filelock.FileLock(file)
-    try:
-        missing = [each for each in (folder, *folder.parents) if not os.path.exists(each)]
-        while not lock.is_locked:
-            folder.mkdir(parents=True, exist_ok=True)
-            with contextlib.suppress(FileNotFoundError):  # another process has just taken the folder away
-                lock.acquire(timeout=0)
-        if isinstance(lock, filelock.FileLock):  # what stands in where there is no flock writes its own
-            with contextlib.suppress(OSError):  # a full disk hinders nobody from being alone
-                file.write_text(text)
-    except filelock.Timeout:
-        with contextlib.suppress(OSError):
-            text = " ".join(file.read_text().split()) or "another process"
+
+    def busy(holder: str) -> None:
         raise CheckpointError(
-            f"{folder} is in use by {text}: wait until that has ended, or name another folder by run_dir=..."
-        ) from None
-    except (OSError, NotImplementedError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise CheckpointError(
-            f"{folder}: can't be written to ({reason}): name another folder by run_dir=..."
-        ) from error
-    try:
+            f"{folder} is in use by {holder}: wait for its end, or name another folder by run_dir=..."
+        )
+
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(held(folder / ".lock", busy))
+        except OSError as error:
+            reason = error.strerror or error
+            raise CheckpointError(
+                f"{folder}: can't be written to ({reason}): name another folder by run_dir=..."
+            ) from error
         for place in (folder, folder / "checkpoints", folder / "evaluations"):
             clear_leftovers(place)
         yield
-    finally:
-        if isinstance(lock, filelock.FileLock):
-            with contextlib.suppress(OSError):  # not while it is open, on Windows
-                file.unlink()
-        lock.release()
-        with contextlib.suppress(OSError):  # something lies in it
-            for each in missing:
-                each.rmdir()
 
 
 class Run:

@@ -176,7 +176,7 @@ def machine() -> dict[str, Any]:
 
 def keep(name: str, content: dict[str, Any]) -> None:
     """Write the figures down."""
-    from cpql.checkpoint import write_text
+    from cpql.io import write_text
 
     FOLDER.mkdir(exist_ok=True)
     path = FOLDER / f"{name}.json"
@@ -197,7 +197,7 @@ def keep_results(options: argparse.Namespace) -> None:
     """
     import yaml
 
-    from cpql.checkpoint import write_text
+    from cpql.io import write_text
 
     folder = FOLDER / "results"
     folder.mkdir(parents=True, exist_ok=True)

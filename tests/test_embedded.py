@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import re
 import runpy
 import subprocess
 import sys
@@ -448,7 +449,7 @@ def test_a_full_disk_costs_the_cache_and_not_the_data(
     said: list[str] = []
     assert len(embedded.cached(task(), 20, 0, say=said.append)) == 20
     assert len(said) == 1 and "can't be written" in said[0]
-    assert list((tmp_path / "cache").iterdir()) == []
+    assert not (tmp_path / "cache").exists()
     with pytest.raises(DataError, match="can't be written"):
         embedded.save(task(), 20, 0, tmp_path / "mine.hdf5")
 
@@ -508,7 +509,7 @@ def test_two_first_runs_at_once_collect_once(tmp_path: Path) -> None:
         (0, ""),
     ]
     one, other = sorted((lines.splitlines() for lines, _ in said), key=len)
-    assert one[0].endswith(": another process is collecting it: waiting until that has ended")
+    assert re.search(r": process \d+ on \S+ is collecting it: waiting until that has ended$", one[0])
     assert len(one) == 2 and len(other) == 3 and other[1] == "collects 20000 20000"
     assert one[-1] == other[-1] and one[-1].startswith("mean")
     assert [path.suffix for path in (tmp_path / "cache").iterdir()] == [".hdf5"]

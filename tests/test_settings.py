@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import gymnasium
 import numpy as np
 import pytest
 import torch
@@ -644,6 +645,36 @@ def test_what_a_file_says_of_itself_is_text(command: Command, tmp_path: Path) ->
         assert f"{PRINTED}.hdf5" in done.out
 
 
+MODULE = """
+import gymnasium
+from gymnasium.envs.classic_control import PendulumEnv
+gymnasium.register("Mine-v0", lambda **options: PendulumEnv(**options), max_episode_steps=20)
+"""
+
+
+def test_a_module_is_imported_for_the_command_line_alone(
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "my_environments.py").write_text(MODULE)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    little = ("agent.actor.hidden=[16]", "agent.critic_hidden=[16]", "agent.batch_size=8", "compile=false",
+              "budget.updates=5", "budget.final_episodes=1", "online.start_steps=9")  # fmt: skip
+    id = "my_environments:Mine-v0"
+    done = command("train", "mode=online", f"env.id={id}", *little)
+    assert done.code == 0 and "runs/Mine-v0/cpql_online/online/seed0" in done.out, done
+    run = tmp_path / "runs" / "Mine-v0" / "cpql_online" / "online" / "seed0"
+    kept = (run / "config.yaml").read_text() + (run / "result.json").read_text()
+    assert "Mine-v0" in kept and "my_environments" not in kept
+    assert json.loads((run / "result.json").read_text())["agent"] == "cpql_online"
+    monkeypatch.delitem(gymnasium.registry, "Mine-v0")
+    monkeypatch.delitem(sys.modules, "my_environments")
+    done = command("evaluate", f"checkpoint={run}", "episodes=1")
+    assert done.is_one_line("no environment 'Mine-v0'", "env_id=MODULE:Mine-v0"), done
+    assert "my_environments" not in sys.modules
+    done = command("evaluate", f"checkpoint={run}", "episodes=1", f"env_id={id}")
+    assert done.code == 0 and "Mine-v0" in done.out, done
+
+
 # The user's stop, and the world's
 
 
@@ -678,7 +709,7 @@ def test_what_the_system_refuses_is_one_line(
 
     for where, words in (
         ("cpql.data.load", ("train",)),
-        ("cpql.checkpoint.write_text", ("evaluate", f"checkpoint={checkpoint}", "episodes=1")),
+        ("cpql.io.write_text", ("evaluate", f"checkpoint={checkpoint}", "episodes=1")),
         ("cpql.data.files.read", ("data", "verify", "x.hdf5")),
     ):
         with monkeypatch.context() as patched:

@@ -26,9 +26,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import filelock
-
 from cpql.errors import ConfigError, DataError, printable
+from cpql.io import flush_folder, held
 
 __all__ = ["Mirror", "Progress", "fetch", "recorded", "verify_recorded"]
 
@@ -379,7 +378,7 @@ class _Fetch:
             _write_text(_record(self.path), f"{sha256}  {self.path.name}\n")
             os.replace(self.part, self.path)
             self.note.unlink(missing_ok=True)
-            _sync_folder(self.path.parent)
+            flush_folder(self.path.parent)
         return self.path
 
     def size(self) -> int:
@@ -590,36 +589,17 @@ def _present(path: Path, sha256: str | None, check: Callable[[Path], object] | N
 
 @contextlib.contextmanager
 def _alone(path: Path, say: Callable[[str], None]) -> Iterator[None]:
-    """Hold the lock of a file; its folder is made for that, and taken away again where it stays empty."""
-    folder = path.parent
-    file = path.with_name(f".{path.name}.lock")
-    lock = filelock.FileLock(file)
-    missing = [each for each in (folder, *folder.parents) if not os.path.exists(each)]
-    waiting, lost = False, 0
-    while not lock.is_locked:
+    """Be the only process that downloads a file."""
+
+    def busy(holder: str) -> None:
+        say(f"{path.name}: {holder} is downloading it: waiting until that has ended")
+
+    with contextlib.ExitStack() as stack:
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            lock.acquire(timeout=-1 if waiting else 0)
-        except filelock.Timeout:
-            say(f"{path.name}: another process is downloading it: waiting until that has ended")
-            waiting = True
-        except (OSError, NotImplementedError) as error:
-            # The other process may have failed and taken the folder away; that doesn't happen for ever.
-            lost += 1
-            if lost == 100 or not isinstance(error, FileNotFoundError):
-                raise DataError(f"{path.name}: can't be written in {folder} ({_reason(error)})") from error
-    try:
+            stack.enter_context(held(path.with_name(f".{path.name}.lock"), busy))
+        except OSError as error:
+            raise DataError(f"{path.name}: can't be written in {path.parent} ({_reason(error)})") from error
         yield
-    finally:
-        # filelock leaves flock's file there. Removing it while it is held is safe: since 3.24 a lock on a
-        # file that is gone isn't taken. The stand-in where there is no flock is removed by `release`.
-        if isinstance(lock, filelock.FileLock):
-            with contextlib.suppress(OSError):  # not while it is open, on Windows
-                file.unlink()
-        lock.release()
-        with contextlib.suppress(OSError):  # something lies in it
-            for each in missing:
-                each.rmdir()
 
 
 def _record(path: Path) -> Path:
@@ -641,16 +621,6 @@ def _write_text(path: Path, text: str) -> None:
     aside = path.with_name(f".{path.name.removeprefix('.')}.new")
     aside.write_text(text, encoding="utf-8")
     os.replace(aside, path)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Have a renaming survive a power cut, where the system lets folders be opened for that."""
-    with contextlib.suppress(OSError):
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
 
 
 def _reason(error: Exception) -> str:

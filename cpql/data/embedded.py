@@ -24,7 +24,6 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import filelock
 import numpy as np
 import safetensors.numpy
 from numpy.typing import NDArray
@@ -36,6 +35,7 @@ from cpql.data.transitions import Transitions
 from cpql.data.workers import in_workers
 from cpql.environments import ROBOTICS, facts, make_environment, make_task_environment
 from cpql.errors import ConfigError, DataError, did_you_mean
+from cpql.io import held
 from cpql.tasks import Task
 
 __all__ = [
@@ -261,26 +261,17 @@ def _alone(path: Path, say: Say) -> Iterator[None]:
     Raises:
         DataError: the file's folder can't be written to.
     """
-    file = path.with_name(f".{path.name}.lock")
-    lock = filelock.FileLock(file)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+
+    def busy(holder: str) -> None:
+        say(f"{path.name}: {holder} is collecting it: waiting until that has ended")
+
+    with contextlib.ExitStack() as stack:
         try:
-            lock.acquire(timeout=0)
-        except filelock.Timeout:
-            say(f"{path.name}: another process is collecting it: waiting until that has ended")
-            lock.acquire()
-    except (OSError, NotImplementedError) as error:
-        raise DataError(f"{path.name}: can't be written in {path.absolute().parent} ({error})") from error
-    try:
+            stack.enter_context(held(path.with_name(f".{path.name}.lock"), busy))
+        except OSError as error:
+            raise DataError(f"{path.name}: can't be written in {path.absolute().parent} ({error})") from error
         d4rl.clear(path)
         yield
-    finally:
-        # Removed while it is held, as in `cpql.data.download`.
-        if isinstance(lock, filelock.FileLock):
-            with contextlib.suppress(OSError):  # not while it is open, on Windows
-                file.unlink()
-        lock.release()
 
 
 def _made(plan: Plan, arrays: dict[str, NDArray[Any]]) -> Transitions:
