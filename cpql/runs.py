@@ -139,10 +139,14 @@ class Run:
         return self.folder / "checkpoints"
 
     @property
+    def result_file(self) -> Path:
+        """What a finished run came to."""
+        return self.folder / "result.json"
+
+    @property
     def finished(self) -> bool:
         """Whether the run has come to its end; a finished one may be asked to go on for longer."""
-        file = self.folder / "result.json"
-        return file.exists() and self.result()["step"] == self.config.budget.updates
+        return self.result_file.exists() and self.result()["step"] == self.config.budget.updates
 
     def check_length(self, schedule: str | None) -> None:
         """See to it that a run whose length has changed is still the same run.
@@ -167,7 +171,7 @@ class Run:
 
     def result(self) -> dict[str, Any]:
         """What a finished run came to."""
-        return _read(self.folder / "result.json")
+        return _read(self.result_file)
 
     def evaluations(self) -> list[dict[str, Any]]:
         """All evaluations so far, in order."""
@@ -231,6 +235,8 @@ class Run:
         self.program, self.data = program, data
         write_text(self.config_file, yaml.safe_dump(self.told, sort_keys=False))
         self.begun = True
+        if self.result_file.exists() and self.result()["step"] > step:
+            self.result_file.unlink()
         for after, file in self._evaluation_files():
             if after > step:
                 file.unlink()
@@ -314,7 +320,7 @@ class Run:
             result |= self.evaluations()[-1]
         else:
             result |= {"step": step, **self.provenance(), "note": self.task.note, "versions": versions()}
-        write_text(self.folder / "result.json", json.dumps(result, indent=2, allow_nan=False) + "\n")
+        write_text(self.result_file, json.dumps(result, indent=2, allow_nan=False) + "\n")
         return result
 
 

@@ -472,10 +472,9 @@ class _Training:
         began, text, first = time.monotonic(), self.last_scores(), self.step
         with progress(self.console, "training", budget.updates, self.step) as bar:
             with bar.paused():
+                # What a process that was killed still owed, or the policy that it starts from.
                 if self.step or self.config.checkpoint:
-                    self.evaluate(
-                        stopped
-                    )  # what a process that was killed still owed, or where it starts from
+                    self.evaluate(stopped)
             while self.step < budget.updates and not stopped():
                 batch = self.source.batch(agent, self.generators)
                 self.means.add(update(batch, agent.draw(draws)))

@@ -94,7 +94,7 @@ def test_members_of_a_group_are_ordinary_runs(dataset: Path, tmp_path: Path, int
 
 
 def test_a_member_is_resumed_alone_and_a_group_from_the_last_common_step(
-    dataset: Path, tmp_path: Path, interrupt_at: Any
+    dataset: Path, tmp_path: Path, interrupt_at: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     everything_kept = BudgetConfig("test", 40, 4, 20, 10, 2, 3, keep=0)
     interrupt_at(25, ctrl_c)
@@ -103,7 +103,13 @@ def test_a_member_is_resumed_alone_and_a_group_from_the_last_common_step(
     alone = settings(dataset, tmp_path / "seed1", seed=1, resume=True, budget=everything_kept)
     result, _ = run(alone)
     assert result["step"] == 40 and Policy.load(tmp_path / "seed1").config.origin["seed"] == 1
-    # Member 1 is ahead now: both go on from 25.
+    # Member 1 is ahead now: both go on from 25, and what it came to is no longer so.
+    with monkeypatch.context() as patch:
+        patch.setattr(training.Means, "add", lambda *_: die())
+        with pytest.raises(Killed):
+            run_group(tmp_path, dataset, (0, 1), resume=True, budget=everything_kept)
+    assert not (tmp_path / "seed1" / "result.json").exists()
+    assert (tmp_path / "seed1" / "checkpoints" / "last").resolve().name == "step_00000025"
     results = run_group(tmp_path, dataset, (0, 1), resume=True, budget=everything_kept)
     assert [r["step"] for r in results] == [40, 40]
     (tmp_path / "seed0" / "result.json").unlink()
