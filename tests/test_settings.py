@@ -347,7 +347,7 @@ HOSTILE: list[tuple[Prepare, tuple[str, ...], str]] = [
     (data_and_a_file, (*DATA, "run_dir=file/run"), "file/run: "),
     (data_and_a_file, (*DATA, "run_dir=/proc/run"), "/proc/run: "),
     (nothing, ("train", "checkpoint=nowhere"), "nowhere: does not exist"),
-    (nothing, ("train", f"checkpoint={LONG}"), "File name too long"),
+    (nothing, ("train", f"checkpoint={LONG}"), ": does not exist; give a run"),
     (nothing, ("train", "mode=finetune", "checkpoint=hf://no one/nothing"), "no one/nothing"),
     (a_file("file"), ("train", "mode=finetune", "checkpoint=file"), "file: does not exist"),
     # evaluation
@@ -390,7 +390,7 @@ HOSTILE: list[tuple[Prepare, tuple[str, ...], str]] = [
     (nothing, ("evaluate", "checkpoint=run", "out=."), "out=.: expected a file, found a folder"),
     (a_file("file"), ("evaluate", "checkpoint=run", "out=file/x.json"), "out=file/x.json: can't be written"),
     (nothing, ("evaluate", "checkpoint=run", f"out={LONG}"), "can't be written: File name too long"),
-    (nothing, ("evaluate", f"checkpoint={LONG}"), "File name too long"),
+    (nothing, ("evaluate", f"checkpoint={LONG}"), ": does not exist; give a run"),
     (a_file("run/policy/config.json", "{"), ("evaluate", "checkpoint=run"), "no readable policy"),
     # export
     (nothing, ("export", "checkpoint=run", "candidates=0"), "candidates: " + BELOW_1 + "0"),
@@ -648,7 +648,7 @@ def test_what_a_file_says_of_itself_is_text(command: Command, tmp_path: Path) ->
 MODULE = """
 import gymnasium
 from gymnasium.envs.classic_control import PendulumEnv
-gymnasium.register("Mine-v0", lambda **options: PendulumEnv(**options), max_episode_steps=20)
+gymnasium.register("CommandLine-v0", lambda **options: PendulumEnv(**options), max_episode_steps=20)
 """
 
 
@@ -659,20 +659,20 @@ def test_a_module_is_imported_for_the_command_line_alone(
     monkeypatch.syspath_prepend(str(tmp_path))
     little = ("agent.actor.hidden=[16]", "agent.critic_hidden=[16]", "agent.batch_size=8", "compile=false",
               "budget.updates=5", "budget.final_episodes=1", "online.start_steps=9")  # fmt: skip
-    id = "my_environments:Mine-v0"
+    id = "my_environments:CommandLine-v0"
     done = command("train", "mode=online", f"env.id={id}", *little)
-    assert done.code == 0 and "runs/Mine-v0/cpql_online/online/seed0" in done.out, done
-    run = tmp_path / "runs" / "Mine-v0" / "cpql_online" / "online" / "seed0"
+    assert done.code == 0 and "runs/CommandLine-v0/cpql_online/online/seed0" in done.out, done
+    run = tmp_path / "runs" / "CommandLine-v0" / "cpql_online" / "online" / "seed0"
     kept = (run / "config.yaml").read_text() + (run / "result.json").read_text()
-    assert "Mine-v0" in kept and "my_environments" not in kept
+    assert "CommandLine-v0" in kept and "my_environments" not in kept
     assert json.loads((run / "result.json").read_text())["agent"] == "cpql_online"
-    monkeypatch.delitem(gymnasium.registry, "Mine-v0")
+    monkeypatch.delitem(gymnasium.registry, "CommandLine-v0")
     monkeypatch.delitem(sys.modules, "my_environments")
     done = command("evaluate", f"checkpoint={run}", "episodes=1")
-    assert done.is_one_line("no environment 'Mine-v0'", "env_id=MODULE:Mine-v0"), done
+    assert done.is_one_line("no environment 'CommandLine-v0'", "env_id=MODULE:CommandLine-v0"), done
     assert "my_environments" not in sys.modules
     done = command("evaluate", f"checkpoint={run}", "episodes=1", f"env_id={id}")
-    assert done.code == 0 and "Mine-v0" in done.out, done
+    assert done.code == 0 and "CommandLine-v0" in done.out, done
 
 
 # The user's stop, and the world's

@@ -117,7 +117,7 @@ def test_the_command_leaves_nothing_behind(tmp_path: Path) -> None:
         said = process.communicate(timeout=60)
         assert not any(map(alive, workers))
     assert (process.returncode, *said) == (130, "", "interrupted\n")
-    assert list(out.parent.iterdir()) == []
+    assert not out.parent.exists()
 
 
 @pytest.mark.parametrize("way", ["file", "standard input"])
