@@ -263,6 +263,8 @@ class TaskEnvironment(gymnasium.Wrapper[Any, Any, Any, Any]):
         """Name the environment whose call fails: its exceptions are nobody else's."""
         try:
             yield
+        except MemoryError:  # this machine's
+            raise
         except Exception as error:
             reason = " ".join(f"{type(error).__name__}: {error}".split())
             raise ActingError(f"environment '{self.task.id}' failed in {call}: {reason}") from error

@@ -199,7 +199,8 @@ def test_what_goes_wrong_is_said_in_one_line(mine: Any) -> None:
             in_workers(rollout, [(task, None, 3, np.random.SeedSequence(0))], 1)
         assert str(caught.value) == text
 
-    refused(ActingError, "environment 'Mine-v0' failed: ValueError: out of battery", mine(error="value"))
+    text = "environment 'Mine-v0' failed in step: ValueError: out of battery"
+    refused(ActingError, text, mine(error="value"))
     refused(DataError, "collecting mine: out of memory in a worker process", mine(error="memory"))
     discrete = Task("cart", "CartPole-v1", "", None, None)
     with pytest.raises(ConfigError, match="actions are Discrete"):
