@@ -20,8 +20,8 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from cpql.errors import CheckpointError
@@ -63,14 +63,14 @@ def save_checkpoint(
     flush_folder(folder.parent)
     final = folder / _name(step)
     with aside(final) as temporary:
+        policy.save(temporary / "policy")
+        (temporary / "training").mkdir()
+        file = temporary / "training" / "state.safetensors"
         try:
-            policy.save(temporary / "policy")
+            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, file)
         except SafetensorError as error:  # its own word for a full disk
             raise OSError(str(error)) from error
-        (temporary / "training").mkdir()
-        content = safetensors.torch.save({name: tensor.contiguous() for name, tensor in tensors.items()})
-        (temporary / "training" / "state.safetensors").write_bytes(content)
-        whole = {"step": step, "sha256": hashlib.sha256(content).hexdigest(), **state}
+        whole = {"step": step, "sha256": _sha256(file), **state}
         text = json.dumps(whole, indent=2, allow_nan=False)
         (temporary / "training" / "state.json").write_text(text + "\n")
     point_last(folder, step)
@@ -138,12 +138,11 @@ def load_training(folder: Path, step: int) -> tuple[dict[str, Tensor], dict[str,
         state = json.loads((path / "state.json").read_text())
         if state["step"] != step:
             raise ValueError(f"state.json says step {state['step']}, expected {step}")
-        content = (path / "state.safetensors").read_bytes()
-        found = hashlib.sha256(content).hexdigest()
+        found = _sha256(path / "state.safetensors")
         expected = state.get("sha256", found)  # there was none at first
         if found != expected:
             raise ValueError(f"state.safetensors has SHA-256 {found[:12]}..., expected {expected[:12]}...")
-        return safetensors.torch.load(content), state
+        return load_file(path / "state.safetensors"), state
     except Exception as error:
         reason = " ".join(str(error).split())
         raise CheckpointError(f"{path}: no readable training state: {reason}") from error
@@ -163,6 +162,11 @@ def find_training(path: Path) -> tuple[Path, int]:
             f"{path}: a policy alone, without the networks and optimisers of its training"
         ) from None
     return folder.parent, step
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _name(step: int) -> str:

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,9 @@ from typing import Any
 import gymnasium
 import numpy as np
 import pytest
-import safetensors.torch
 import torch
 from rich.console import Console
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from trainings import Killed, die, everything, run, run_group, settings, write_dataset
 
@@ -360,13 +361,12 @@ def test_weights_that_are_not_finite_are_never_saved(
 def test_a_full_disk_ends_in_a_line_and_the_run_goes_on_later(
     dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: dict[str, Any]
 ) -> None:
-    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    for module, name, count in ((os, "replace", 7), (safetensors.torch, "save", 3)):
+    text = os.strerror(errno.ENOSPC)
+    errors = {"replace": OSError(errno.ENOSPC, text), "save_file": SafetensorError(f"I/O error: {text}")}
+    for module, name, count in ((os, "replace", 7), (checkpoint, "save_file", 3)):
         with monkeypatch.context() as patch:
-            at_call(patch, module, name, count, lambda: raises(full))
-            with pytest.raises(
-                CheckpointError, match=r"No space left on device: .* saved up to update \d+ in"
-            ):
+            at_call(patch, module, name, count, partial(raises, errors[name]))
+            with pytest.raises(CheckpointError, match=r"No space left on device.* saved up to update \d+ in"):
                 run(settings(dataset, tmp_path / name))
         assert not list((tmp_path / name).rglob("*.aside"))
         run(settings(dataset, tmp_path / name, resume=True))
