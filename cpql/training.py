@@ -455,9 +455,9 @@ class _Training:
 
     def where(self) -> str:
         """What is saved, and how to go on from it."""
-        if not self.saved:
-            return "nothing was saved yet"
         folders = ", ".join(str(run.folder) for run in self.runs)
+        if not self.saved:
+            return f"nothing was saved yet in {folders}"
         return f"saved up to update {self.saved:,} in {folders}; go on with the same command and resume=true"
 
     def going(self) -> list[tuple[int, Run]]:
