@@ -100,7 +100,7 @@ def go_back(folder: Path, step: int) -> None:
 
 
 def prune(folder: Path, keep: int, spare: Collection[int] = ()) -> None:
-    """Drop the oldest checkpoints.
+    """Drop the oldest checkpoints, but those that somebody has put something into: an evaluation, an export.
 
     Args:
         folder: of all checkpoints of the run.
@@ -108,8 +108,9 @@ def prune(folder: Path, keep: int, spare: Collection[int] = ()) -> None:
         spare: steps of others that stay.
     """
     for step in saved_steps(folder)[:-keep] if keep else ():
-        if step not in spare:
-            _discard(folder / _name(step))
+        old = folder / _name(step)
+        if step not in spare and {path.name for path in old.iterdir()} <= {"policy", "training"}:
+            _discard(old)
 
 
 def _discard(path: Path) -> None:

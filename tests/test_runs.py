@@ -403,6 +403,15 @@ def test_the_best_checkpoint_stays(dataset: Path, tmp_path: Path, odd: Any) -> N
     assert saved_steps(tmp_path / "run" / "checkpoints") == [10, 40]
 
 
+def test_a_checkpoint_that_holds_an_evaluation_of_the_users_stays(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "run" / "checkpoints"
+    at_call(monkeypatch, training.Means, "add", 15, (folder / "step_00000010" / "mine.json").touch)
+    run(settings(dataset, tmp_path / "run", budget=replace(LITTLE, keep=1)))
+    assert saved_steps(folder) == [10, 40]
+
+
 def test_a_failed_start_leaves_nothing_behind(
     dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
