@@ -7,6 +7,7 @@ import os
 import shutil
 import socket
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -131,7 +132,10 @@ def held(file: Path, busy: Callable[[str], None]) -> Iterator[None]:
 
 
 def _holder(file: Path) -> str:
-    try:
-        return " ".join(file.read_text(errors="replace").split()) or "another process"
-    except OSError:
-        return "another process"
+    """Who holds a lock: they write it there as soon as they have it."""
+    for _ in range(20):
+        time.sleep(0.05)
+        with contextlib.suppress(OSError):
+            if text := " ".join(file.read_text(errors="replace").split()):
+                return text
+    return "another process"
