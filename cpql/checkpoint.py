@@ -12,7 +12,6 @@ A checkpoint is on the disk before `last` points to it, and says what its tensor
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import re
 import shutil
@@ -25,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from cpql.errors import CheckpointError
-from cpql.io import aside, aside_of, flush_folder
+from cpql.io import aside, aside_of, flush_folder, sha256_of
 from cpql.policy import Policy, find_policy
 
 __all__ = [
@@ -70,7 +69,7 @@ def save_checkpoint(
             save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, file)
         except SafetensorError as error:  # its own word for a full disk
             raise OSError(str(error)) from error
-        whole = {"step": step, "sha256": _sha256(file), **state}
+        whole = {"step": step, "sha256": sha256_of(file), **state}
         text = json.dumps(whole, indent=2, allow_nan=False)
         (temporary / "training" / "state.json").write_text(text + "\n")
     point_last(folder, step)
@@ -139,7 +138,7 @@ def load_training(folder: Path, step: int) -> tuple[dict[str, Tensor], dict[str,
         state = json.loads((path / "state.json").read_text())
         if state["step"] != step:
             raise ValueError(f"state.json says step {state['step']}, expected {step}")
-        found = _sha256(path / "state.safetensors")
+        found = sha256_of(path / "state.safetensors")
         expected = state.get("sha256", found)  # there was none at first
         if found != expected:
             raise ValueError(f"state.safetensors has SHA-256 {found[:12]}..., expected {expected[:12]}...")
@@ -163,11 +162,6 @@ def find_training(path: Path) -> tuple[Path, int]:
             f"{path}: a policy alone, without the networks and optimisers of its training"
         ) from None
     return folder.parent, step
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _name(step: int) -> str:

@@ -18,7 +18,7 @@ import gymnasium
 import numpy as np
 from numpy.typing import NDArray
 
-from cpql.errors import ActingError, ConfigError, did_you_mean
+from cpql.errors import ActingError, ConfigError, brief, did_you_mean
 from cpql.tasks import Task
 
 __all__ = [
@@ -60,17 +60,12 @@ def import_environment(id: str) -> str:
     try:
         importlib.import_module(module)
     except Exception as error:
-        raise ConfigError(f"environment {id!r}: its module can't be imported: {_reason(error)}") from error
+        raise ConfigError(f"environment {id!r}: its module can't be imported: {brief(error)}") from error
     if bare not in gymnasium.registry:
         raise ConfigError(
             f"environment {id!r}: {module} registers no {bare!r}: {did_you_mean(bare, gymnasium.registry)}"
         )
     return bare
-
-
-def _reason(error: Exception) -> str:
-    """What went wrong, as one line."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
 def make_environment(id: str, /, **options: Any) -> gymnasium.Env[Any, Any]:
@@ -112,7 +107,7 @@ def make_environment(id: str, /, **options: Any) -> gymnasium.Env[Any, Any]:
             f"{_on_the_command_line(f'MODULE:{id}')}"
         ) from error
     except Exception as error:  # whatever an environment raises at options that it can't have
-        raise ConfigError(f"environment {id!r} can't be made: {_reason(error)}") from error
+        raise ConfigError(f"environment {id!r} can't be made: {brief(error)}") from error
 
 
 def _on_the_command_line(id: str) -> str:
@@ -266,8 +261,7 @@ class TaskEnvironment(gymnasium.Wrapper[Any, Any, Any, Any]):
         except MemoryError:  # this machine's
             raise
         except Exception as error:
-            reason = " ".join(f"{type(error).__name__}: {error}".split())
-            raise ActingError(f"environment '{self.task.id}' failed in {call}: {reason}") from error
+            raise ActingError(f"environment '{self.task.id}' failed in {call}: {brief(error)}") from error
 
 
 def make_task_environment(task: Task, **options: Any) -> TaskEnvironment:

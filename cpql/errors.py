@@ -15,6 +15,7 @@ __all__ = [
     "CpqlError",
     "DataError",
     "Interrupted",
+    "brief",
     "did_you_mean",
     "printable",
 ]
@@ -58,6 +59,11 @@ def printable(text: str) -> str:
     Line breaks and tabs stay. Whoever prints it with rich adds `markup=False`.
     """
     return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
+
+
+def brief(error: Exception) -> str:
+    """An error of anybody's in one line: its kind and what it says."""
+    return " ".join(f"{type(error).__name__}: {error}".split())
 
 
 def did_you_mean(name: str, options: Iterable[str]) -> str:

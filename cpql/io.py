@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import shutil
 import socket
@@ -14,7 +15,7 @@ from pathlib import Path
 
 import filelock
 
-__all__ = ["aside", "aside_of", "clear_leftovers", "flush", "flush_folder", "held", "write_text"]
+__all__ = ["aside", "aside_of", "clear_leftovers", "flush", "flush_folder", "held", "sha256_of", "write_text"]
 
 ASIDE = ".aside"
 
@@ -57,6 +58,12 @@ def clear_leftovers(folder: Path) -> None:
     """Remove what processes that were killed have left of `aside` in a folder; no other may be writing."""
     for path in folder.glob(f".*{ASIDE}"):
         shutil.rmtree(path, ignore_errors=True)
+
+
+def sha256_of(path: Path) -> str:
+    """A file's SHA-256, in hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def flush(path: Path) -> None:

@@ -38,6 +38,7 @@ from cpql.hub import (
     read_result,
     upload,
 )
+from cpql.io import sha256_of
 from cpql.ranges import Candidates, NonNegative, Width, Widths
 from cpql.tasks import Task
 
@@ -386,8 +387,7 @@ def _read_weights(path: Path, shapes: Mapping[str, list[int]], sha256: Any) -> d
                 f"found {there or 'nothing'}"
             )
     if sha256 is not None:
-        with path.open("rb") as file:
-            actual = hashlib.file_digest(file, "sha256").hexdigest()
+        actual = sha256_of(path)
         if actual != sha256:
             raise CheckpointError(
                 f"{path}: damaged, or another policy's: expected SHA-256 {str(sha256)[:64]}, by config.json, "

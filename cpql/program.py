@@ -8,7 +8,8 @@ from __future__ import annotations
 import os
 import re
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -32,7 +33,7 @@ class Program:
 
     Attributes:
         update: the program.
-        how: "compiled", "compiled, CUDA graph", or "uncompiled" and why.
+        how: "compiled", "compiled, CUDA graph", "compiled, no CUDA graph" or "uncompiled", and why.
         compiled: whether it is.
     """
 
@@ -62,20 +63,17 @@ def program(
         return Program(agent.update, "uncompiled", False)
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache))
     batch, noise = zeros(agent)
-    before = {name: tensor.clone() for name, tensor in agent.state.items()}
     try:
         _check_cache(Path(os.environ["TORCHINDUCTOR_CACHE_DIR"]))
         compiled: Update = torch.compile(agent.update, fullgraph=True)
-        compiled(batch, noise)
+        with _unchanged(agent):
+            compiled(batch, noise)
     except Exception as error:  # of any of the compiler's many parts
         reason = _reason(error)
         if compile is True:
             raise ConfigError(f"compile=true: {reason}, or compile=auto to go on without") from error
         say(f"warning: not compiled, so updates take about twice as long: {reason}")
         return Program(agent.update, f"uncompiled: {reason}", False)
-    finally:
-        for name, tensor in agent.state.items():
-            tensor.copy_(before[name])
     if not agent.state["step"].is_cuda:
         return Program(compiled, "compiled", True)
     return record(agent, compiled, batch, noise, say)
@@ -85,18 +83,26 @@ def record(
     agent: Agent, compiled: Update, batch: Batch, noise: dict[str, Tensor], say: Callable[[str], None]
 ) -> Program:
     """Record a compiled update as a CUDA graph; where that fails it runs without one, and `say` hears why."""
-    before = {name: tensor.clone() for name, tensor in agent.state.items()}
     replay = Replay(agent, compiled)
     try:
-        replay(batch, noise)
+        with _unchanged(agent):
+            replay(batch, noise)
     except Exception as error:  # of the driver, the libraries or the compiler
         reason = _first_line(error)
         say(f"warning: no CUDA graph, so the compiled update is launched piece by piece: {reason}")
         return Program(compiled, f"compiled, no CUDA graph: {reason}", True)
+    return Program(replay, "compiled, CUDA graph", True)
+
+
+@contextmanager
+def _unchanged(agent: Agent) -> Iterator[None]:
+    """Have an agent after the block as it was before it."""
+    before = {name: tensor.clone() for name, tensor in agent.state.items()}
+    try:
+        yield
     finally:
         for name, tensor in agent.state.items():
             tensor.copy_(before[name])
-    return Program(replay, "compiled, CUDA graph", True)
 
 
 def zeros(agent: Agent) -> tuple[Batch, dict[str, Tensor]]:
@@ -187,16 +193,14 @@ class Replay:
     def _record(self, batch: Batch, noise: dict[str, Tensor]) -> torch.cuda.CUDAGraph:
         self.batch = Batch(*(tensor.clone() for tensor in batch))
         self.noise = {name: tensor.clone() for name, tensor in noise.items()}
-        before = {name: tensor.clone() for name, tensor in self.agent.state.items()}
-        apart = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        apart.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(apart):
-            for _ in range(self.WARM_UP):
-                self.update(self.batch, self.noise)
-        torch.cuda.current_stream().wait_stream(apart)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            self.metrics = self.update(self.batch, self.noise)
-        for name, tensor in self.agent.state.items():
-            tensor.copy_(before[name])
+        with _unchanged(self.agent):
+            apart = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+            apart.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(apart):
+                for _ in range(self.WARM_UP):
+                    self.update(self.batch, self.noise)
+            torch.cuda.current_stream().wait_stream(apart)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                self.metrics = self.update(self.batch, self.noise)
         return graph

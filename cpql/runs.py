@@ -34,7 +34,7 @@ from cpql.checkpoint import (
 )
 from cpql.config import DatasetConfig, OnlineConfig, TrainConfig, build
 from cpql.data.transitions import Provenance
-from cpql.errors import CheckpointError, ConfigError
+from cpql.errors import CheckpointError, ConfigError, brief
 from cpql.evaluation import evaluate, versions
 from cpql.io import clear_leftovers, held, write_text
 from cpql.logging import CSVTable, make_logger
@@ -129,7 +129,7 @@ class Run:
             int(content["budget"]["updates"])
         except (OSError, ValueError, TypeError, KeyError, RecursionError, yaml.YAMLError) as error:
             raise CheckpointError(
-                f"{self.config_file}: damaged ({_brief(error)}): expected what the run was told"
+                f"{self.config_file}: damaged ({brief(error)}): expected what the run was told"
             ) from error
         return dict(content)
 
@@ -337,12 +337,8 @@ def _read(path: Path, *numbers: str) -> dict[str, Any]:
         return dict(content)
     except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
         raise CheckpointError(
-            f"{path}: damaged ({_brief(error)}): expected what a run wrote; remove it to go on"
+            f"{path}: damaged ({brief(error)}): expected what a run wrote; remove it to go on"
         ) from error
-
-
-def _brief(error: Exception) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())
 
 
 def _whole(key: str, settings: Any) -> Any:

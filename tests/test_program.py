@@ -23,6 +23,19 @@ from cpql.program import _reason as program_reason
 SMALL = CPQLConfig(critic_hidden=(16, 16), batch_size=8)
 
 
+class Stream:
+    """A stand-in for CUDA's."""
+
+    def wait_stream(self, other: Any) -> None:
+        """There is nothing to wait for."""
+
+
+@contextlib.contextmanager
+def within(_: Any) -> Iterator[None]:
+    """A stand-in for being within a stream or a recording."""
+    yield
+
+
 def data() -> Transitions:
     random = torch.Generator().manual_seed(0)
     return Transitions.from_dict(
@@ -62,14 +75,6 @@ def test_recording_leaves_no_trace_and_every_call_has_its_own_batch(monkeypatch:
         def replay(self) -> None:
             for name, value in update(replay.batch, replay.noise).items():
                 replay.metrics[name].copy_(value)
-
-    class Stream:
-        def wait_stream(self, other: Any) -> None:
-            pass
-
-    @contextlib.contextmanager
-    def within(_: Any) -> Iterator[None]:
-        yield
 
     for name, stand_in in {
         "CUDAGraph": Graph, "Stream": Stream, "current_stream": Stream, "graph": within, "stream": within
@@ -189,14 +194,6 @@ def test_what_others_can_write_to_is_not_unpickled(tmp_path: Path, monkeypatch: 
 
 def test_where_a_graph_cannot_be_recorded_the_compiled_update_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     """The stand-in fails in the middle of the recording, as a driver too old for it would."""
-
-    class Stream:
-        def wait_stream(self, other: Any) -> None:
-            pass
-
-    @contextlib.contextmanager
-    def within(_: Any) -> Iterator[None]:
-        yield
 
     def fails() -> None:
         raise RuntimeError("CUDA error: operation not permitted when stream is capturing\nmore\nlines")

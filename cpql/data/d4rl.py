@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import glob
-import hashlib
 import json
 import os
 import re
@@ -28,6 +27,7 @@ from numpy.typing import NDArray
 from cpql.data.download import MOST, Progress, fetch, verify_recorded
 from cpql.data.transitions import Provenance, Reading, Transitions
 from cpql.errors import DataError
+from cpql.io import sha256_of
 
 __all__ = [
     "Progress",
@@ -159,7 +159,7 @@ def read(
     with opened(path) as (arrays, said), ThreadPoolExecutor(1) as beside:
         if source == "d4rl" and said is None and (reason := _misfit(path.name, arrays, id, rows)):
             raise DataError(reason)
-        hashing = beside.submit(_sha256, path)
+        hashing = beside.submit(sha256_of, path)
         details: dict[str, Any] = {}
         if said is not None:
             source, id, details = said
@@ -201,11 +201,6 @@ def _misfit(name: str, arrays: Mapping[str, h5py.Dataset], id: str, rows: int | 
             expected = ", ".join("any" if size is None else str(size) for size in (rows, width))
             return f"{name}: '{key}' has shape {list(found)}: expected [{expected}] of D4RL's {id}"
     return ""
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextlib.contextmanager

@@ -11,7 +11,6 @@ import contextlib
 import dataclasses
 import errno
 import functools
-import hashlib
 import http.client
 import io
 import json
@@ -27,9 +26,9 @@ from pathlib import Path
 from typing import Any
 
 from cpql.errors import ConfigError, DataError, printable
-from cpql.io import flush_folder, held
+from cpql.io import flush_folder, held, sha256_of
 
-__all__ = ["Mirror", "Progress", "fetch", "recorded", "verify_recorded"]
+__all__ = ["Mirror", "Progress", "alone", "fetch", "recorded", "verify_recorded"]
 
 Progress = Callable[[str, int, int], None]
 """Called with what is being done, how much of it is done, and how much there is (0 where nobody says)."""
@@ -93,7 +92,7 @@ def fetch(
     # Before the lock: a shared folder may be one that only others can write to.
     if os.path.lexists(path):
         return _present(path, sha256, check)
-    with _alone(path, say):
+    with alone(path, "downloading", say):
         if os.path.lexists(path):
             return _present(path, sha256, check)
         expected = (sha256 or recorded(path) or "").lower()
@@ -588,17 +587,28 @@ def _present(path: Path, sha256: str | None, check: Callable[[Path], object] | N
 
 
 @contextlib.contextmanager
-def _alone(path: Path, say: Callable[[str], None]) -> Iterator[None]:
-    """Be the only process that downloads a file."""
+def alone(path: Path, doing: str, say: Callable[[str], None]) -> Iterator[None]:
+    """Be the only process that makes a file.
+
+    Args:
+        path: the file.
+        doing: how it is made, "downloading", for the line that another process is waited for.
+        say: takes that line.
+
+    Raises:
+        DataError: the file's folder can't be written to.
+    """
 
     def busy(holder: str) -> None:
-        say(f"{path.name}: {holder} is downloading it: waiting until that has ended")
+        say(f"{path.name}: {holder} is {doing} it: waiting until that has ended")
 
     with contextlib.ExitStack() as stack:
         try:
             stack.enter_context(held(path.with_name(f".{path.name}.lock"), busy))
         except OSError as error:
-            raise DataError(f"{path.name}: can't be written in {path.parent} ({_reason(error)})") from error
+            raise DataError(
+                f"{path.name}: can't be written in {path.absolute().parent} ({_reason(error)})"
+            ) from error
         yield
 
 
@@ -608,8 +618,7 @@ def _record(path: Path) -> Path:
 
 def _sha256(path: Path) -> str:
     try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return sha256_of(path)
     except OSError as error:
         raise DataError(
             f"{path.name}: can't be read in {path.absolute().parent} ({_reason(error)})"

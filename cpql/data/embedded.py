@@ -28,14 +28,13 @@ import numpy as np
 import safetensors.numpy
 from numpy.typing import NDArray
 
-from cpql.data import d4rl
+from cpql.data import d4rl, download
 from cpql.data.behaviour import Behaviour, Episodes, play, rollout
 from cpql.data.d4rl import Progress
 from cpql.data.transitions import Transitions
 from cpql.data.workers import in_workers
 from cpql.environments import ROBOTICS, facts, make_environment, make_task_environment
 from cpql.errors import ConfigError, DataError, did_you_mean
-from cpql.io import held
 from cpql.tasks import Task
 
 __all__ = [
@@ -261,15 +260,7 @@ def _alone(path: Path, say: Say) -> Iterator[None]:
     Raises:
         DataError: the file's folder can't be written to.
     """
-
-    def busy(holder: str) -> None:
-        say(f"{path.name}: {holder} is collecting it: waiting until that has ended")
-
-    with contextlib.ExitStack() as stack:
-        try:
-            stack.enter_context(held(path.with_name(f".{path.name}.lock"), busy))
-        except OSError as error:
-            raise DataError(f"{path.name}: can't be written in {path.absolute().parent} ({error})") from error
+    with download.alone(path, "collecting", say):
         d4rl.clear(path)
         yield
 
