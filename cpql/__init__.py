@@ -9,24 +9,24 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from cpql.actor import ActorConfig as ActorConfig
-    from cpql.actor import ConsistencyActor as ConsistencyActor
+    from cpql.actors.consistency import ActorConfig as ActorConfig
+    from cpql.actors.consistency import ConsistencyActor as ConsistencyActor
     from cpql.agents import CPQL as CPQL
     from cpql.agents import ConsistencyAC as ConsistencyAC
-    from cpql.critic import TwinCritic as TwinCritic
-    from cpql.critic import ValueFunction as ValueFunction
+    from cpql.critics import TwinCritic as TwinCritic
+    from cpql.critics import ValueFunction as ValueFunction
     from cpql.data.transitions import Transitions as Transitions
-    from cpql.policy import Policy as Policy
+    from cpql.deploy.policy import Policy as Policy
 
 _WHERE = {
-    "ActorConfig": "cpql.actor",
-    "ConsistencyActor": "cpql.actor",
+    "ActorConfig": "cpql.actors.consistency",
+    "ConsistencyActor": "cpql.actors.consistency",
     "CPQL": "cpql.agents",
     "ConsistencyAC": "cpql.agents",
-    "TwinCritic": "cpql.critic",
-    "ValueFunction": "cpql.critic",
+    "TwinCritic": "cpql.critics",
+    "ValueFunction": "cpql.critics",
     "Transitions": "cpql.data.transitions",
-    "Policy": "cpql.policy",
+    "Policy": "cpql.deploy.policy",
 }
 
 __all__ = [

@@ -13,8 +13,9 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, cast
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, cast
 
 import hydra
 from hydra.core.config_store import ConfigStore
@@ -23,27 +24,16 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from cpql.config import (
-    BudgetConfig,
-    DatasetConfig,
-    EvaluateConfig,
-    ExportConfig,
-    OnlineConfig,
-    TrainConfig,
-    build,
-    config_folder,
-    load_task,
-    task_names,
-    task_patterns,
-    with_own_references,
-)
+from cpql.deploy.hub import PREFIX
 from cpql.errors import CheckpointError, ConfigError, CpqlError, Interrupted, did_you_mean, printable
-from cpql.hub import PREFIX
+from cpql.settings import Candidates, Count, NonNegative, Seed, Threads, build
+from cpql.tasks import config_folder, load_task, task_names, task_patterns, with_own_references
+from cpql.train.config import BudgetConfig, DatasetConfig, OnlineConfig, TrainConfig
 
 if TYPE_CHECKING:
-    from cpql.evaluation import Evaluation
-    from cpql.policy import Policy
+    from cpql.deploy.policy import Policy
     from cpql.tasks import Task
+    from cpql.train.evaluation import Evaluation
 
 __all__ = ["evaluate", "export", "train"]
 
@@ -52,6 +42,65 @@ MISSING = (
 )
 
 GROUPS = ("mode", "env", "agent", "dataset", "budget")
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """One export; `configs/export.yaml` has the defaults.
+
+    Attributes:
+        checkpoint: a run's folder, one of its checkpoints, or a policy's folder.
+        format: see `cpql.deploy.export.export`, as for `noise`.
+        candidates: how many actions compete by their value; 1 is the actor alone; None leaves the policy's
+            own rule.
+        temperature: of that choice, likewise; only for several candidates.
+        noise: where it comes from.
+        out: the file, which mustn't exist; None puts it beside the policy.
+        traceback: show Python's traceback with an error.
+    """
+
+    checkpoint: str
+    format: Literal["onnx", "torch", "numpy"]
+    candidates: Candidates | None
+    temperature: NonNegative | None
+    noise: Literal["input", "inside"]
+    out: str | None
+    traceback: bool
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """One evaluation; `configs/evaluate.yaml` has the defaults.
+
+    Attributes:
+        checkpoint: a run's folder, one of its checkpoints, a policy's folder, or the Hub's.
+        episodes: how many.
+        seed: of the environments and the policy's noise: episode i has seed + i.
+        candidates: how many actions compete by their value; 1 is the actor alone; None leaves the policy's
+            own rule.
+        temperature: of that choice, likewise; only for several candidates that are sampled.
+        deterministic: see `cpql.Policy.predict`.
+        env_id: Gymnasium's id of another environment than the task's, as wide as that; then there is a return
+            and no score.
+        episode_limit: steps after which an episode ends that its environment doesn't end.
+        device: `auto` takes a GPU where there is one.
+        threads: CPU threads of PyTorch; 0 leaves its own choice.
+        out: the JSON file; None puts it beside the policy, named by what isn't the policy's own there.
+        traceback: show Python's traceback with an error.
+    """
+
+    checkpoint: str
+    episodes: Count
+    seed: Seed
+    candidates: Candidates | None
+    temperature: NonNegative | None
+    deterministic: bool
+    env_id: str | None
+    episode_limit: Count
+    device: Literal["auto", "cpu", "cuda"]
+    threads: Threads
+    out: str | None
+    traceback: bool
 
 
 def _plain(value: Any) -> Any:
@@ -308,7 +357,7 @@ def _go_on_from(said: dict[str, Any], told: list[str]) -> None:
     """
     import yaml
 
-    from cpql.checkpoint import find_training
+    from cpql.train.checkpoint import find_training
 
     file = find_training(Path(said["checkpoint"]))[0].parent / "config.yaml"
     try:
@@ -352,9 +401,9 @@ def _leave_out_anothers_options(agent: dict[str, Any], told: list[str]) -> None:
 def _train(content: DictConfig) -> None:
     from hydra.core.hydra_config import HydraConfig
 
-    from cpql.logging import make_console
-    from cpql.runs import group_summary
-    from cpql.training import train_group
+    from cpql.train.logging import make_console
+    from cpql.train.loop import train_group
+    from cpql.train.runs import group_summary
 
     told = [word.lstrip("+").partition("=")[0] for word in HydraConfig.get().overrides.task]
     members = _members(content, told)
@@ -414,11 +463,11 @@ def _check_writable(path: Path) -> None:
 def _evaluate(content: DictConfig) -> None:
     import torch
 
+    from cpql.deploy.policy import Policy, find_policy
     from cpql.device import choose_device
     from cpql.environments import import_environment
-    from cpql.evaluation import evaluate as run
     from cpql.io import write_text
-    from cpql.policy import Policy, find_policy
+    from cpql.train.evaluation import evaluate as run
 
     if OmegaConf.is_missing(content, "checkpoint"):
         raise ConfigError(MISSING)
@@ -498,10 +547,10 @@ def _table(evaluation: Evaluation, origin: dict[str, Any]) -> Table:
 def _export(content: DictConfig) -> None:
     import torch
 
-    from cpql import folded
-    from cpql.export import SUFFIXES
-    from cpql.export import export as run
-    from cpql.policy import Policy, find_policy
+    from cpql.deploy import folded
+    from cpql.deploy.export import SUFFIXES
+    from cpql.deploy.export import export as run
+    from cpql.deploy.policy import Policy, find_policy
 
     if OmegaConf.is_missing(content, "checkpoint"):
         raise ConfigError(MISSING)

@@ -172,7 +172,7 @@ def parser() -> argparse.ArgumentParser:
 
 def list_tasks(options: argparse.Namespace) -> None:
     """List the tasks."""
-    from cpql.config import load_task, task_names
+    from cpql.tasks import load_task, task_names
 
     tasks = {name: task for name in task_names() if (task := load_task(name)).dataset}
     names = [name for name in tasks if fnmatch.fnmatchcase(name, f"*{options.pattern}*")]
@@ -280,8 +280,8 @@ def _collectable(task: Task) -> bool:
 
 def show(options: argparse.Namespace) -> None:
     """Say what a dataset is like."""
-    from cpql.config import task_names
     from cpql.data import files, inspection, minari
+    from cpql.tasks import task_names
 
     task: Task | None
     if options.what in task_names():
@@ -307,7 +307,7 @@ def show(options: argparse.Namespace) -> None:
 
 def _with_data(name: str) -> Task:
     """A task that has a dataset."""
-    from cpql.config import load_task
+    from cpql.tasks import load_task
 
     task = load_task(name)
     if not task.dataset:
@@ -339,8 +339,8 @@ def _on_disk(task: Task, source: str | None) -> tuple[Path, str]:
 
 def _own_path(what: str) -> Path:
     """The path that a word means which is no task's name: a file, a folder, or a local Minari id."""
-    from cpql.config import load_task
     from cpql.data import files, minari
+    from cpql.tasks import load_task
 
     path = Path(what)
     if os.path.lexists(path) or path.suffix.lower() in files.ENDINGS:
@@ -353,9 +353,8 @@ def _own_path(what: str) -> Path:
 
 def _task(name: str) -> Task:
     """The task that --env names, or one made of a Gymnasium id."""
-    from cpql.config import load_task, task_names
     from cpql.environments import import_environment
-    from cpql.tasks import Task
+    from cpql.tasks import Task, load_task, task_names
 
     if name in task_names() or not re.search(r"-v\d+$", name):
         return load_task(name)
@@ -424,8 +423,8 @@ def download(options: argparse.Namespace) -> int:
 
 
 def _fetch(name: str, source: str) -> Path:
-    from cpql.config import load_task, task_names
     from cpql.data import d4rl, minari
+    from cpql.tasks import load_task, task_names
 
     def say(line: str) -> None:
         _print(line, file=sys.stderr)

@@ -5,16 +5,31 @@ The tasks themselves are data: `configs/tasks.yaml` is a table of them by family
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import itertools
 import math
 import re
+import typing
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
-from cpql.errors import ConfigError
+from cpql.errors import ConfigError, did_you_mean
+from cpql.settings import build
 
-__all__ = ["Task", "check_options", "expand", "patterns"]
+__all__ = [
+    "Task",
+    "check_options",
+    "config_folder",
+    "expand",
+    "load_task",
+    "patterns",
+    "task_names",
+    "task_patterns",
+    "with_own_references",
+]
 
 LONGEST_NAME = 200
 
@@ -171,3 +186,69 @@ def patterns(table: Mapping[str, Any]) -> list[str]:
         lists = {axis: "{" + ",".join(family[axis]) + "}" for axis in _axes(family)}
         names.append(family["name"].format(**lists))
     return names
+
+
+def config_folder() -> Path:
+    """Where the YAML files are: in the wheel inside the package, in a clone beside it."""
+    here = Path(__file__).resolve().parent
+    inside = here / "configs"
+    return inside if inside.is_dir() else here.parent / "configs"
+
+
+@functools.cache
+def _table() -> dict[str, Any]:
+    from omegaconf import OmegaConf
+
+    content = OmegaConf.to_container(OmegaConf.load(config_folder() / "tasks.yaml"))
+    return typing.cast(dict[str, Any], content)
+
+
+@functools.cache
+def _tasks() -> dict[str, dict[str, Any]]:
+    return expand(_table())
+
+
+def task_names() -> list[str]:
+    """Names of all tasks, in the table's order."""
+    return list(_tasks())
+
+
+def task_patterns() -> list[str]:
+    """Name all tasks in one line a family, see `cpql.tasks.patterns`."""
+    return patterns(_table())
+
+
+def load_task(name: str) -> Task:
+    """A task by name.
+
+    Raises:
+        ConfigError: there is no such task (names the nearest), or the table's row for it isn't right.
+    """
+    tasks = _tasks()
+    if name not in tasks:
+        raise ConfigError(f"env={name} is no task: {did_you_mean(name, tasks)}")
+    return build(Task, tasks[name], f"tasks.yaml: {name}")
+
+
+def with_own_references(task: Task, own: Task) -> Task:
+    """A task that was made of another one, without that one's references where they don't hold for it.
+
+    References are returns in one environment, made and reset with certain options. Those that a task was
+    given in their place stay.
+
+    Args:
+        task: whose environment or options may have been changed.
+        own: the task that it was made of.
+    """
+    if task.id is None or own.random_return is None:
+        return task
+    if (task.random_return, task.expert_return) != (own.random_return, own.expert_return):
+        return task
+    keys = ("id", "env_options", "reset_options")
+    changed = [f"{key}={getattr(task, key)}" for key in keys if getattr(task, key) != getattr(own, key)]
+    if not changed:
+        return task
+    note = (
+        f"{', '.join(changed)} isn't {own.name}'s own: a return, and no score by {own.benchmark}'s references"
+    )
+    return dataclasses.replace(task, random_return=None, expert_return=None, note=note)

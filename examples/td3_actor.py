@@ -20,9 +20,9 @@ import numpy as np
 import torch
 
 from cpql import ActorConfig, ConsistencyActor, Policy, TwinCritic
-from cpql.evaluation import evaluate, versions
-from cpql.policy import PolicyConfig
+from cpql.deploy.policy import PolicyConfig
 from cpql.tasks import Task
+from cpql.train.evaluation import evaluate, versions
 
 HIDDEN = (128, 128)
 

@@ -197,7 +197,7 @@ def card(options: argparse.Namespace) -> None:
 
 def find_task(name: str) -> Task:
     """Look up a task by its name."""
-    from cpql.config import load_task
+    from cpql.tasks import load_task
 
     return load_task(name)
 

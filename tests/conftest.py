@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from cpql.actor import ActorConfig
+from cpql.actors.consistency import ActorConfig
 from cpql.agents import CPQL, Agent, AgentConfig, ConsistencyAC, ConsistencyACConfig, CPQLConfig, TargetConfig
 from cpql.data.transitions import Transitions
 

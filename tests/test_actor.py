@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from cpql import consistency
-from cpql.actor import ActorConfig, ConsistencyActor, choose
-from cpql.config import build
-from cpql.critic import TwinCritic, ValueFunction
+from cpql.actors.consistency import ActorConfig, ConsistencyActor, choose
+from cpql.critics import TwinCritic, ValueFunction
 from cpql.errors import ConfigError
 from cpql.networks import MLP, Mish, TimeEmbedding
 from cpql.optimisation import Network, adam, clip_gradient, value_and_grad
+from cpql.settings import build
 
 S, A = 4, 2
 

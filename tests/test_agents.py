@@ -13,7 +13,7 @@ import torch
 from conftest import CONFIGS, OPTIONS, small
 from torch import Tensor
 
-from cpql.actor import ConsistencyActor
+from cpql.actors.consistency import ConsistencyActor
 from cpql.agents import CPQL, Agent, ConsistencyAC, ConsistencyACConfig, CPQLConfig, TargetConfig
 from cpql.data.transitions import Batch, Transitions
 from cpql.errors import ConfigError

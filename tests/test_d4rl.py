@@ -14,12 +14,11 @@ import pytest
 import torch
 
 from cpql import data
-from cpql.config import load_task, task_names
 from cpql.data import d4rl, embedded, files
 from cpql.data.transitions import Transitions
 from cpql.environments import facts
 from cpql.errors import ConfigError, DataError
-from cpql.tasks import Task
+from cpql.tasks import Task, load_task, task_names
 
 NAME = "hopper_medium-v2.hdf5"
 TASK = Task("hopper-medium", "Hopper-v4", "hopper-medium-v2", -20.272305, 3234.3)

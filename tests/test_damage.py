@@ -19,10 +19,10 @@ import torch
 from torture import KINDS, Place, drawn_quickly
 from trainings import Killed, everything
 
-from cpql import training
-from cpql.checkpoint import find_training, load_training
+from cpql.deploy.policy import Policy
 from cpql.errors import CheckpointError
-from cpql.policy import Policy
+from cpql.train import loop as training
+from cpql.train.checkpoint import find_training, load_training
 
 Damage = Callable[[Path], object]
 

@@ -25,13 +25,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import cpql.data
-from cpql import config
-from cpql.config import load_task
+from cpql import tasks as config
 from cpql.data import d4rl, files, minari
 from cpql.data.transitions import Transitions
 from cpql.data_cli import main
 from cpql.errors import CpqlError, DataError
-from cpql.tasks import Task
+from cpql.tasks import Task, load_task
 
 ROOT = Path(__file__).parent.parent
 NOWHERE = "http://127.0.0.1:9/"

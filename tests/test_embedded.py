@@ -488,7 +488,7 @@ def test_what_killed_processes_left_is_cleared_but_not_what_lives(calls: list[in
 def test_two_first_runs_at_once_collect_once(tmp_path: Path) -> None:
     program = tmp_path / "program.py"
     program.write_text(
-        "from cpql.config import load_task\n"
+        "from cpql.tasks import load_task\n"
         "from cpql.data import embedded\n"
         "progress = lambda label, done, total: print('collects', done, total)\n"
         "print('ready', flush=True)\n"

@@ -16,7 +16,6 @@ import numpy as np
 import pytest
 
 from cpql import environments
-from cpql.config import load_task
 from cpql.environments import (
     action_bounds,
     import_environment,
@@ -25,7 +24,7 @@ from cpql.environments import (
     widths,
 )
 from cpql.errors import ConfigError
-from cpql.tasks import Task
+from cpql.tasks import Task, load_task
 
 
 def test_the_old_version_is_made_without_its_warning() -> None:
@@ -40,7 +39,7 @@ def test_the_old_version_is_made_without_its_warning() -> None:
 def test_nobody_is_told_what_they_cannot_mend(name: str, tmp_path: Path) -> None:
     """Neither Gymnasium-Robotics' notice nor MuJoCo's on deprecated attributes, nor its log file."""
     make = (
-        "from cpql.config import load_task; from cpql.environments import make_task_environment as make;"
+        "from cpql.tasks import load_task; from cpql.environments import make_task_environment as make;"
         f"make(load_task({name!r})).reset()"
     )
     ran = subprocess.run([sys.executable, "-c", make], cwd=tmp_path, capture_output=True, text=True)

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import torch
 
-from cpql.actor import ActorConfig, ConsistencyActor, choose
-from cpql.config import load_task
-from cpql.critic import TwinCritic
+from cpql.actors.consistency import ActorConfig, ConsistencyActor, choose
+from cpql.critics import TwinCritic
+from cpql.deploy.policy import Policy, PolicyConfig
 from cpql.environments import make_task_environment
-from cpql.evaluation import evaluate
-from cpql.policy import Policy, PolicyConfig
+from cpql.tasks import load_task
+from cpql.train.evaluation import evaluate
 
 CANDIDATES = 6
 

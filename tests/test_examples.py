@@ -16,8 +16,8 @@ import pytest
 import torch
 from gymnasium.utils.env_checker import check_env
 
-from cpql.evaluation import evaluate
-from cpql.policy import Policy
+from cpql.deploy.policy import Policy
+from cpql.train.evaluation import evaluate
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 

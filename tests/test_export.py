@@ -9,10 +9,10 @@ import onnxruntime  # type: ignore[import-untyped]
 import pytest
 import torch
 
-from cpql.actor import ActorConfig, ConsistencyActor, choose
-from cpql.critic import TwinCritic
-from cpql.export import export, fold, fold_critic
-from cpql.policy import Policy, PolicyConfig
+from cpql.actors.consistency import ActorConfig, ConsistencyActor, choose
+from cpql.critics import TwinCritic
+from cpql.deploy.export import export, fold, fold_critic
+from cpql.deploy.policy import Policy, PolicyConfig
 from cpql.tasks import Task
 
 ACTORS = {

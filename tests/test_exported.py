@@ -19,15 +19,16 @@ import yaml
 from scipy.stats import kstest
 from test_cli import run
 
-from cpql import export as exporting
-from cpql import folded
-from cpql.actor import ActorConfig, ConsistencyActor
-from cpql.config import ExportConfig, build, config_folder
-from cpql.critic import TwinCritic
+from cpql.actors.consistency import ActorConfig, ConsistencyActor
+from cpql.cli import ExportConfig
+from cpql.critics import TwinCritic
+from cpql.deploy import export as exporting
+from cpql.deploy import folded
+from cpql.deploy.export import export
+from cpql.deploy.policy import Policy, PolicyConfig
 from cpql.errors import ConfigError, CpqlError
-from cpql.export import export
-from cpql.policy import Policy, PolicyConfig
-from cpql.tasks import Task
+from cpql.settings import build
+from cpql.tasks import Task, config_folder
 
 S, A, C = 5, 2, 6
 LOW, HIGH = np.array([-2.0, 0.0]), np.array([2.0, 10.0])

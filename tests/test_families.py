@@ -19,13 +19,13 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from cpql.config import BudgetConfig, DatasetConfig, TrainConfig, load_task, task_names
 from cpql.data import d4rl, embedded, files
+from cpql.deploy.policy import Policy
 from cpql.environments import make_task_environment
-from cpql.policy import Policy
-from cpql.runs import summary
-from cpql.tasks import Task
-from cpql.training import train
+from cpql.tasks import Task, load_task, task_names
+from cpql.train.config import BudgetConfig, DatasetConfig, TrainConfig
+from cpql.train.loop import train
+from cpql.train.runs import summary
 
 ROOT = Path(__file__).parent.parent
 STEPS = 20

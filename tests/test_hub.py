@@ -20,14 +20,14 @@ import pytest
 import torch
 import yaml
 
-from cpql import hub as hub_module
-from cpql.actor import ActorConfig, ConsistencyActor
-from cpql.critic import TwinCritic
+from cpql.actors.consistency import ActorConfig, ConsistencyActor
+from cpql.critics import TwinCritic
 from cpql.data.transitions import Provenance
+from cpql.deploy import hub as hub_module
+from cpql.deploy.policy import Policy, PolicyConfig
 from cpql.errors import CheckpointError, ConfigError
-from cpql.evaluation import Evaluation
-from cpql.policy import Policy, PolicyConfig
 from cpql.tasks import Task
+from cpql.train.evaluation import Evaluation
 
 TASK = Task("hopper-medium", "Hopper-v4", "hopper-medium-v2", -20.272305, 3234.3)
 DATA = Provenance(
@@ -331,7 +331,7 @@ import json, sys
 import numpy as np
 from cpql import Policy
 from cpql.errors import CpqlError
-from cpql.hub import download
+from cpql.deploy.hub import download
 
 policy = Policy.load("run")
 try:

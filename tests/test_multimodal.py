@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from cpql import consistency
-from cpql.actor import ActorConfig, ConsistencyActor
+from cpql.actors.consistency import ActorConfig, ConsistencyActor
 from cpql.consistency import Function, Levels, ct_discretisation, ct_teacher_decay, lognormal_index, perturb
 
 MODE, SPREAD = 0.8, 0.05

@@ -19,14 +19,15 @@ from rich.console import Console
 from torch import Tensor
 
 from cpql.agents import CPQL, Agent, CPQLConfig
-from cpql.config import BudgetConfig, DatasetConfig, OnlineConfig, TrainConfig, build
 from cpql.data.replay import ReplayBuffer
 from cpql.data.transitions import Transitions
+from cpql.deploy.policy import Policy
 from cpql.errors import CheckpointError, ConfigError
-from cpql.online import Experience, Explorer
-from cpql.policy import Policy
+from cpql.settings import build
 from cpql.tasks import Task
-from cpql.training import train, train_group
+from cpql.train.config import BudgetConfig, DatasetConfig, OnlineConfig, TrainConfig
+from cpql.train.loop import train, train_group
+from cpql.train.online import Experience, Explorer
 
 Maker = Callable[..., Agent]
 CPU = torch.device("cpu")

@@ -24,14 +24,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from trainings import Killed, die, everything, run, run_group, settings, write_dataset
 
-from cpql import checkpoint, runs, training
 from cpql.agents import CPQL
-from cpql.checkpoint import saved_steps
-from cpql.config import BudgetConfig, OnlineConfig, TrainConfig
 from cpql.errors import ActingError, CheckpointError, ConfigError, CpqlError, Interrupted
-from cpql.logging import make_console
-from cpql.runs import claimed, group_summary
 from cpql.tasks import Task
+from cpql.train import checkpoint, runs
+from cpql.train import loop as training
+from cpql.train.checkpoint import saved_steps
+from cpql.train.config import BudgetConfig, OnlineConfig, TrainConfig
+from cpql.train.logging import make_console
+from cpql.train.runs import claimed, group_summary
 
 LITTLE = BudgetConfig("test", 40, 4, 20, 10, 2, 3, keep=2)
 
@@ -144,7 +145,7 @@ def test_a_row_that_a_full_disk_has_cut_off_is_written_anew(
 def test_two_cannot_work_on_one_run(dataset: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     holder = subprocess.Popen(
-        [sys.executable, "-c", "import sys; from pathlib import Path; from cpql.runs import claimed\n"
+        [sys.executable, "-c", "import sys; from pathlib import Path; from cpql.train.runs import claimed\n"
          "with claimed(Path(sys.argv[1])): print('held', flush=True); sys.stdin.read()", str(folder)],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
@@ -476,7 +477,7 @@ def test_training_goes_on_when_nobody_reads_what_it_says(monkeypatch: pytest.Mon
 
 
 def test_each_member_has_a_wandb_run_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from cpql.logging import WandbLogger
+    from cpql.train.logging import WandbLogger
 
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")

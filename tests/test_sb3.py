@@ -19,14 +19,14 @@ from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.vec_env import DummyVecEnv, VecMonitor
 
-from cpql.actor import ActorConfig, ConsistencyActor
+from cpql.actors.consistency import ActorConfig, ConsistencyActor
 from cpql.agents import CPQL, CPQLConfig
-from cpql.critic import TwinCritic
+from cpql.critics import TwinCritic
+from cpql.deploy.policy import Policy, PolicyConfig
 from cpql.errors import ConfigError, DataError
-from cpql.evaluation import evaluate
-from cpql.policy import Policy, PolicyConfig
-from cpql.sb3 import ConsistencyTD3Policy, batch, transitions
+from cpql.interop.sb3 import ConsistencyTD3Policy, batch, transitions
 from cpql.tasks import Task
+from cpql.train.evaluation import evaluate
 
 PENDULUM = Task("pendulum", "Pendulum-v1", "", None, None)
 ACTOR = ActorConfig(t_max=5.0, refinements=(0.8,), hidden=(16, 16))
@@ -262,7 +262,7 @@ def test_what_a_buffer_must_hold() -> None:
 def test_cpql_alone_loads_neither_and_says_what_is_missing() -> None:
     code = """if True:
         import importlib, sys
-        import cpql, cpql.agents, cpql.cli, cpql.data, cpql.export, cpql.policy, cpql.training
+        import cpql, cpql.agents, cpql.cli, cpql.data, cpql.deploy.export, cpql.deploy.policy, cpql.train.loop
         assert cpql.Policy and cpql.ConsistencyActor
         packages = {"stable_baselines3": "sb3", "torchrl": "torchrl"}
         assert not packages.keys() & set(sys.modules)
@@ -275,6 +275,6 @@ def test_cpql_alone_loads_neither_and_says_what_is_missing() -> None:
     """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout.splitlines() == [
-        "cpql.sb3 needs Stable-Baselines3: pip install 'cpql[sb3]'",
-        "cpql.torchrl needs TorchRL: pip install 'cpql[torchrl]'",
+        "cpql.interop.sb3 needs Stable-Baselines3: pip install 'cpql[sb3]'",
+        "cpql.interop.torchrl needs TorchRL: pip install 'cpql[torchrl]'",
     ], done.stderr

@@ -23,21 +23,15 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 
 from cpql import cli, data_cli
-from cpql.actor import ActorConfig, ConsistencyActor
+from cpql.actors.consistency import ActorConfig, ConsistencyActor
 from cpql.agents import AGENTS
-from cpql.config import (
-    EvaluateConfig,
-    ExportConfig,
-    TrainConfig,
-    config_folder,
-    load_task,
-    with_own_references,
-)
-from cpql.critic import TwinCritic
+from cpql.cli import EvaluateConfig, ExportConfig
+from cpql.critics import TwinCritic
 from cpql.data import d4rl
-from cpql.policy import Policy, PolicyConfig
-from cpql.tasks import Task
-from cpql.training import agent_config
+from cpql.deploy.policy import Policy, PolicyConfig
+from cpql.tasks import Task, config_folder, load_task, with_own_references
+from cpql.train.config import TrainConfig
+from cpql.train.loop import agent_config
 
 
 @dataclasses.dataclass
@@ -468,7 +462,7 @@ def test_evaluations_of_policies_in_one_folder_are_told_apart(
     shutil.copytree(saved / "policy", tmp_path / "mine")
     name, _ = evaluated(command("evaluate", "checkpoint=mine", "episodes=1"))
     assert name == "evaluation_1_1000_mine.json" and (tmp_path / name).exists()
-    monkeypatch.setattr("cpql.policy.download", lambda _: saved / "policy")
+    monkeypatch.setattr("cpql.deploy.policy.download", lambda _: saved / "policy")
     for id, mark in (("me/hopper", "me--hopper"), ("me/hopper@v2", "me--hopper@v2")):
         name, _ = evaluated(command("evaluate", f"checkpoint='hf://{id}'", "episodes=1"))
         assert name == f"evaluation_1_1000_{mark}.json" and (tmp_path / name).exists()
@@ -481,7 +475,7 @@ def test_nothing_is_acted_where_the_file_cannot_be_written(
     def refuse(*args: Any, **options: Any) -> None:
         raise AssertionError("an episode was run")
 
-    monkeypatch.setattr("cpql.evaluation.evaluate", refuse)
+    monkeypatch.setattr("cpql.train.evaluation.evaluate", refuse)
     for out in ("nowhere/x.json", "run", "x" * 300):
         done = command("evaluate", f"checkpoint={checkpoint}", f"out={out}")
         assert done.is_one_line(f"out={out}: "), done
@@ -688,8 +682,8 @@ def test_a_stop_ends_in_one_line_wherever_it_comes(
     for where, words in (
         ("cpql.cli._register", ("train",)),
         ("cpql.data.load", ("train",)),
-        ("cpql.evaluation.evaluate", ("evaluate", f"checkpoint={checkpoint}")),
-        ("cpql.export.export", ("export", f"checkpoint={checkpoint}")),
+        ("cpql.train.evaluation.evaluate", ("evaluate", f"checkpoint={checkpoint}")),
+        ("cpql.deploy.export.export", ("export", f"checkpoint={checkpoint}")),
         ("cpql.data.files.read", ("data", "verify", "x.hdf5")),
     ):
         with monkeypatch.context() as patched:

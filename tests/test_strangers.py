@@ -29,13 +29,13 @@ import numpy as np
 import pytest
 import torch
 
-from cpql import folded
-from cpql.actor import ActorConfig, ConsistencyActor
-from cpql.critic import TwinCritic
+from cpql.actors.consistency import ActorConfig, ConsistencyActor
+from cpql.critics import TwinCritic
+from cpql.deploy import folded
+from cpql.deploy.export import fold_policy
+from cpql.deploy.policy import Policy, PolicyConfig
 from cpql.environments import make_task_environment
 from cpql.errors import CheckpointError, ConfigError, CpqlError
-from cpql.export import fold_policy
-from cpql.policy import Policy, PolicyConfig
 from cpql.tasks import Task
 
 S, A = 5, 2

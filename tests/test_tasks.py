@@ -20,11 +20,12 @@ from hypothesis import strategies as st
 from omegaconf import DictConfig, open_dict
 
 from cpql import cli
-from cpql.config import OnlineConfig, TrainConfig, build, config_folder, load_task, task_names, task_patterns
 from cpql.environments import make_environment
 from cpql.errors import ConfigError
-from cpql.tasks import Task, expand, patterns
-from cpql.training import agent_config
+from cpql.settings import build
+from cpql.tasks import Task, config_folder, expand, load_task, patterns, task_names, task_patterns
+from cpql.train.config import OnlineConfig, TrainConfig
+from cpql.train.loop import agent_config
 
 ROOT = Path(__file__).parent.parent
 AGENTS = (

@@ -15,9 +15,9 @@ from torchrl.envs.utils import ExplorationType, set_exploration_type
 from torchrl.modules import ValueOperator
 from torchrl.objectives import DDPGLoss, SoftUpdate
 
-from cpql.actor import ActorConfig, ConsistencyActor
+from cpql.actors.consistency import ActorConfig, ConsistencyActor
 from cpql.consistency import OBJECTIVES
-from cpql.torchrl import ConsistencyLoss, ConsistencyModule
+from cpql.interop.torchrl import ConsistencyLoss, ConsistencyModule
 
 CONFIGS: dict[str, dict[str, Any]] = {name: OPTIONS.get(name, {}) for name in OBJECTIVES}
 

@@ -21,15 +21,17 @@ import yaml
 from rich.console import Console
 from trainings import AGENTS, Killed, die, everything, run, run_group, settings, write_dataset
 
-from cpql import training
-from cpql.checkpoint import load_training, save_checkpoint
-from cpql.config import BudgetConfig, DatasetConfig, build, load_task
 from cpql.data import d4rl
+from cpql.deploy.policy import Policy
 from cpql.errors import CheckpointError, ConfigError, CpqlError, Interrupted
-from cpql.evaluation import evaluate
-from cpql.policy import Policy
-from cpql.runs import Run, summary
-from cpql.training import train_group
+from cpql.settings import build
+from cpql.tasks import load_task
+from cpql.train import loop as training
+from cpql.train.checkpoint import load_training, save_checkpoint
+from cpql.train.config import BudgetConfig, DatasetConfig
+from cpql.train.evaluation import evaluate
+from cpql.train.loop import train_group
+from cpql.train.runs import Run, summary
 
 
 @pytest.fixture(scope="module")

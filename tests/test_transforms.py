@@ -10,10 +10,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cpql.config import DatasetConfig
 from cpql.data import transforms
 from cpql.data.transitions import Transitions
 from cpql.errors import ConfigError, DataError
+from cpql.train.config import DatasetConfig
 
 
 def made(rewards: list[float], terminals: list[int], timeouts: list[int]) -> Transitions:

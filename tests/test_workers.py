@@ -28,7 +28,7 @@ processes = pytest.mark.skipif(not (PROC / "self" / "stat").exists(), reason="re
 # Ten seconds of work and more, told of every half second.
 LONG = """
 import sys
-from cpql.config import load_task
+from cpql.tasks import load_task
 from cpql.data import embedded
 
 def tell(label, done, total):
@@ -125,7 +125,7 @@ def test_a_program_needs_no_guard(way: str, tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setenv("CPQL_CACHE", str(tmp_path / "cache"))
     text = """
 import cpql.data
-from cpql.config import load_task
+from cpql.tasks import load_task
 
 print("begin")
 print(len(cpql.data.load(load_task("hopper-medium"), source="embedded", size=50)[1]))

@@ -38,12 +38,12 @@ import torch
 from matplotlib.figure import Figure
 from rich.console import Console
 
-from cpql.checkpoint import find_training, load_training
-from cpql.config import BudgetConfig, DatasetConfig, OnlineConfig, TrainConfig
+from cpql.deploy.policy import Policy
 from cpql.errors import CheckpointError, CpqlError
-from cpql.policy import Policy
 from cpql.tasks import Task
-from cpql.training import train_group
+from cpql.train.checkpoint import find_training, load_training
+from cpql.train.config import BudgetConfig, DatasetConfig, OnlineConfig, TrainConfig
+from cpql.train.loop import train_group
 
 ROOT = Path(__file__).resolve().parent.parent
 PENDULUM = Task("pendulum", "Pendulum-v1", "", None, None, env_options={"max_episode_steps": 10})

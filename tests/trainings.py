@@ -12,9 +12,10 @@ import numpy as np
 from rich.console import Console
 from safetensors.torch import load_file
 
-from cpql.config import BudgetConfig, DatasetConfig, TrainConfig, load_task
 from cpql.data import d4rl
-from cpql.training import train, train_group
+from cpql.tasks import load_task
+from cpql.train.config import BudgetConfig, DatasetConfig, TrainConfig
+from cpql.train.loop import train, train_group
 
 AGENTS: dict[str, dict[str, Any]] = {
     "cpql": {"name": "cpql"},

@@ -12,14 +12,14 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from cpql.actor import ActorConfig, ConsistencyActor, choose
+from cpql.actors.consistency import ActorConfig, ConsistencyActor, choose
 from cpql.consistency.objectives import SCHEDULED
-from cpql.critic import TwinCritic, ValueFunction
+from cpql.critics import TwinCritic, ValueFunction
 from cpql.data.transitions import Batch
 from cpql.errors import ConfigError
 from cpql.networks import set_product
 from cpql.optimisation import Network, adam, clip_gradient, value_and_grad
-from cpql.ranges import Candidates, Count, Natural, NonNegative, Positive, Widths
+from cpql.settings import Candidates, Count, Natural, NonNegative, Positive, Widths
 
 __all__ = ["BY_MEMBER", "Agent", "AgentConfig", "TargetConfig", "steps_first"]
 

@@ -14,10 +14,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from cpql.actor import ActorConfig
+from cpql.actors.consistency import ActorConfig
 from cpql.agents.agent import Agent, AgentConfig, Metrics, Noise
 from cpql.data.transitions import Batch
-from cpql.ranges import Count
+from cpql.settings import Count
 
 __all__ = ["ConsistencyAC", "ConsistencyACConfig"]
 

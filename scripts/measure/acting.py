@@ -12,10 +12,10 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from cpql.actor import ActorConfig, ConsistencyActor
-from cpql.critic import TwinCritic
-from cpql.export import export, fold
-from cpql.policy import Policy, PolicyConfig
+from cpql.actors.consistency import ActorConfig, ConsistencyActor
+from cpql.critics import TwinCritic
+from cpql.deploy.export import export, fold
+from cpql.deploy.policy import Policy, PolicyConfig
 from cpql.tasks import Task
 from measure.turns import latencies
 

@@ -16,7 +16,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from cpql.config import BudgetConfig
+from cpql.train.config import BudgetConfig
 from measure.speed import arrays
 
 __all__ = ["cost"]
@@ -29,8 +29,8 @@ import csv, json, sys, time
 from io import StringIO
 from pathlib import Path
 from rich.console import Console
-from cpql import training
-from cpql.config import BudgetConfig, DatasetConfig, TrainConfig
+from cpql.train import loop as training
+from cpql.train.config import BudgetConfig, DatasetConfig, TrainConfig
 from cpql.tasks import Task
 
 data, run, updates, every = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])

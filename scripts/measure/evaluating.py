@@ -13,10 +13,10 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from cpql.actor import ActorConfig
+from cpql.actors.consistency import ActorConfig
 from cpql.environments import make_task_environment, widths
-from cpql.evaluation import evaluate
 from cpql.tasks import Task
+from cpql.train.evaluation import evaluate
 from measure.acting import untrained
 
 __all__ = ["evaluating"]

@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cpql.consistency import OBJECTIVES
+from cpql.deploy.policy import Policy
 from cpql.environments import make_task_environment
-from cpql.policy import Policy
 
 __all__ = ["objectives"]
 

@@ -24,7 +24,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from cpql.actor import ActorConfig
+from cpql.actors.consistency import ActorConfig
 from cpql.data.transitions import Transitions
 from measure.acting import untrained
 from measure.speed import ACTION_DIM, STATE_DIM, Cell, arrays, updater

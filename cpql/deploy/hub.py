@@ -18,7 +18,7 @@ import yaml
 from cpql.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
-    from cpql.policy import PolicyConfig
+    from cpql.deploy.policy import PolicyConfig
 
 __all__ = [
     "PREFIX",

@@ -1,6 +1,6 @@
 """A policy outside of its modules: folded into a few products, and written for what isn't cpql.
 
-`cpql.folded` says how, and is all that a policy needs to act without torch.
+`cpql.deploy.folded` says how, and is all that a policy needs to act without torch.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from cpql.deploy.folded import FoldedActor, FoldedCritic, FoldedPolicy, Layer, Step, load
 from cpql.errors import ConfigError, CpqlError
-from cpql.folded import FoldedActor, FoldedCritic, FoldedPolicy, Layer, Step, load
 from cpql.networks import LayerNorm, Linear
 
 if TYPE_CHECKING:
-    from cpql.policy import Policy, PolicyConfig
+    from cpql.deploy.policy import Policy, PolicyConfig
 
 __all__ = ["Exported", "export", "fold", "fold_critic", "fold_policy"]
 
@@ -155,8 +155,8 @@ def export(
     Args:
         policy: what to write.
         path: of the file, which is replaced where it exists; written whole or not at all.
-        format: `onnx`; `torch`, a program for `torch.export.load`; `numpy`, arrays for `cpql.folded.load`,
-            which needs numpy alone.
+        format: `onnx`; `torch`, a program for `torch.export.load`; `numpy`, arrays for
+            `cpql.deploy.folded.load`, which needs numpy alone.
         noise: `inside` draws it in the program, which then has `noise` and `uniform` as further outputs.
 
     Raises:

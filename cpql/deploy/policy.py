@@ -20,14 +20,11 @@ from safetensors.torch import load_file
 from safetensors.torch import save as packed
 from torch import Tensor, nn
 
-from cpql.actor import ActorConfig, ConsistencyActor, choose
-from cpql.config import build
-from cpql.critic import TwinCritic
-from cpql.device import choose_device
-from cpql.errors import CheckpointError, ConfigError
-from cpql.export import fold, fold_critic
-from cpql.folded import LARGEST, FoldedActor, FoldedCritic
-from cpql.hub import (
+from cpql.actors.consistency import ActorConfig, ConsistencyActor, choose
+from cpql.critics import TwinCritic
+from cpql.deploy.export import fold, fold_critic
+from cpql.deploy.folded import LARGEST, FoldedActor, FoldedCritic
+from cpql.deploy.hub import (
     PREFIX,
     card,
     download,
@@ -38,8 +35,10 @@ from cpql.hub import (
     read_result,
     upload,
 )
+from cpql.device import choose_device
+from cpql.errors import CheckpointError, ConfigError
 from cpql.io import sha256_of
-from cpql.ranges import Candidates, NonNegative, Width, Widths
+from cpql.settings import Candidates, NonNegative, Width, Widths, build
 from cpql.tasks import Task
 
 __all__ = ["Policy", "PolicyConfig", "find_policy"]

@@ -18,7 +18,7 @@ from gymnasium import spaces
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cpql.actor import ActorConfig, ConsistencyActor
+from cpql.actors.consistency import ActorConfig, ConsistencyActor
 from cpql.data.transitions import Batch, Transitions
 from cpql.errors import ConfigError, DataError
 
@@ -28,7 +28,7 @@ try:
     from stable_baselines3.common.type_aliases import PyTorchObs, ReplayBufferSamples, Schedule
     from stable_baselines3.td3.policies import Actor, TD3Policy
 except ImportError:
-    raise ConfigError("cpql.sb3 needs Stable-Baselines3: pip install 'cpql[sb3]'") from None
+    raise ConfigError("cpql.interop.sb3 needs Stable-Baselines3: pip install 'cpql[sb3]'") from None
 
 __all__ = ["ConsistencyTD3Policy", "batch", "transitions"]
 

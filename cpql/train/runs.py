@@ -5,7 +5,7 @@ runs/hopper-medium/cpql/full/seed0/
     metrics.csv             losses and values, means over each interval
     timing.csv              seconds and updates a second
     evaluations/            one JSON file each, with its provenance
-    checkpoints/            see `cpql.checkpoint`
+    checkpoints/            see `cpql.train.checkpoint`
     learning_curve.png
     result.json             written when the run is finished; says after how many updates
     .lock                   while a process works on it: which, and on which host
@@ -25,22 +25,23 @@ import yaml
 from torch import Tensor
 
 from cpql.agents import AGENTS, BY_MEMBER
-from cpql.checkpoint import (
+from cpql.data.transitions import Provenance
+from cpql.deploy.policy import Policy
+from cpql.errors import CheckpointError, ConfigError, brief
+from cpql.io import clear_leftovers, held, write_text
+from cpql.settings import build
+from cpql.tasks import Task
+from cpql.train.checkpoint import (
     go_back,
     load_training,
     prune,
     save_checkpoint,
     saved_steps,
 )
-from cpql.config import DatasetConfig, OnlineConfig, TrainConfig, build
-from cpql.data.transitions import Provenance
-from cpql.errors import CheckpointError, ConfigError, brief
-from cpql.evaluation import evaluate, versions
-from cpql.io import clear_leftovers, held, write_text
-from cpql.logging import CSVTable, make_logger
-from cpql.policy import Policy
-from cpql.report import learning_curve
-from cpql.tasks import Task
+from cpql.train.config import DatasetConfig, OnlineConfig, TrainConfig
+from cpql.train.curve import learning_curve
+from cpql.train.evaluation import evaluate, versions
+from cpql.train.logging import CSVTable, make_logger
 
 __all__ = ["Run", "claimed", "group_summary", "summary"]
 
@@ -229,7 +230,7 @@ class Run:
 
         Args:
             step: that it goes on from.
-            program: how updates are computed, `cpql.program.Program.how`.
+            program: how updates are computed, `cpql.train.program.Program.how`.
             data: says what the run has learnt from by now.
         """
         self.program, self.data = program, data

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cpql.actor import ConsistencyActor
+from cpql.actors.consistency import ConsistencyActor
 from cpql.errors import ConfigError
 
 try:
@@ -27,7 +27,7 @@ try:
     from torchrl.envs.utils import ExplorationType, exploration_type
     from torchrl.objectives import LossModule
 except ImportError:
-    raise ConfigError("cpql.torchrl needs TorchRL: pip install 'cpql[torchrl]'") from None
+    raise ConfigError("cpql.interop.torchrl needs TorchRL: pip install 'cpql[torchrl]'") from None
 
 __all__ = ["ConsistencyLoss", "ConsistencyModule"]
 

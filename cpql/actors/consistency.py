@@ -29,10 +29,10 @@ from cpql.consistency import (
     keywords,
     sample,
 )
+from cpql.deploy.folded import MOST_STEPS, pick
 from cpql.errors import ConfigError, did_you_mean
-from cpql.folded import MOST_STEPS, pick
 from cpql.networks import MLP, TimeEmbedding
-from cpql.ranges import Positive, Widths
+from cpql.settings import Positive, Widths
 
 __all__ = ["ActorConfig", "ConsistencyActor", "choose"]
 

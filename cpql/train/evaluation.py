@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from cpql.deploy.policy import Policy
 from cpql.environments import TaskEnvironment, make_task_environment, widths
 from cpql.errors import ConfigError, Interrupted
-from cpql.policy import Policy
 from cpql.tasks import Task
 
 __all__ = ["Evaluation", "evaluate", "versions"]

@@ -13,11 +13,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cpql.agents import Agent
-from cpql.config import OnlineConfig
 from cpql.data.replay import ReplayBuffer
 from cpql.data.transitions import Batch, Provenance, Transitions, split
 from cpql.environments import action_bounds, make_task_environment, widths
 from cpql.tasks import Task
+from cpql.train.config import OnlineConfig
 
 __all__ = ["Experience", "Explorer"]
 

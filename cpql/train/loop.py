@@ -20,12 +20,11 @@ from torch import Tensor
 
 import cpql.data
 from cpql.agents import AGENTS, BY_MEMBER, Agent, AgentConfig
-from cpql.checkpoint import find_training, load_training
-from cpql.config import DatasetConfig, TrainConfig, build
-from cpql.critic import TwinCritic
+from cpql.critics import TwinCritic
 from cpql.data import transforms
 from cpql.data.embedded import cache_folder
 from cpql.data.transitions import Batch, Provenance, Transitions
+from cpql.deploy.policy import Policy, PolicyConfig
 from cpql.device import choose_device
 from cpql.environments import facts
 from cpql.errors import (
@@ -37,13 +36,15 @@ from cpql.errors import (
     did_you_mean,
     printable,
 )
-from cpql.evaluation import versions
-from cpql.logging import progress
-from cpql.online import Experience
-from cpql.policy import Policy, PolicyConfig
-from cpql.program import Update, program
-from cpql.runs import Run, claimed
+from cpql.settings import build
 from cpql.tasks import Task
+from cpql.train.checkpoint import find_training, load_training
+from cpql.train.config import DatasetConfig, TrainConfig
+from cpql.train.evaluation import versions
+from cpql.train.logging import progress
+from cpql.train.online import Experience
+from cpql.train.program import Update, program
+from cpql.train.runs import Run, claimed
 
 __all__ = ["Interrupted", "train", "train_group"]
 
@@ -61,7 +62,7 @@ SHOWN = (
 
 
 class Source(Protocol):
-    """What a training learns from: a dataset, or the members' own experience (`cpql.online.Experience`)."""
+    """What a training learns from: a dataset, or what its members see while acting (`cpql.train.online`)."""
 
     device: torch.device
     normalisation: tuple[Tensor, Tensor] | None

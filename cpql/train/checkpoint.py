@@ -23,9 +23,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from cpql.deploy.policy import Policy, find_policy
 from cpql.errors import CheckpointError
 from cpql.io import aside, aside_of, flush_folder, sha256_of
-from cpql.policy import Policy, find_policy
 
 __all__ = [
     "find_training",

@@ -1,0 +1,1 @@
+"""Actors, one file a kind."""
