@@ -42,7 +42,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "ect": {"t_max": 5.0},
     "cd": {"t_max": 5.0, "objective_options": {"count": 40, "metric": "huber", "weight": "interval"}},
     "scm": {"t_max": 5.0},
-    "meanflow": {"t_max": 20.0, "objective_options": {"share": 0.5, "mean": 0.0, "std": 1.6}},
+    "meanflow": {"t_max": 20.0, "objective_options": {"fraction": 0.5, "mean": 0.0, "std": 1.6}},
     "shortcut": {"t_max": 80.0},
     "distill": {},
 }

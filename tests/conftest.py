@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from cpql.actors.consistency import ActorConfig
+from cpql.actors import ActorConfig
 from cpql.agents import CPQL, Agent, AgentConfig, ConsistencyAC, ConsistencyACConfig, CPQLConfig, TargetConfig
 from cpql.data.transitions import Transitions
 
@@ -57,7 +57,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "ect": {"refinements": (0.8,), "objective_options": {"stages": 3}},
     "cd": {"t_max": 5.0},
     "scm": {"refinements": (0.8,)},
-    "meanflow": {"refinements": (1.0,), "objective_options": {"share": 0.5}},
+    "meanflow": {"refinements": (1.0,), "objective_options": {"fraction": 0.5}},
     "shortcut": {"refinements": (1.0, 0.3), "objective_options": {"grid": 8}, "dropout": 0.2},
     "distill": {"objective_options": {"steps": 3}},
 }
@@ -86,8 +86,8 @@ def make_agent(request: pytest.FixtureRequest) -> Callable[..., Agent]:
     """A maker of small agents, for every algorithm and its named options."""
     kind, config = CONFIGS[request.param]
 
-    def make(seed: int | Sequence[int] = 0, product: torch.dtype | None = None, **changes: Any) -> Agent:
-        return kind(4, 2, small(config, **changes), seed=seed, product=product)
+    def make(seed: int | Sequence[int] = 0, matmul_dtype: torch.dtype | None = None, **changes: Any) -> Agent:
+        return kind(4, 2, small(config, **changes), seed=seed, matmul_dtype=matmul_dtype)
 
     return make
 

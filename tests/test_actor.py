@@ -242,7 +242,7 @@ def test_the_loss_is_the_objectives(objective: str, action_norm: bool) -> None:
 
 @pytest.mark.parametrize("objective", ["meanflow", "shortcut"])
 def test_the_loss_passes_on_more_noise(objective: str) -> None:
-    actor = make_actor(objective=objective, objective_options={"share": 0.6})
+    actor = make_actor(objective=objective, objective_options={"fraction": 0.6})
     state, action = torch.randn(8, S, generator=seeded()), torch.rand(8, A, generator=seeded(1))
     z, u = torch.randn(8, A, generator=seeded(2)), torch.rand(8, generator=seeded(3))
     f, u2, progress = actor.function(state), torch.rand(8, generator=seeded(4)), torch.tensor(0.4)

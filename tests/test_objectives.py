@@ -350,14 +350,14 @@ def test_the_tangent_of_scm_is_the_derivative_of_f() -> None:
     [
         {},
         {"power": 1.0},
-        {"share": 1.0, "power": 0.5, "c": 0.1},
-        {"share": 0.0},
-        {"share": 0.6, "mean": 0.5, "std": 2.0},
+        {"fraction": 1.0, "power": 0.5, "c": 0.1},
+        {"fraction": 0.0},
+        {"fraction": 0.6, "mean": 0.5, "std": 2.0},
     ],
 )
 def test_meanflow_against_a_loop(options: dict[str, Any]) -> None:
     x0, z, u, u2 = inputs()
-    h, share, expected, apart = 1e-30, options.get("share", 0.25), [], 0
+    h, share, expected, apart = 1e-30, options.get("fraction", 0.25), [], 0
     for x_0, noise, c, c2 in rows():
 
         def time(u: float) -> float:
@@ -399,11 +399,11 @@ def test_the_derivative_of_meanflow_is_that_of_differences() -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"share": 1.0}, {"share": 0.0}, {"share": 0.7, "grid": 8}, {"grid": 0}]
+    "options", [{}, {"fraction": 1.0}, {"fraction": 0.0}, {"fraction": 0.7, "grid": 8}, {"grid": 0}]
 )
 def test_shortcut_against_a_loop(options: dict[str, Any]) -> None:
     x0, z, u, u2 = inputs()
-    share, grid, expected, spans = options.get("share", 0.25), options.get("grid", 128), [], set()
+    share, grid, expected, spans = options.get("fraction", 0.25), options.get("grid", 128), [], set()
     for x_0, noise, c, c2 in rows():
         if c2 >= share:
             x = (1 - c) * x_0 + c * noise
@@ -423,7 +423,7 @@ def test_shortcut_against_a_loop(options: dict[str, Any]) -> None:
     f, teacher = function("average"), function("average", other)
     loss, _ = shortcut(f, teacher, x0, z, u, number(0.5), LEVELS, u2=u2, **options)
     check(loss, expected)
-    if options.get("share") == 1.0:
+    if options.get("fraction") == 1.0:
         assert spans == {2.0**-k for k in range(7)}
 
 
