@@ -391,7 +391,12 @@ def _leave_out_anothers_options(agent: dict[str, Any], told: list[str]) -> None:
     from cpql.consistency import OBJECTIVES
 
     actor, options = agent["actor"], "agent.actor.objective_options"
-    if "objective" not in actor or "agent.actor.objective" not in told or options in told or actor["objective"] not in OBJECTIVES:
+    if (
+        "objective" not in actor
+        or "agent.actor.objective" not in told
+        or options in told
+        or actor["objective"] not in OBJECTIVES
+    ):
         return  # an objective that doesn't exist is told later
     known = OBJECTIVES[actor["objective"]].settings
     for option in list(actor["objective_options"]):

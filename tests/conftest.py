@@ -11,7 +11,17 @@ import pytest
 import torch
 
 from cpql.actors import ActorConfig
-from cpql.agents import CPQL, Agent, AgentConfig, ConsistencyAC, ConsistencyACConfig, CPQLConfig, TargetConfig
+from cpql.agents import (
+    CPQL,
+    TD3BC,
+    Agent,
+    AgentConfig,
+    ConsistencyAC,
+    ConsistencyACConfig,
+    CPQLConfig,
+    TargetConfig,
+    TD3BCConfig,
+)
 from cpql.data.transitions import Transitions
 
 torch.set_num_threads(1)
@@ -31,6 +41,7 @@ CONFIGS: dict[str, tuple[type[Agent], AgentConfig]] = {
     "cpql-ict": (CPQL, CPQLConfig(actor=ActorConfig("ict", t_max=5.0, refinements=(0.8,), action_norm=True))),
     "cpiql": (CPQL, CPQLConfig(critic="expectile")),
     "cpiql-online": (CPQL, CPQLConfig(critic="expectile", expectile_q="online")),
+    "td3_bc": (TD3BC, TD3BCConfig()),
     "cpql-online-published": (CPQL, CPQLConfig(alpha=0.05, critic_layer_norm=False, q_loss="min")),
     "consistency_ac": (ConsistencyAC, ConsistencyACConfig()),
     "consistency_ac-online-published": (ConsistencyAC, ConsistencyACConfig(alpha=0.0, actor_lr=1e-5)),

@@ -101,7 +101,7 @@ class ActorConfig:
         if not 0.0 < self.t_min < self.t_max:
             raise ConfigError(f"noise levels need 0 < t_min < t_max, found {self.t_min} and {self.t_max}")
         levels = (self.t_max, *self.refinements, self.t_min)
-        if any(low > high for high, low in itertools.pairwise(levels)):
+        if not all(low <= high for high, low in itertools.pairwise(levels)):
             raise ConfigError(
                 f"refinements must descend within [t_min, t_max] = [{self.t_min}, {self.t_max}], "
                 f"found {tuple(self.refinements)}"

@@ -168,7 +168,7 @@ def make_policy(agent: Agent, config: TrainConfig, data: Source, bounds: Bounds,
         mean,
         std,
     )
-    return Policy(actor, critic, described)
+    return Policy(actor, critic, described)  # type: ignore[arg-type]
 
 
 class Means:
@@ -362,7 +362,9 @@ def _set_up(runs: Sequence[Run], console: Console) -> _Training:
     task, source = load_source(config, seeds, device, console, settings.discount)
     seed: int | list[int] = seeds if len(seeds) > 1 else seeds[0]
     matmul_dtype = torch.bfloat16 if config.precision == "bf16" else None
-    agent = kind(source.state_dim, source.action_dim, settings, seed=seed, device=device, matmul_dtype=matmul_dtype)
+    agent = kind(
+        source.state_dim, source.action_dim, settings, seed=seed, device=device, matmul_dtype=matmul_dtype
+    )
     return _Training(runs, task, agent, source, console)
 
 
