@@ -310,7 +310,7 @@ def test_kind_chooses_among_dataclasses(shape: Any, expected: Any) -> None:
         ({"shape": {"sides": [1]}}, "page: drawing.shape: unknown key 'sides': choose from kind, radius"),
         (
             {"shape": {"kind": "square", "side": [1]}},
-            "page: drawing.shape: unknown key 'side': did you mean sides?",
+            "page: drawing.shape: unknown key 'side': did you mean sides or kind?",
         ),
         (
             {"shape": {"kind": "square", "sides": [1, 0]}},
