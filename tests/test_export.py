@@ -82,7 +82,7 @@ def test_numpy_and_onnx_agree_with_the_module(policy: Policy, tmp_path: Path) ->
     observations, noise = drawn(policy, 10_000)
     target = expected(policy, observations, noise)
     assert np.ptp(target, axis=0).min() > 0.5  # actions differ, or agreeing would be easy
-    actor = policy.folded.actor
+    actor = policy.folded
     np.testing.assert_allclose(actor.scale(actor.sample(observations, noise)), target, atol=2e-5)
     one = actor.scale(actor.sample(observations[3], noise[:, 3]))
     np.testing.assert_allclose(one, target[3], atol=2e-5)
@@ -180,11 +180,11 @@ def test_folded_values_are_those_of_the_critic(layer_norm: bool, activation: Any
         target = critic(states, candidates).numpy()
     spread = float(target.std())
     assert spread > 1.0
-    in_torch = policy.folded.to("cpu").critic
-    for k, folded in enumerate(policy.folded.critic):
+    folded, in_torch = policy.folded, policy.folded.to("cpu")
+    for k in range(2):
         for values in (
-            folded(observations, candidates.numpy()),
-            in_torch[k](torch.from_numpy(observations), candidates, torch).numpy(),
+            folded.value(observations, candidates.numpy(), k),
+            in_torch.value(torch.from_numpy(observations), candidates, k, torch).numpy(),
         ):
             np.testing.assert_allclose(values, target[k], atol=1e-5 * spread, rtol=0.0)
 

@@ -261,7 +261,7 @@ def test_numpy_files_of_older_and_newer_versions(policy: Policy, tmp_path: Path)
     with np.load(path) as archive:
         arrays = dict(archive)
     head = json.loads(str(arrays.pop("head")))
-    assert (head.pop("format"), head.pop("activation"), head.pop("critic_activation")) == (2, "mish", "mish")
+    assert head.pop("format") == 2 and head.pop("activations") == {"actor": "mish", "critic": "mish"}
     np.savez(path, head=np.array(json.dumps({"format": 1, **head})), **arrays)
     given_to = given(policy, 50)
     np.testing.assert_allclose(runner(path)(given_to)["action"], expected(policy, given_to), atol=5e-5)
@@ -278,14 +278,11 @@ def test_a_file_that_acts_otherwise_is_not_written(
     path = tmp_path / "policy.npz"
     export(policy, path, "numpy")
     before, right = path.read_bytes(), policy.folded
-    actor = replace(right.actor, state_bias=right.actor.state_bias + np.float32(0.01))
-    critic = tuple(replace(each, bias=-each.bias) for each in right.critic)
-    for wrong, candidates in (
-        (replace(right, actor=actor), 1),
-        (replace(right, actor=actor), C),
-        (replace(right, critic=critic), C),
-    ):
-        monkeypatch.setitem(policy.__dict__, "folded", wrong)
+    actor = {"actor.state_bias": right.arrays["actor.state_bias"] + np.float32(0.01)}
+    critic = {name: -right.arrays[name] for name in ("critic.0.bias", "critic.1.bias")}
+    for wrong, candidates in ((actor, 1), (actor, C), (critic, C)):
+        folded_wrongly = replace(right, arrays=right.arrays | wrong)
+        monkeypatch.setitem(policy.__dict__, "folded", folded_wrongly)
         policy.candidates = candidates
         with pytest.raises(
             CpqlError, match=r"policy\.npz: not written: its actions differ from PyTorch's by"

@@ -10,7 +10,7 @@ import logging
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -88,8 +88,8 @@ def export(
         raise ConfigError("noise=inside: expected input with format=numpy, whose policy.draw draws it")
     path, inside = Path(path), noise == "inside"
     folded = policy.folded.with_rule(policy.candidates, policy.temperature)
-    folded = replace(folded, description=_describe(policy, folded, inside))
-    states = STATES // folded.candidates
+    folded.head["description"] = _describe(policy, folded, inside)
+    states = STATES // folded.head["candidates"]
     random = np.random.default_rng(0)
     observation = random.standard_normal((states, policy.config.state_dim), np.float32)
     if policy.config.observation_mean:
@@ -117,8 +117,8 @@ def _describe(policy: Policy, folded: FoldedPolicy, inside: bool) -> dict[str, A
         "inputs": {"observation": ["batch", config.state_dim], **({} if inside else noise)},
         "outputs": {"action": ["batch", config.action_dim], **(noise if inside else {})},
         "steps": policy.actor.steps,
-        "candidates": folded.candidates,
-        "temperature": folded.temperature if folded.critic else None,
+        "candidates": folded.head["candidates"],
+        "temperature": folded.head["temperature"] if folded.head["candidates"] > 1 else None,
         "action_low": list(config.action_low),
         "action_high": list(config.action_high),
         "task": config.task.name,
@@ -131,17 +131,21 @@ def _describe(policy: Policy, folded: FoldedPolicy, inside: bool) -> dict[str, A
 def _difference(policy: Policy, folded: FoldedPolicy, arrays: Arrays) -> float:
     """How far actions are from those of the policy's modules for the same observations and noise."""
     given = {name: torch.from_numpy(array).to(policy.device) for name, array in arrays.items()}
-    low, span = (torch.from_numpy(v).to(policy.device) for v in (folded.actor.low, folded.actor.span))
+    low, span = (
+        torch.from_numpy(v).to(policy.device)
+        for v in (folded.arrays["actor.low"], folded.arrays["actor.span"])
+    )
     action = (given["action"] - low) / (0.5 * span) - 1.0
     state = policy.normalise(given["observation"])
-    if not folded.critic:
+    count = folded.head["candidates"]
+    if count == 1:
         return float((action - policy.actor.sample(state, noise=given.get("noise"))).abs().max())
     assert policy.critic is not None
     state = state.unsqueeze(-2)
-    candidates = policy.actor.sample(state.expand(-1, folded.candidates, -1), noise=given["noise"])
+    candidates = policy.actor.sample(state.expand(-1, count, -1), noise=given["noise"])
     value = policy.critic(state, candidates).amin(0)
     if "uniform" in given:
-        value = value / folded.temperature - (-given["uniform"].clamp(1e-20, 1 - 1e-7).log()).log()
+        value = value / folded.head["temperature"] - (-given["uniform"].clamp(1e-20, 1 - 1e-7).log()).log()
     best = value >= value.amax(-1, keepdim=True) - 1e-5 * value.abs().max()
     distance = (action.unsqueeze(-2) - candidates).abs().amax(-1)
     return float(torch.where(best, distance, torch.inf).amin(-1).max())
@@ -163,7 +167,10 @@ class _Program(nn.Module):
 
 
 def _program(folded: FoldedPolicy, inside: bool) -> torch.export.ExportedProgram:
-    shapes = {"observation": (2, len(folded.actor.state_weight)), **({} if inside else folded.shapes(2))}
+    shapes = {
+        "observation": (2, len(folded.arrays["actor.state_weight"])),
+        **({} if inside else folded.shapes(2)),
+    }
     batch = torch.export.Dim("batch")
     with _quiet():
         return torch.export.export(

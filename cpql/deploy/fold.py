@@ -16,10 +16,12 @@ from torch import Tensor
 from cpql.actors import Actor, ConsistencyActor, DeterministicActor
 from cpql.critics import TwinCritic
 from cpql.deploy.config import PolicyConfig
-from cpql.deploy.folded import FoldedActor, FoldedCritic, FoldedPolicy, Layer, Step
+from cpql.deploy.folded import FoldedPolicy
 from cpql.networks import MLP, LayerNorm, Linear
 
 __all__ = ["FOLDS", "fold"]
+
+Arrays = dict[str, Any]
 
 
 @torch.no_grad()
@@ -28,66 +30,69 @@ def fold(actor: Actor, critic: TwinCritic | None, config: PolicyConfig) -> Folde
 
     There is no critic for a deterministic actor, whose candidates would all be the same.
     """
-    critics: tuple[FoldedCritic, ...] = ()
+    arrays, head = FOLDS[config.actor.kind](actor, config)
+    low, high = (np.asarray(bound, np.float32) for bound in (config.action_low, config.action_high))
+    arrays |= {"actor.low": low, "actor.span": high - low}
     if critic is not None and actor.draws:
-        critics = tuple(_critic(critic, k, config) for k in range(2))
-    return FoldedPolicy(FOLDS[config.actor.kind](actor, config), critics)
+        arrays |= _critic(critic, 0, config) | _critic(critic, 1, config)
+    activations = {"actor": head.pop("activation"), "critic": config.critic_activation}
+    rule = {"candidates": 1, "temperature": 0.0, "description": {}}
+    return FoldedPolicy(arrays, {**rule, "activations": activations, **head})
 
 
-def _consistency(actor: ConsistencyActor, config: PolicyConfig) -> FoldedActor:
+def _consistency(actor: ConsistencyActor, config: PolicyConfig) -> tuple[Arrays, dict[str, Any]]:
     p, levels, device = actor.parameterisation, actor.levels, next(actor.parameters()).device
-    (first, bias), layers = _layers(actor.mlp)
+    (first, bias), arrays = _layers(actor.mlp, "actor")
     widths = [actor.action_dim, p.times * actor.config.time_width, actor.state_dim]
     x_part, time_part, state_part = torch.split(first, widths, -1)
+    arrays["actor.state_weight"], arrays["actor.state_bias"] = _first(state_part, bias, config)
     steps = []
     for k, level in enumerate((levels.t_max, *actor.config.refinements)):
         t = torch.tensor(level, dtype=torch.float64)
         embedding = actor.embed(*[p.c_time(t).float().to(device)] * p.times).double().cpu()
+        arrays[f"actor.steps.{k}.weight"] = _array((p.c_in(t) * x_part).T)
+        arrays[f"actor.steps.{k}.bias"] = _array(time_part @ embedding)
         spread = level if k == 0 else math.sqrt(level**2 - levels.t_min**2)
-        weight, offset = (p.c_in(t) * x_part).T, time_part @ embedding
-        steps.append(Step(spread, float(p.c_skip(t)), float(p.c_out(t)), _array(weight), _array(offset)))
-    return FoldedActor(
-        *_first(state_part, bias, config),
-        layers,
-        *_bounds(config),
-        tuple(steps),
-        inside=actor.config.clamp == "inside",
-        tanh=actor.config.action_norm,
-    )
+        steps.append([spread, float(p.c_skip(t)), float(p.c_out(t))])
+    inside, tanh = actor.config.clamp == "inside", actor.config.action_norm
+    return arrays, {"steps": steps, "inside": inside, "tanh": tanh, "activation": "mish"}
 
 
-def _deterministic(actor: DeterministicActor, config: PolicyConfig) -> FoldedActor:
-    first, layers = _layers(actor.mlp)
-    return FoldedActor(*_first(*first, config), layers, *_bounds(config), activation=actor.config.activation)
+def _deterministic(actor: DeterministicActor, config: PolicyConfig) -> tuple[Arrays, dict[str, Any]]:
+    first, arrays = _layers(actor.mlp, "actor")
+    arrays["actor.state_weight"], arrays["actor.state_bias"] = _first(*first, config)
+    return arrays, {"steps": [], "inside": False, "tanh": False, "activation": actor.config.activation}
 
 
-FOLDS: Mapping[str, Callable[[Any, PolicyConfig], FoldedActor]] = {
+FOLDS: Mapping[str, Callable[[Any, PolicyConfig], tuple[Arrays, dict[str, Any]]]] = {
     "consistency": _consistency,
     "deterministic": _deterministic,
 }
+"""By kind of actor: its arrays and what its `head` has, see `FoldedPolicy`."""
 
 
-def _critic(critic: TwinCritic, k: int, config: PolicyConfig) -> FoldedCritic:
-    """One of the twin critics."""
-    (first, bias), layers = _layers(critic.q, k)
+def _critic(critic: TwinCritic, k: int, config: PolicyConfig) -> Arrays:
+    (first, bias), arrays = _layers(critic.q, f"critic.{k}", k)
     state_part, action_part = torch.split(first, [config.state_dim, config.action_dim], -1)
-    weight, bias = _first(state_part, bias, config)
-    return FoldedCritic(weight, _array(action_part.T), bias, layers, config.critic_activation)
+    arrays[f"critic.{k}.action_weight"] = _array(action_part.T)
+    arrays[f"critic.{k}.state_weight"], arrays[f"critic.{k}.bias"] = _first(state_part, bias, config)
+    return arrays
 
 
-def _layers(mlp: MLP, *member: int) -> tuple[tuple[Tensor, Tensor], tuple[Layer, ...]]:
-    """The first layer's weight [out, in] and bias of an MLP's member, in float64, and the folded others."""
+def _layers(mlp: MLP, name: str, *member: int) -> tuple[tuple[Tensor, Tensor], Arrays]:
+    """The first layer's weight [out, in] and bias of an MLP's member, in float64; the later ones' arrays."""
     first, *others = mlp.layers
-    layers: list[Layer] = []
-    norm: tuple[Any, ...] = ()
+    assert isinstance(first, Linear)
+    arrays, k = {}, 0
     for module in others:
         if isinstance(module, LayerNorm):
-            norm = (_array(module.weight[member]), _array(module.bias[member]))
+            arrays[f"{name}.layers.{k}.norm_weight"] = _array(module.weight[member])
+            arrays[f"{name}.layers.{k}.norm_bias"] = _array(module.bias[member])
         elif isinstance(module, Linear):
-            layers.append(Layer(_array(module.weight[member].T), _array(module.bias[member]), *norm))
-            norm = ()
-    assert isinstance(first, Linear)
-    return (first.weight[member].double().cpu(), first.bias[member].double().cpu()), tuple(layers)
+            arrays[f"{name}.layers.{k}.weight"] = _array(module.weight[member].T)
+            arrays[f"{name}.layers.{k}.bias"] = _array(module.bias[member])
+            k += 1
+    return (first.weight[member].double().cpu(), first.bias[member].double().cpu()), arrays
 
 
 def _first(weight: Tensor, bias: Tensor, config: PolicyConfig) -> tuple[Any, Any]:
@@ -97,11 +102,6 @@ def _first(weight: Tensor, bias: Tensor, config: PolicyConfig) -> tuple[Any, Any
         weight = weight / std
         bias = bias - weight @ mean
     return _array(weight.T), _array(bias)
-
-
-def _bounds(config: PolicyConfig) -> tuple[Any, Any]:
-    low, high = (np.asarray(bound, np.float32) for bound in (config.action_low, config.action_high))
-    return low, high - low
 
 
 def _array(tensor: Tensor) -> Any:

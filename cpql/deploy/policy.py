@@ -136,14 +136,14 @@ class Policy:
         alone = self.candidates == 1 or not self.actor.draws
         action: NDArray[np.float32]
         if alone and array.ndim == 1 and self.device.type == "cpu":
-            action = self.folded.actor.sample(array, self._noise(deterministic).numpy())
-            return self.folded.actor.scale(action), None
+            action = self.folded.sample(array, self._noise(deterministic).numpy())
+            return self.folded.scale(action), None
         with torch.inference_mode():
             observations = torch.from_numpy(np.atleast_2d(array)).to(self.device)
             if alone:
                 noise = self._noise(deterministic, len(observations))
                 actions = self.actor.sample(self.normalise(observations), noise=noise)
-                action = self.folded.actor.scale(actions.cpu().numpy())
+                action = self.folded.scale(actions.cpu().numpy())
             else:
                 action = self._best(observations, deterministic).cpu().numpy()
         return (action if array.ndim == 2 else action[0]), None
