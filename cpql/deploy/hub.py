@@ -9,7 +9,6 @@ import json
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import ModuleType
 from typing import Any, TypeVar
 
 import yaml
@@ -32,8 +31,6 @@ __all__ = [
 PREFIX = "hf://"
 MOST_JSON_BYTES = 4 << 20
 FILES = ("config.json", "model.safetensors", "result.json")
-
-MALFORMED = (KeyError, TypeError, ValueError, AttributeError)  # raised by JSON of another form
 
 T = TypeVar("T")
 
@@ -89,17 +86,17 @@ def find_result(
     Raises:
         CheckpointError: the given file can't be read, or belongs to another policy.
     """
-    places = [Path(given)] if given is not None else []
+    near: list[Path] = []
     if given is None and folder is not None:
         folder = folder.resolve()
-        near = (folder, *folder.parents[2:3])  # run/checkpoints/step_00005000/policy
-        places = [place / "result.json" for place in near if (place / "result.json").is_file()]
-    for path in places:
+        near = [folder, *folder.parents[2:3]]  # run/checkpoints/step_00005000/policy
+    expected = _identity(origin)
+    for path in [place / "result.json" for place in near] if given is None else [Path(given)]:
+        if given is None and not path.is_file():
+            continue
         result = read_object(path, "result")
-        policy = result.get("policy")
-        if not isinstance(policy, Mapping):  # a run's own
-            policy = {**result, "seed": result.get("training_seed")}
-        found, expected = _identity(policy), _identity(origin)
+        own = result.get("policy")  # of scripts/evaluate.py
+        found = _identity(own if isinstance(own, dict) else result | {"seed": result.get("training_seed")})
         if found == expected:
             return result
         if given is not None:
@@ -168,33 +165,21 @@ def card(config: PolicyConfig, steps: int, result: Mapping[str, Any] | None, nam
         "pipeline_tag": "reinforcement-learning",
         "tags": [*tags, *([task.id] if task.id else [])],
     }
-    evaluation, files = "Not evaluated: there is no result of this very checkpoint.", ""
-    if result is not None and result.get("return_mean") is not None:
-        try:
-            rows, results = _evaluation(result)
-        except MALFORMED as error:  # an old cpql's, or no result at all
-            raise CheckpointError(
-                f"the result has no {one_line(error)}: give one of scripts/evaluate.py by result=..."
-            ) from error
-        head["model-index"] = [{"name": f"{agent}-{task.name}", "results": [results]}]
-        evaluation, files = _table(rows), "`result.json` has the return of every episode.\n"
+    evaluation, files, what = "Not evaluated: there is no result of this very checkpoint.", "", "origin"
     try:
         provenance = _table(_provenance(config, steps))
-    except MALFORMED as error:
-        raise CheckpointError(f"the policy's origin is damaged: {one_line(error)}") from error
+        if result is not None and result.get("return_mean") is not None:
+            what = "result"
+            rows, entry = _evaluation(result)
+            head["model-index"] = [{"name": f"{agent}-{task.name}", "results": [entry]}]
+            evaluation, files = _table(rows), "`result.json` has the return of every episode.\n"
+    except (KeyError, TypeError, ValueError, AttributeError) as error:  # JSON of another form
+        raise CheckpointError(
+            f"the policy's {what} is damaged, or of another version of cpql: {one_line(error)}"
+        ) from error
     front = yaml.safe_dump(head, sort_keys=False, allow_unicode=True)
-    return (
-        CARD.format(
-            front=front,
-            agent=agent,
-            task=task.name,
-            kind=kind,
-            name=name,
-            evaluation=evaluation,
-            provenance=provenance,
-        )
-        + files
-    )
+    names = {"front": front, "agent": agent, "task": task.name, "kind": kind, "name": name}
+    return CARD.format(**names, evaluation=evaluation, provenance=provenance) + files
 
 
 def _evaluation(result: Mapping[str, Any]) -> tuple[dict[str, str], dict[str, Any]]:
@@ -241,7 +226,7 @@ def _provenance(config: PolicyConfig, steps: int) -> dict[str, str]:
         "acts by": f"{rule}, {steps} step{'s' if steps > 1 else ''}",
         "gradient steps": f"{origin['step']:,}" if "step" in origin else "unknown",
         "training seed": str(origin.get("seed", "unknown")),
-        "trained with": _versions(origin["versions"]) if "versions" in origin else "unknown",
+        "trained with": _versions(origin.get("versions", {})) or "unknown",
         "data": "unknown",
     }
     if data := origin.get("data"):
@@ -279,10 +264,9 @@ def download(name: str) -> Path:
     id, _, revision = name.removeprefix(PREFIX).partition("@")
     if not looks_like_an_id(id) or (revision and not re.fullmatch(r"(?!.*\.\.)\w[\w./-]*", revision)):
         raise CheckpointError(f"{name}: expected {PREFIX}owner/name or {PREFIX}owner/name@revision")
-    hub = _client()
+    patterns = list(FILES)
     return _ask(
-        name,
-        lambda: Path(hub.snapshot_download(id, revision=revision or None, allow_patterns=list(FILES))),
+        name, lambda hub: Path(hub.snapshot_download(id, revision=revision or None, allow_patterns=patterns))
     )
 
 
@@ -296,9 +280,8 @@ def upload(folder: Path, id: str, *, private: bool | None, token: str | None, me
         ConfigError: huggingface_hub isn't installed.
         CheckpointError: the Hub can't be reached or refuses.
     """
-    hub = _client()
 
-    def act() -> str:
+    def act(hub: Any) -> str:
         api = hub.HfApi(token=token)
         url = api.create_repo(id, private=private, exist_ok=True)
         api.upload_folder(repo_id=url.repo_id, folder_path=folder, commit_message=message)
@@ -307,17 +290,13 @@ def upload(folder: Path, id: str, *, private: bool | None, token: str | None, me
     return _ask(PREFIX + id, act)
 
 
-def _client() -> ModuleType:
+def _ask(name: str, act: Callable[[Any], T]) -> T:
+    """Call the Hub's client, which raises many kinds of errors."""
     try:
         import huggingface_hub
     except ImportError:
         raise ConfigError("the Hugging Face Hub needs a package: pip install 'cpql[hub]'") from None
-    return huggingface_hub
-
-
-def _ask(name: str, act: Callable[[], T]) -> T:
-    """Ask the Hub, whose client raises many kinds of errors."""
     try:
-        return act()
+        return act(huggingface_hub)
     except Exception as error:
-        raise CheckpointError(f"{name}: {' '.join(str(error).split())}") from error
+        raise CheckpointError(f"{name}: {one_line(error)}") from error
