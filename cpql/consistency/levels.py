@@ -33,7 +33,7 @@ class Levels:
     Attributes:
         t_min: smallest level, greater than 0.
         t_max: largest level; 80 is the papers' habit from images, a few units fit actions better.
-        rho: how much the levels crowd towards t_min.
+        rho: the larger, the more levels are near t_min.
     """
 
     t_min: float = 0.002

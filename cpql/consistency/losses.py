@@ -120,7 +120,7 @@ def ct(
         s0, s1: where it starts and ends.
         noise: how n is drawn: `uniform_index` or `lognormal_index`.
         mean, std: of ln t, for `lognormal`.
-        target: whose the target is: the EMA `teacher`'s, or f's own (`self`).
+        target: which function gives the target: the EMA `teacher`, or f itself (`self`).
         metric, c: d, see `distance`.
         weight: w is 1 (`none`), or 1 / (t_{n+1} - t_n) (`interval`), as Consistency-AC's code always has it.
         scale: factor of the loss; Consistency-AC's is 100.
@@ -132,8 +132,8 @@ def ct(
         index = lognormal_index(u, count, levels, mean, std)
     low, high = levels.level(index, count), levels.level(index + 1, count)
     with torch.no_grad():
-        goal = (teacher if target == "ema" else f)(perturb(x0, low, z, tanh=tanh), low)
-    error = f(perturb(x0, high, z, tanh=tanh), high) - goal.detach()
+        x_target = (teacher if target == "ema" else f)(perturb(x0, low, z, tanh=tanh), low)
+    error = f(perturb(x0, high, z, tanh=tanh), high) - x_target.detach()
     loss = scale * distance(error, metric, c)
     return loss / (high - low) if weight == "interval" else loss, {"levels": count}
 
@@ -193,9 +193,9 @@ def ect(
     r = t * easy_ratio(t, progress, stages, q, k, b)
     low = r.clamp(min=levels.t_min)  # below it f isn't defined, and what it would give is all but the data
     with torch.no_grad():
-        goal = f(perturb(x0, low, z, tanh=tanh), low)
-    goal = torch.where((r > 0).unsqueeze(-1), goal.detach(), x0)
-    loss = scale * distance(f(perturb(x0, t, z, tanh=tanh), t) - goal, metric, c)
+        x_target = f(perturb(x0, low, z, tanh=tanh), low)
+    x_target = torch.where((r > 0).unsqueeze(-1), x_target.detach(), x0)
+    loss = scale * distance(f(perturb(x0, t, z, tanh=tanh), t) - x_target, metric, c)
     return loss / (t - r) if weight == "interval" else loss, {}
 
 
@@ -228,7 +228,7 @@ def cd(
         guide: the denoiser D(x, t).
         solver: `heun`, which the paper prefers, asks the denoiser twice, `euler` once.
         count: the fixed number of levels.
-        target: whose the target is: the EMA `teacher`'s, or f's own (`self`).
+        target: which function gives the target: the EMA `teacher`, or f itself (`self`).
         metric, c: d, see `distance`.
         weight: w is 1 (`none`), or 1 / (t_{n+1} - t_n) (`interval`).
         scale: factor of the loss.
@@ -243,8 +243,8 @@ def cd(
         if solver == "heun":
             slope = 0.5 * (slope + (below - guide(below, low)) / low.unsqueeze(-1))
             below = x + step * slope
-        goal = (teacher if target == "ema" else f)(below, low)
-    loss = scale * distance(f(x, high) - goal.detach(), metric, c)
+        x_target = (teacher if target == "ema" else f)(below, low)
+    loss = scale * distance(f(x, high) - x_target.detach(), metric, c)
     return loss / (high - low) if weight == "interval" else loss, {}
 
 
