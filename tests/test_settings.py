@@ -29,7 +29,7 @@ from cpql.cli import EvaluateConfig, ExportConfig
 from cpql.critics import TwinCritic
 from cpql.data import d4rl
 from cpql.deploy.policy import Policy, PolicyConfig
-from cpql.errors import ConfigError
+from cpql.errors import ConfigError, errors_in_one_line
 from cpql.settings import Positive, build
 from cpql.tasks import Task, config_folder, load_task, with_own_references
 from cpql.train.config import TrainConfig
@@ -220,13 +220,9 @@ def test_out_of_range(
     content = contents["online" if key.startswith("online") else "offline"].copy()
     OmegaConf.update(content, key, value, force_add=True)
 
-    @cli._task
-    def load(content: DictConfig) -> None:
+    with pytest.raises(SystemExit) as end, errors_in_one_line():
         for config, _ in cli._members(content, [key]):
             agent_config(config)
-
-    with pytest.raises(SystemExit) as end:
-        load(content)
     done = Done(int(str(end.value)), *capsys.readouterr())
     assert done.is_one_line(message, key.rpartition(".")[2].removesuffix("seeds")), done
 
@@ -593,10 +589,10 @@ def test_training_elsewhere_has_no_score(words: list[str], scored: bool) -> None
     cli._register()
     with initialize_config_dir(str(config_folder()), version_base="1.3"):
         content = compose("train", ["env=hopper-medium", "configuration=cpql", *words])
-    ((config, said),) = cli._members(content, [])
+    ((config, resolved),) = cli._members(content, [])
     assert (config.env.score(0.0) is not None) == scored
     assert bool(config.env.note) != scored
-    assert said["env"]["expert_return"] == 3234.3  # what was said stays what was said
+    assert resolved["env"]["expert_return"] == 3234.3  # as it was given
 
 
 def test_evaluating_elsewhere_has_no_score(command: Command, checkpoint: str) -> None:
@@ -635,8 +631,8 @@ def test_the_name_of_an_agent_comes_from_the_run_that_it_comes_from(
     content.checkpoint = str(before)
     for said, name in (({"configuration": "recommended"}, "recommended"), ({}, "")):
         (before / "config.yaml").write_text(yaml.safe_dump(parts | said))
-        ((config, told),) = cli._members(content, [])
-        assert config.configuration == told["configuration"] == name
+        ((config, resolved),) = cli._members(content, [])
+        assert config.configuration == resolved["configuration"] == name
         assert config.env.name == "hopper-medium"
 
 

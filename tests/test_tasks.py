@@ -8,7 +8,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -321,7 +321,7 @@ def composed() -> Composed:
     def make(env: str, agent: str) -> TrainConfig:
         content = contents[agent].copy()
         with open_dict(content):
-            content.env = cli._plain(load_task(env))
+            content.env = asdict(load_task(env))
         return built(content)
 
     return make
