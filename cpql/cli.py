@@ -235,10 +235,12 @@ def _members(content: DictConfig, overrides: list[str]) -> list[tuple[TrainConfi
     Returns:
         The configuration of each, and the same as plain values.
     """
-    from cpql.agents import BY_MEMBER
+    from cpql.agents import AGENTS
     from cpql.environments import import_environment
 
-    lists = {f"agent.{name}": OmegaConf.select(content, f"agent.{name}") for name in BY_MEMBER}
+    kind = AGENTS.get(content.agent.name)
+    names = kind.by_member if kind else ()
+    lists = {f"agent.{name}": OmegaConf.select(content, f"agent.{name}") for name in names}
     lists = {key: list(value) for key, value in lists.items() if OmegaConf.is_list(value)}
     if content.seeds is not None:
         if not OmegaConf.is_list(content.seeds):
@@ -321,7 +323,7 @@ def _drop_inapplicable(agent: Plain, overrides: list[str]) -> None:
     of the agent's own one, such as Consistency-AC's weight.
     """
     from cpql.agents import AGENTS
-    from cpql.consistency import OBJECTIVES, keywords
+    from cpql.consistency import OBJECTIVES
 
     def drop(settings: Plain, where: str, keys: Iterable[str]) -> None:
         for key in keys:
@@ -330,19 +332,13 @@ def _drop_inapplicable(agent: Plain, overrides: list[str]) -> None:
 
     if agent.get("name") in AGENTS:
         presets = (cast(DictConfig, OmegaConf.load(file)) for file in (config_folder() / "preset").iterdir())
-        drop(
-            agent,
-            "agent",
-            {str(key) for preset in presets for key in preset}
-            - set(AGENTS[agent["name"]].config_class.__dataclass_fields__),
-        )
+        fields = AGENTS[agent["name"]].config_class.__dataclass_fields__.keys()
+        drop(agent, "agent", {str(key) for preset in presets for key in preset} - fields)
     actor, options = agent["actor"], "agent.actor.objective_options"
-    if "agent.actor.objective" in overrides and options not in overrides and actor["objective"] in OBJECTIVES:
-        drop(
-            actor["objective_options"],
-            options,
-            actor["objective_options"].keys() - keywords(OBJECTIVES[actor["objective"]]),
-        )
+    if "agent.actor.objective" in overrides and options not in overrides:
+        objective = OBJECTIVES.get(actor["objective"])
+        if objective:  # else it is refused later
+            drop(actor["objective_options"], options, actor["objective_options"].keys() - objective.settings)
 
 
 # Evaluating and exporting.

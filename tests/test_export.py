@@ -9,7 +9,7 @@ import onnxruntime  # type: ignore[import-untyped]
 import pytest
 import torch
 
-from cpql.actors.consistency import ActorConfig, ConsistencyActor, choose
+from cpql.actors import ActorConfig, ConsistencyActor, choose
 from cpql.critics import TwinCritic
 from cpql.deploy.export import export, fold, fold_critic
 from cpql.deploy.policy import Policy, PolicyConfig
@@ -42,7 +42,7 @@ def policy(request: pytest.FixtureRequest) -> Policy:
         critic_layer_norm=False,
         candidates=1,
         temperature=1.0,
-        task=Task("made", None, "", None, None),
+        task=Task("made", None),
         observation_mean=(1.0, 0.0, -3.0, 0.5, 0.0),
         observation_std=(2.0, 1.0, 0.1, 1.0, 5.0),
     )
@@ -115,7 +115,7 @@ def test_ranked_candidates_are_those_of_the_modules(policy: Policy, layer_norm: 
             def sample(state: torch.Tensor) -> torch.Tensor:
                 noise = torch.randn((policy.actor.steps, rows, 20, 2), generator=generator)  # noqa: B023
                 action: torch.Tensor = policy.actor.sample(
-                    state, noise=noise.expand(policy.actor.noise_shape(state))
+                    state, noise=noise.expand(policy.actor.noise_shape(*state.shape[:-1]))
                 )
                 return action
 

@@ -28,7 +28,7 @@ from cpql.interop.sb3 import ConsistencyTD3Policy, batch, transitions
 from cpql.tasks import Task
 from cpql.train.evaluation import evaluate
 
-PENDULUM = Task("pendulum", "Pendulum-v1", "", None, None)
+PENDULUM = Task("pendulum", "Pendulum-v1")
 ACTOR = ActorConfig(t_max=5.0, refinements=(0.8,), hidden=(16, 16))
 
 
@@ -269,7 +269,7 @@ def test_cpql_alone_loads_neither_and_says_what_is_missing() -> None:
         for package, name in packages.items():
             sys.modules[package] = None
             try:
-                importlib.import_module(f"cpql.{name}")
+                importlib.import_module(f"cpql.interop.{name}")
             except cpql.errors.ConfigError as error:
                 print(error)
     """
