@@ -124,6 +124,7 @@ class _Shared(dict[str, Any]):
 def _register() -> None:
     """Give Hydra the tasks, the dataclasses' defaults (so that no YAML repeats them) and our resolvers."""
     from cpql.agents import AGENTS
+    from cpql.data.sources import SOURCES
 
     store = ConfigStore.instance()
     store.repo["env"] = _Shared()
@@ -133,7 +134,11 @@ def _register() -> None:
             node["name"] = "${env.id}"
         store.store(group="env", name=name, node=node)
     store.store(group="schema", name="budget", package="budget", node=_plain(BudgetConfig()))
-    store.store(group="schema", name="dataset", package="dataset", node=_plain(DatasetConfig()))
+    for name in ("auto", *SOURCES):
+        node = _plain(DatasetConfig(source=name))
+        node |= {"size": "${budget.dataset_size}"}
+        node |= {"reward": "${oc.select:agent.published.${env.name}.reward,none}"}
+        store.store(group="dataset", name=name, node=node)
     store.store(group="schema", name="online", package="online", node=_plain(OnlineConfig()))
     for name, agent in AGENTS.items():
         node = _plain(agent.config_class())
@@ -156,6 +161,10 @@ def _settings(*, _root_: DictConfig) -> str:
 def _choices(group: str) -> list[str]:
     if group == "env":
         return task_names()
+    if group == "dataset":
+        from cpql.data.sources import SOURCES
+
+        return ["auto", *SOURCES]
     return sorted(path.stem for path in (config_folder() / group).glob("*.yaml"))
 
 
