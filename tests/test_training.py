@@ -255,7 +255,7 @@ def test_what_is_done_to_the_data_reaches_the_agent_and_the_policy(dataset: Path
     seen = torch.from_numpy(((states[:5] - mean) / std).astype(np.float32))
     low, high = np.array(policy.config.action_low), np.array(policy.config.action_high)
     expected = low + (
-        policy.actor.sample(seen, noise=torch.zeros(policy.actor.noise_shape(seen))).numpy() + 1
+        policy.actor.sample(seen, noise=torch.zeros(policy.actor.noise_shape(*seen.shape[:-1]))).numpy() + 1
     ) / 2 * (high - low)
     np.testing.assert_allclose(policy.predict(states[:5], deterministic=True)[0], expected, atol=1e-4)
 
