@@ -98,6 +98,7 @@ class _Shared(dict[str, Any]):
 def _register() -> None:
     """Give Hydra the tasks, the dataclasses' defaults (so that no YAML repeats them) and our resolvers."""
     from cpql.agents import AGENTS
+    from cpql.data.sources import SOURCES
 
     store = ConfigStore.instance()
     store.repo["env"] = _Shared()
@@ -108,7 +109,6 @@ def _register() -> None:
         store.store(group="env", name=name, node=node)
     schemas: dict[str, Any] = {
         "budget": BudgetConfig(),
-        "dataset": DatasetConfig(),
         "online": OnlineConfig(),
         "evaluate": EvaluateConfig(),
         "export": ExportConfig(),
@@ -116,6 +116,10 @@ def _register() -> None:
     for name, config in schemas.items():
         package = "_global_" if isinstance(config, CommandConfig) else name
         store.store(group="schema", name=name, package=package, node=asdict(config))
+    for name in ("auto", *SOURCES):
+        node = asdict(DatasetConfig(source=name))
+        node |= {"size": "${budget.dataset_size}", "reward": "${published:reward,none}"}
+        store.store(group="dataset", name=name, node=node)
     for name, agent in AGENTS.items():
         node = asdict(agent.config_class())
         del node["updates"]  # the budget has it
@@ -150,9 +154,10 @@ def _resolved(content: DictConfig) -> Plain:
 
 
 def _choices(group: str) -> list[str]:
-    if group == "env":
-        return task_names()
-    return sorted(path.stem for path in (config_folder() / group).glob("*.yaml"))
+    files = {path.name for path in (config_folder() / group).glob("*.yaml")}
+    return sorted(
+        name.removesuffix(".yaml") for name in files | {*ConfigStore.instance().repo.get(group, ())}
+    )
 
 
 def _check_words(config_name: str, words: list[str]) -> None:
