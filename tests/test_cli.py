@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import yaml
 
-from cpql import cli
+from cpql import configuration
 from cpql.data import d4rl
 
 ROOT = Path(__file__).parent.parent
@@ -234,7 +234,7 @@ def test_a_chosen_objective_goes_without_the_settings_that_it_hasnt() -> None:
         ([chosen, options], "meanflow", own),
     ):
         agent: dict[str, Any] = {"actor": {"objective": objective, "objective_options": dict(own)}}
-        cli._drop_inapplicable(agent, overrides)
+        configuration._drop_inapplicable(agent, overrides)
         assert agent["actor"]["objective_options"] == left
 
 
