@@ -86,20 +86,17 @@ def fetch(
     return path
 
 
-def recorded(path: str | os.PathLike[str]) -> str | None:
+def recorded(path: Path) -> str | None:
     """The SHA-256 that was recorded when `path` was downloaded, or None.
 
     Raises:
         DataError: the record is damaged.
     """
-    path = Path(path)
     record = _record(path)
     try:
-        text = record.read_text(encoding="utf-8", errors="replace")
+        text = record.read_text("utf-8", errors="replace")
     except FileNotFoundError:
         return None
-    except OSError as error:
-        raise DataError(f"{record.name}: can't be read ({error.strerror})") from error
     match = re.fullmatch(r"([0-9a-fA-F]{64}) [ *](.+)\n?", text)
     if match is None or match[2] != path.name:
         found = text.partition("\n")[0][:100]
@@ -107,30 +104,29 @@ def recorded(path: str | os.PathLike[str]) -> str | None:
     return match[1].lower()
 
 
-def verify_recorded(path: str | os.PathLike[str], found: str | None = None) -> bool:
-    """Compare a file with the SHA-256 that was recorded when it was downloaded.
+def verify_recorded(path: Path, found: str | None = None) -> None:
+    """Compare a file with the SHA-256 that was recorded when it was downloaded, if one was.
 
     Args:
         path: the file.
         found: its SHA-256 as it is now, where that is known already.
 
-    Returns:
-        Whether there is a record. Where there is none, nothing is read.
-
     Raises:
         DataError: the file has changed, or it or the record can't be read.
     """
-    path = Path(path)
     expected = recorded(path)
     if expected is None:
-        return False
-    found = found or _sha256(path)
+        return
+    try:
+        found = found or sha256_of(path)
+    except OSError as error:
+        where = path.absolute().parent
+        raise DataError(f"{path.name}: can't be read in {where} ({_reason(error)})") from error
     if found.lower() != expected:
         raise DataError(
             f"{path.name}: changed since it was downloaded: SHA-256 found {found}, expected {expected} as in "
             f"{_record(path).name}: remove both to download it again"
         )
-    return True
 
 
 @contextlib.contextmanager
@@ -219,11 +215,11 @@ class _Download:
             return False
         with response:
             total = response.length or 0
-            if response.status == http.HTTPStatus.PARTIAL_CONTENT:
+            if response.status == 206:
                 sent = response.headers.get("Content-Range", "").strip()
                 match = re.fullmatch(r"bytes (\d{1,15})-(\d{1,15})/(\d{1,15})", sent)
                 first, last, total = map(int, match.groups()) if match else (0, 0, 0)
-                if (first, last + 1) != (start, total) or not start:
+                if (first, last + 1) != (start, total):
                     return False
             else:
                 start = 0
@@ -237,10 +233,10 @@ class _Download:
         """Write what comes to `part` from byte `start` on; False where it isn't what is there already."""
         label, size, done, due = f"download {self.path.name}", self.size() if start else 0, start, 0.0
         # Without a buffer closing writes nothing, and what is killed has lost nothing.
-        with self.writing(total), open(self.part, "r+b" if start else "wb", buffering=0) as file:
+        with self.writing(total), open(self.part, "r+b" if start else "w+b", buffering=0) as file:
             file.seek(start)
             for block in blocks:
-                known = file.read(max(0, min(len(block), size - done))) if done < size else b""
+                known = file.read(min(len(block), max(0, size - done)))
                 if block[: len(known)] != known:
                     return False
                 rest = memoryview(block)[len(known) :]
@@ -297,21 +293,16 @@ class _Download:
             response = _open(url, headers, self.timeout)
         except urllib.error.HTTPError as error:
             error.close()
-            if start and error.code == http.HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
+            if start and error.code == 416:
                 return None
             raise _Refused(f"HTTP {error.code} {error.reason}") from error
         except (OSError, http.client.HTTPException, ValueError, OverflowError) as error:
             late = isinstance(getattr(error, "reason", error), TimeoutError)
             raise _Refused(f"no answer within {self.timeout:g} s" if late else _reason(error)) from error
-        encoding = response.headers.get("Content-Encoding", "identity")
-        if response.status not in (http.HTTPStatus.OK, http.HTTPStatus.PARTIAL_CONTENT):
+        if response.status not in ((200, 206) if start else (200,)):
             reason = f"HTTP {response.status} {response.reason}"
         elif response.headers.get_content_type() in ("text/html", "application/xhtml+xml"):
             reason = "a web page, not the file"
-        elif encoding.lower() != "identity":
-            reason = f"encoded as {encoding}: expected the plain file"
-        elif response.status == http.HTTPStatus.PARTIAL_CONTENT and not start:
-            reason = "HTTP 206 without being asked for a part"
         else:
             return response
         response.close()
@@ -322,7 +313,8 @@ class _Download:
         try:
             if self.size() == 0:
                 raise DataError("an empty file")
-            found = _sha256(self.part)
+            with self.writing(0):
+                found = sha256_of(self.part)
             if self.expected not in (None, found):
                 raise DataError(f"SHA-256 found {found}, expected {self.expected}")
             self.check(self.part)
@@ -399,15 +391,6 @@ def _open(url: str, headers: dict[str, str], timeout: float) -> http.client.HTTP
 
 def _record(path: Path) -> Path:
     return path.with_name(f"{path.name}.sha256")
-
-
-def _sha256(path: Path) -> str:
-    try:
-        return sha256_of(path)
-    except OSError as error:
-        raise DataError(
-            f"{path.name}: can't be read in {path.absolute().parent} ({_reason(error)})"
-        ) from error
 
 
 def _unwritable(path: Path, error: OSError) -> DataError:
