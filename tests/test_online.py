@@ -201,7 +201,7 @@ def test_the_policy_can_act_from_the_start() -> None:
     [
         ({"environments": 0}, r"online: environments: .* greater than or equal to 1, found 0"),
         ({"updates_per_step": 0.0}, r"online: updates_per_step: .* greater than 0, found 0"),
-        ({"offline_share": 1.5}, r"online: offline_share: .* less than or equal to 1, found 1\.5"),
+        ({"offline_fraction": 1.5}, r"online: offline_fraction: .* less than or equal to 1, found 1\.5"),
     ],
 )
 def test_settings_that_make_no_sense(settings: dict[str, Any], message: str) -> None:
@@ -236,7 +236,7 @@ def test_a_member_explores_as_it_would_alone() -> None:
 
 def test_a_share_of_each_batch_is_the_datasets(data: Transitions) -> None:
     data.rewards.fill_(-7.0)
-    config = OnlineConfig(start_steps=10, offline_share=0.25)
+    config = OnlineConfig(start_steps=10, offline_fraction=0.25)
     experience, agent = Experience(TASK, config, [0], CPU, data), agent_of()
     for _ in range(5):
         batch = experience.batch(agent, [torch.Generator().manual_seed(0)])
@@ -248,7 +248,7 @@ def test_a_share_of_each_batch_is_the_datasets(data: Transitions) -> None:
 def test_rewards_and_observations_are_changed_as_the_datasets_are(data: Transitions) -> None:
     mean, std = torch.tensor([0.0, 1.0, 0.0, 1.0]), torch.tensor([2.0, 1.0, 1.0, 4.0])
     offline = replace(data, normalisation=(mean, std))
-    config = OnlineConfig(start_steps=50, offline_share=0.5)
+    config = OnlineConfig(start_steps=50, offline_fraction=0.5)
     changed = Experience(TASK, config, [0], CPU, offline, lambda r: 10.0 * r - 1.0).explorers[0]
     plain = Experience(TASK, config, [0], CPU, data).explorers[0]
     for explorer in (changed, plain):
@@ -336,7 +336,7 @@ def test_fine_tuning_starts_where_the_checkpoint_is(tmp_path: Path) -> None:
         tmp_path / "tuned",
         dataset=offline.dataset,
         checkpoint=str(tmp_path / "offline"),
-        online=OnlineConfig(start_steps=10, start="policy", offline_share=0.5),
+        online=OnlineConfig(start_steps=10, start="policy", offline_fraction=0.5),
     )
     result = run(tuned)
     assert result["data"]["source"] == "file + online"

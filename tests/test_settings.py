@@ -196,7 +196,7 @@ OUT_OF_RANGE = [
     ("online.epsilon_steps", -1, BELOW_0 + "-1"),
     ("online.noise", -0.1, BELOW_0 + "-0.1"),
     ("online.buffer_size", 0, BELOW_1 + "0"),
-    ("online.offline_share", 1.5, "less than or equal to 1, found 1.5"),
+    ("online.offline_fraction", 1.5, "less than or equal to 1, found 1.5"),
 ]
 
 
