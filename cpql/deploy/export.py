@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from cpql.deploy.folded import FoldedActor, FoldedCritic, FoldedPolicy, Layer, Step, load
 from cpql.errors import ConfigError, CpqlError
+from cpql.io import aside
 from cpql.networks import LayerNorm, Linear
 
 if TYPE_CHECKING:
@@ -169,8 +170,6 @@ def export(
         raise ConfigError(f"noise={noise} does not exist: choose from input, inside")
     if format == "numpy" and noise == "inside":
         raise ConfigError("noise=inside: expected input with format=numpy, whose policy.draw draws it")
-    from cpql.data.d4rl import replacing  # acting alone doesn't load h5py
-
     path, folded = Path(path), fold_policy(policy)
     states = max(1, STATES // policy.candidates)
     random = np.random.default_rng(0)
@@ -181,8 +180,8 @@ def export(
         observation = observation * std + mean
     drawn = folded.draw(random, states)
     folded = replace(folded, description=_describe(policy, list(drawn), noise))
-    with replacing(path) as aside:
-        run = WRITERS[format](folded, aside, noise == "inside")
+    with aside(path) as temporary:
+        run = WRITERS[format](folded, temporary, noise == "inside")
         given = {"observation": observation} if noise == "inside" else {"observation": observation, **drawn}
         out = run(given)
         difference = _difference(policy, folded, {**given, **out})
