@@ -281,7 +281,7 @@ def read(where: Where, task: Task | None = None, *, time_limits: TimeLimits = "k
 
     Returns:
         Transitions with actions scaled from the dataset's action space to [-1, 1]. What cpql wrote says
-        itself where it came from, as in `cpql.data.npz`.
+        itself where it came from, as in `cpql.data.files`.
 
     Raises:
         DataError: there is no such dataset, it is damaged, declares more than it holds, leads to other files,
