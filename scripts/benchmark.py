@@ -165,7 +165,7 @@ def main() -> None:
 
 def machine() -> dict[str, Any]:
     """What a figure depends on."""
-    from cpql.train.evaluation import versions
+    from cpql.io import versions
 
     model = platform.processor() or platform.machine()
     if Path("/proc/cpuinfo").exists():

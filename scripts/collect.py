@@ -181,7 +181,7 @@ def card(options: argparse.Namespace) -> None:
         expert_step=options.expert_step,
         medium_step=options.medium_step,
         medium_return=options.medium_return,
-        versions=dict(options.version),
+        trained_with=dict(options.version),
         progress=show,
     )
     for entry in written["snapshots"]:

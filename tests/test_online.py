@@ -150,7 +150,7 @@ def test_steps_follow_the_update_ratio(environments: int, ratio: float) -> None:
         assert batch.observations.shape == (8, 4) and batch.rewards.shape == (8,)
         due = update / ratio
         assert 30 + due <= experience.explorers[0].steps < 30 + due + environments
-    assert experience.figures(0)["online/steps"] == experience.provenance.transitions
+    assert experience.metrics(0)["online/steps"] == experience.provenance.transitions
 
 
 def test_the_share_of_random_actions_falls() -> None:

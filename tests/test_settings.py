@@ -32,8 +32,7 @@ from cpql.deploy.policy import Policy, PolicyConfig
 from cpql.errors import ConfigError, errors_in_one_line
 from cpql.settings import Positive, build
 from cpql.tasks import Task, config_folder, load_task, with_own_references
-from cpql.train.config import TrainConfig
-from cpql.train.loop import agent_config
+from cpql.train.config import TrainConfig, agent_config
 
 
 @dataclasses.dataclass

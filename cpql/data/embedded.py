@@ -28,14 +28,14 @@ import numpy as np
 import safetensors.numpy
 from numpy.typing import NDArray
 
-from cpql.data import d4rl, download
+from cpql.data import d4rl
 from cpql.data.behaviour import Behaviour, Episodes, play, rollout
-from cpql.data.d4rl import Progress
 from cpql.data.request import Request, Source
 from cpql.data.transitions import Transitions
 from cpql.data.workers import in_workers
 from cpql.environments import ROBOTICS, facts, make_environment, make_task_environment
 from cpql.errors import ConfigError, DataError, did_you_mean
+from cpql.io import Progress, alone, aside, user_folder, versions
 from cpql.tasks import Task
 
 __all__ = [
@@ -108,7 +108,7 @@ def cache_folder() -> Path:
     Raises:
         DataError: there is no home folder.
     """
-    return d4rl.user_folder("CPQL_CACHE", "~/.cache/cpql")
+    return user_folder("CPQL_CACHE", "~/.cache/cpql")
 
 
 class Embedded(Source):
@@ -296,8 +296,7 @@ def _alone(path: Path, say: Say) -> Iterator[None]:
     Raises:
         DataError: the file's folder can't be written to.
     """
-    with download.alone(path, "collecting", say):
-        d4rl.clear(path)
+    with alone(path, "collecting", say):
         yield
 
 
@@ -361,7 +360,7 @@ def prepare(task: Task, size: int, seed: int, policy: Policy | None = None) -> P
         "seed": seed,
         "recipe": [part.role if part.step is None else f"{part.role} at step {part.step}" for part in parts],
         "action_rule": ACTION_RULE if kind != "random" else "uniform in [-1, 1]",
-        "versions": _versions("gymnasium", *robotics, "mujoco", "numpy"),
+        "versions": versions("gymnasium", *robotics, "mujoco", "numpy"),
         "behaviours": {key: value for key, value in card.items() if key != "snapshots"} | {"snapshots": used},
     }
     if task.env_options or task.reset_options:
@@ -474,7 +473,7 @@ def train_behaviour(
         "algorithm": "SAC (sbx)",
         "hyperparameters": HYPERPARAMETERS,
         "seed": seed,
-        "versions": _versions("gymnasium", "mujoco", "numpy", "sbx-rl", "stable-baselines3", "jax"),
+        "versions": versions("gymnasium", "mujoco", "numpy", "sbx-rl", "stable-baselines3", "jax"),
     }
     _write_json(out / "training.json", facts)
     model = sac("MlpPolicy", made, seed=seed, **HYPERPARAMETERS)
@@ -514,7 +513,7 @@ def make_card(
     expert_step: int | None = None,
     medium_step: int | None = None,
     medium_return: float | None = None,
-    versions: dict[str, str] | None = None,
+    trained_with: dict[str, str] | None = None,
     evaluation_seed: int = 0,
     progress: Progress | None = None,
     workers: int | None = None,
@@ -538,7 +537,7 @@ def make_card(
         expert_step: take this one, rather than choose.
         medium_step: take this one, rather than choose.
         medium_return: what medium should return, rather than a third of the expert's.
-        versions: of the packages used in training, where training.json doesn't say.
+        trained_with: versions of the packages used in training, where training.json doesn't say.
         evaluation_seed: of the evaluation.
         progress: called as evaluations come in.
         workers: processes; None for one a core.
@@ -552,7 +551,7 @@ def make_card(
     facts: dict[str, Any] = {
         "algorithm": "SAC (sbx)",
         "hyperparameters": HYPERPARAMETERS,
-        "versions": versions or {},
+        "versions": trained_with or {},
     }
     if (snapshots / "training.json").exists():
         facts |= json.loads((snapshots / "training.json").read_text("utf-8"))
@@ -652,7 +651,7 @@ def make_card(
     card = facts | {
         "action_rule": ACTION_RULE,
         "medium_target": round(target, 2),
-        "evaluated_with": _versions("gymnasium", "mujoco", "numpy"),
+        "evaluated_with": versions("gymnasium", "mujoco", "numpy"),
         "snapshots": entries,
         "d4rl": D4RL_RETURNS.get(out.name, {}),
         "falls_short": _falls_short(out.name, entries),
@@ -674,14 +673,6 @@ def _falls_short(name: str, entries: Sequence[dict[str, Any]]) -> str | None:
     return f"Falls short of D4RL: {'; '.join(short)}." if short else None
 
 
-def _versions(*packages: str) -> dict[str, str]:
-    found = {}
-    for package in packages:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[package] = importlib.metadata.version(package)
-    return found
-
-
 def _make_folder(path: Path) -> None:
     """Make a folder before the hours whose result goes there."""
     try:
@@ -695,11 +686,11 @@ def _make_folder(path: Path) -> None:
 def _write_behaviour(path: Path, behaviour: Behaviour) -> str:
     """Write a behaviour's file and give its hash."""
     content = safetensors.numpy.save(behaviour.to_tensors())
-    with d4rl.replacing(path) as aside:
-        aside.write_bytes(content)
+    with aside(path) as temporary:
+        temporary.write_bytes(content)
     return hashlib.sha256(content).hexdigest()
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
-    with d4rl.replacing(path) as aside:
-        aside.write_text(json.dumps(content, indent=2) + "\n", "utf-8")
+    with aside(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=2) + "\n", "utf-8")

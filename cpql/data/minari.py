@@ -45,11 +45,12 @@ import h5py  # type: ignore[import-untyped]
 import numpy as np
 from numpy.typing import NDArray
 
-from cpql.data.d4rl import MOST_EXPANSION, ORIGIN, UNSUSPICIOUS_BYTES, origin, origin_of, user_folder
+from cpql.data.d4rl import ORIGIN, is_bomb, origin, origin_of
 from cpql.data.request import Request, Source
 from cpql.data.transitions import TimeLimits, Transitions
 from cpql.environments import action_bounds, make_environment
 from cpql.errors import ConfigError, DataError
+from cpql.io import user_folder
 from cpql.tasks import Task, check_options
 
 __all__ = [
@@ -280,7 +281,7 @@ def read(where: Where, task: Task | None = None, *, time_limits: TimeLimits = "k
 
     Returns:
         Transitions with actions scaled from the dataset's action space to [-1, 1]. What cpql wrote says
-        itself where it came from, as in `cpql.data.npz`.
+        itself where it came from, as in `cpql.data.files`.
 
     Raises:
         DataError: there is no such dataset, it is damaged, declares more than it holds, leads to other files,
@@ -352,7 +353,7 @@ class _Reader:
         columns = {path: slice(*ends[k : k + 2]) for k, path in enumerate(paths)}
         states, width = ends[-1], self._width("actions")
         declared = 4 * steps * (states + width + 1)
-        if declared > UNSUSPICIOUS_BYTES and declared > MOST_EXPANSION * self.size:
+        if is_bomb(declared, self.size):
             raise DataError(
                 f"{self.name}: {steps:,} steps declared, {declared / 2**30:,.1f} GiB, in a file of "
                 f"{self.size / 2**20:,.2f} MiB: expected arrays that are written"

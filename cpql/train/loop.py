@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from cpql.data.embedded import cache_folder
 from cpql.device import choose_device
 from cpql.errors import ActingError, CheckpointError, ConfigError, Interrupted
-from cpql.io import cache_folder
 from cpql.train.config import TrainConfig, group_agent_config
 from cpql.train.logging import progress, say
 from cpql.train.members import Members

@@ -29,24 +29,29 @@ import csv, json, sys, time
 from io import StringIO
 from pathlib import Path
 from rich.console import Console
-from cpql.train import loop as training
-from cpql.train.config import BudgetConfig, DatasetConfig, TrainConfig
-from cpql.tasks import Task
+try:
+    from cpql.tasks import Task
+    from cpql.train.config import BudgetConfig, DatasetConfig, TrainConfig
+    from cpql.train.loop import train_group
+    from cpql.train.members import Members
+except ImportError:  # before the rooms
+    from cpql.config import BudgetConfig, DatasetConfig, Task, TrainConfig
+    from cpql.training import _Training as Members, train_group
 
 data, run, updates, every = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
-save, seconds = training._Training.save, []
+save, seconds = Members.save, []
 
 def timed(self):
     began = time.perf_counter()
     save(self)
     seconds.append(time.perf_counter() - began)
 
-training._Training.save = timed
+Members.save = timed
 budget = BudgetConfig(updates=updates, log_every=every, evaluate_every=updates, save_every=every)
 agent = {"name": "cpql"}
 config = TrainConfig(Task("cost", None), agent, DatasetConfig(path=data), budget,
                      run_dir=str(run), compile=True)
-training.train_group([(config, {"agent": agent})], Console(file=StringIO()))
+train_group([(config, {"agent": agent})], Console(file=StringIO()))
 with (run / "timing.csv").open(newline="") as file:
     rows = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
 speed = (rows[-1]["step"] - rows[0]["step"]) / (rows[-1]["seconds"] - rows[0]["seconds"])

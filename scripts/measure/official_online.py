@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.vec_env import DummyVecEnv
 
-from cpql.train.evaluation import versions
+from cpql.io import versions
 from measure.official import borrowed
 from measure.online import merged
 
