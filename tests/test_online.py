@@ -291,10 +291,10 @@ def test_an_interrupted_run_goes_on(
     config = settings(tmp_path / "run", online=OnlineConfig(start_steps=15, save_buffer=save_buffer))
     update = CPQL.update
 
-    def stop(self: CPQL, batch: Any, noise: Any) -> Any:
+    def stop(self: CPQL, batch: Any, noise: Any, phase: int) -> Any:
         if self.state["step"] == 25:
             raise Stopped
-        return update(self, batch, noise)
+        return update(self, batch, noise, phase)
 
     with monkeypatch.context() as patch:
         patch.setattr(CPQL, "update", stop)
@@ -365,8 +365,8 @@ def test_fine_tuning_needs_a_whole_checkpoint(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("dataset", "message"),
     [
-        (DatasetConfig(reward="normalize"), r"dataset\.reward=normalize: there is no dataset to do it to"),
-        (DatasetConfig(n_step=3), r"dataset\.n_step=3: there is no dataset"),
+        (DatasetConfig(reward="normalize"), r"dataset\.reward=normalize: expected none without a dataset"),
+        (DatasetConfig(n_step=3), r"dataset\.n_step=3: expected 1 without a dataset"),
     ],
 )
 def test_a_datasets_settings_without_one(tmp_path: Path, dataset: DatasetConfig, message: str) -> None:

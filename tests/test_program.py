@@ -49,6 +49,10 @@ def data() -> Transitions:
     )
 
 
+def phase_0(update: Any, batch: Any, noise: Any) -> Any:
+    return update(batch, noise, 0)
+
+
 def assert_equal_training(device: str, one: Any, other: Any, agents: tuple[CPQL, CPQL], near: float) -> None:
     rows, generator = data().to(torch.device(device)), torch.Generator(device).manual_seed(0)
     for step in range(6):

@@ -30,7 +30,7 @@ from cpql.tasks import Task
 from cpql.train import checkpoint, runs
 from cpql.train.checkpoint import saved_steps
 from cpql.train.config import BudgetConfig, OnlineConfig, TrainConfig
-from cpql.train.logging import make_console, say
+from cpql.train.logging import LOGGERS, make_console, say
 from cpql.train.members import Means
 from cpql.train.runs import claimed
 from cpql.train.summary import group_summary
@@ -343,8 +343,8 @@ def test_weights_that_are_not_finite_are_never_saved(
 ) -> None:
     update = CPQL.update
 
-    def broken(self: Any, batch: Any, noise: Any) -> Any:
-        metrics = update(self, batch, noise)
+    def broken(self: Any, batch: Any, noise: Any, phase: int) -> Any:
+        metrics = update(self, batch, noise, phase)
         if int(self.state["step"]) == 15:
             self.state["critic_square"][..., 3] = float("nan")  # no loss shows it yet
         return metrics
@@ -421,9 +421,9 @@ def test_a_failed_start_leaves_nothing_behind(
         raise ConfigError("logger=tensorboard needs a package")
 
     with monkeypatch.context() as patch:
-        patch.setattr(runs, "make_logger", missing)
+        patch.setitem(LOGGERS, "tensorboard", missing)
         with pytest.raises(ConfigError, match="needs a package"):
-            run_group(tmp_path / "group", dataset, (0, 1))
+            run_group(tmp_path / "group", dataset, (0, 1), logger="tensorboard")
         patch.setattr(torch, "compile", lambda *_, **__: raises(RuntimeError("unsupported\nhere")))
         with pytest.raises(
             ConfigError, match=r"^compile=true: PyTorch's compiler fails \(RuntimeError: unsup"

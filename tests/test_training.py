@@ -399,7 +399,7 @@ def test_broken_checkpoints(dataset: Path, tmp_path: Path) -> None:
     whole = weights.read_bytes()
     for content in (b"", whole[:100], b"\x80\x04pickle"):
         weights.write_bytes(content)
-        with pytest.raises(CheckpointError, match="no readable policy"):
+        with pytest.raises(CheckpointError, match="damaged, or another policy's|size mismatch"):
             Policy.load(tmp_path / "run")
     weights.write_bytes(whole)
     file = last / "policy" / "config.json"
