@@ -399,7 +399,7 @@ def test_broken_checkpoints(dataset: Path, tmp_path: Path) -> None:
     whole = weights.read_bytes()
     for content in (b"", whole[:100], b"\x80\x04pickle"):
         weights.write_bytes(content)
-        with pytest.raises(CheckpointError, match="damaged, or another policy's|size mismatch"):
+        with pytest.raises(CheckpointError, match=r"damaged|size mismatch|no readable policy"):
             Policy.load(tmp_path / "run")
     weights.write_bytes(whole)
     file = last / "policy" / "config.json"
