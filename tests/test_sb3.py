@@ -94,9 +94,9 @@ def test_saved_and_loaded_by_sb3(trained: TD3, tmp_path: Path) -> None:
     loaded = TD3.load(tmp_path / "td3.zip", env=gymnasium.make("Pendulum-v1"))
     policy = ConsistencyTD3Policy.load(str(tmp_path / "policy.pt"))
     assert isinstance(loaded.actor.mu, ConsistencyActor) and loaded.actor.mu.config == ACTOR
-    wanted, _ = trained.predict(observations(20), deterministic=True)
+    target, _ = trained.predict(observations(20), deterministic=True)
     for other in (loaded, policy):
-        np.testing.assert_array_equal(other.predict(observations(20), deterministic=True)[0], wanted)
+        np.testing.assert_array_equal(other.predict(observations(20), deterministic=True)[0], target)
     loaded.learn(70, reset_num_timesteps=False)
     assert loaded.num_timesteps >= trained.num_timesteps + 70
 

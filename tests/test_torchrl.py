@@ -119,10 +119,10 @@ def test_the_loss_is_the_actors_own(objective: str, delay_actor: bool) -> None:
     state, action = batch["observation"], batch["action"]
     noise = draw(actor.loss_noise(64))
     function = teacher.function(state, noise.get("drop")) if delay_actor else None
-    wanted, metrics = actor.loss(state, action, teacher=function, progress=0.3, noise=noise)
-    torch.testing.assert_close(found["loss_imitation"], wanted.mean())
+    target, metrics = actor.loss(state, action, teacher=function, progress=0.3, noise=noise)
+    torch.testing.assert_close(found["loss_imitation"], target.mean())
     actor.zero_grad()
-    wanted.mean().backward()
+    target.mean().backward()
     for name, parameter in actor.named_parameters():
         torch.testing.assert_close(gradient[name], parameter.grad)
     assert set(found.keys()) == {"loss_imitation", *metrics}
@@ -145,12 +145,12 @@ def test_keys_shapes_masks_and_reductions() -> None:
     each = loss(batch)["loss_imitation"]
     assert each.shape == (4, 6)
     half = torch.arange(24).view(4, 6) < 12
-    for reduction, wanted in (("mean", each[half].mean()), ("sum", each[half].sum())):
+    for reduction, target in (("mean", each[half].mean()), ("sum", each[half].sum())):
         masked = ConsistencyLoss(policy, delay_actor=False, reduction=reduction)
         masked.set_keys(action=("expert", "control"))
         torch.manual_seed(0)
         batch["collector", "mask"] = half.unsqueeze(-1)  # as TorchRL's SliceSampler pads
-        torch.testing.assert_close(masked(batch)["loss_imitation"], wanted)
+        torch.testing.assert_close(masked(batch)["loss_imitation"], target)
     # without TensorDicts
     plain = ConsistencyLoss(make(), delay_actor=False)
     torch.manual_seed(0)
