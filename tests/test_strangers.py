@@ -595,6 +595,21 @@ def test_damage_is_noticed_by_the_checksum(tmp_path: Path) -> None:
     assert Policy.load(folder).predict(np.zeros(S))[0].shape == (A,)
 
 
+def test_a_policy_of_an_older_version_acts_as_it_did(tmp_path: Path) -> None:
+    """Actors had no kind, critics no activation, and a task one dataset with places of its own."""
+    folder = saved(tmp_path / "policy", kind=1)
+    content = json.loads((folder / "config.json").read_text())
+    assert content["actor"].pop("kind") == "consistency" and content.pop("critic_activation") == "mish"
+    content["task"] |= {"dataset": "mine-medium-v2", "url": "", "minari": "", "transitions": None}
+    del content["task"]["datasets"]
+    (folder / "config.json").write_text(json.dumps(content))
+    policy, honest = Policy.load(folder), made(1)
+    assert policy.config.actor == honest.config.actor
+    assert policy.config.task.datasets == {"d4rl": {"id": "mine-medium-v2"}}
+    actions = [p.predict(np.ones((3, S)), deterministic=True)[0] for p in (policy, honest)]
+    np.testing.assert_array_equal(*actions)
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e11])
 def test_weights_that_are_no_numbers_are_refused(value: float, tmp_path: Path) -> None:
     policy = made()
