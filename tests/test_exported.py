@@ -15,7 +15,6 @@ import numpy as np
 import onnxruntime  # type: ignore[import-untyped]
 import pytest
 import torch
-import yaml
 from scipy.stats import kstest
 from test_cli import run
 
@@ -27,7 +26,7 @@ from cpql.deploy.export import export
 from cpql.deploy.policy import Policy, PolicyConfig
 from cpql.errors import ConfigError, CpqlError
 from cpql.settings import build
-from cpql.tasks import Task, config_folder
+from cpql.tasks import Task
 
 S, A, C = 5, 2, 6
 LOW, HIGH = np.array([-2.0, 0.0]), np.array([2.0, 10.0])
@@ -350,8 +349,7 @@ def test_the_command(policy: Policy, tmp_path: Path) -> None:
 
 
 def test_wrong_settings() -> None:
-    plain: Any = yaml.safe_load((config_folder() / "export.yaml").read_text())
-    settings = {key: plain[key] for key in ExportConfig.__dataclass_fields__} | {"checkpoint": "run"}
+    settings = {"checkpoint": "run"}
     assert build(ExportConfig, settings, "configuration").format == "onnx"
     for setting, message in (
         ({"format": "onx"}, "format: Input should be 'onnx', 'torch' or 'numpy', found 'onx'"),
