@@ -278,8 +278,8 @@ class Policy:
         of it; any other path is a file system's.
 
         The policy may come from a stranger. Nothing in it is unpickled or imported, and it can't make other
-        files be opened. The sizes that it states are compared with the file's before anything is allocated.
-        Weights that are damaged or not finite are refused, as are weights whose actions aren't finite.
+        files be opened. Memory is bounded by the length of its files, whatever sizes they state. Weights that
+        are damaged or not finite are refused, as are weights whose actions aren't finite.
 
         Args:
             path: see above.
