@@ -15,7 +15,7 @@ from torchrl.envs.utils import ExplorationType, set_exploration_type
 from torchrl.modules import ValueOperator
 from torchrl.objectives import DDPGLoss, SoftUpdate
 
-from cpql.actors.consistency import ActorConfig, ConsistencyActor
+from cpql.actors import ActorConfig, ConsistencyActor, DeterministicActor
 from cpql.consistency import OBJECTIVES
 from cpql.interop.torchrl import ConsistencyLoss, ConsistencyModule
 from cpql.noise import draw
@@ -93,6 +93,15 @@ def test_noise_is_drawn_where_torchrl_explores() -> None:
     for other in (ExplorationType.DETERMINISTIC, ExplorationType.MODE, ExplorationType.MEAN):
         with set_exploration_type(other):
             assert torch.equal(act(), fixed)
+
+
+def test_an_actor_without_noise_is_a_module_too() -> None:
+    torch.manual_seed(0)
+    policy, state = ConsistencyModule(DeterministicActor(3, 2)), data(5)["observation"]
+    for kind in (ExplorationType.RANDOM, ExplorationType.DETERMINISTIC):
+        with set_exploration_type(kind):
+            action = policy(TensorDict({"observation": state}, [5]))["action"]
+        assert torch.equal(action, policy.module.actor(state))
 
 
 @pytest.mark.parametrize("delay_actor", [True, False])

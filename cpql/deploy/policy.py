@@ -22,9 +22,9 @@ from torch import Tensor, nn
 from cpql.actors import ACTORS, Actor
 from cpql.critics import TwinCritic
 from cpql.deploy import hub
-from cpql.deploy.config import LARGEST, PolicyConfig
+from cpql.deploy.config import PolicyConfig
 from cpql.deploy.fold import fold
-from cpql.deploy.folded import FoldedPolicy
+from cpql.deploy.folded import LARGEST, FoldedPolicy
 from cpql.device import choose_device
 from cpql.errors import CheckpointError, ConfigError
 from cpql.io import aside
