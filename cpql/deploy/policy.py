@@ -211,8 +211,11 @@ class Policy:
         Raises:
             CheckpointError: the folder isn't empty, or the result belongs to another policy.
         """
-        folder = Path(folder)
-        found = hub.find_result(self.config.origin, self.folder, result)
+        folder, origin, found = Path(folder), self.config.origin, None
+        if result is not None:
+            found = hub.read_result(Path(result), origin)
+        elif self.folder is not None:
+            found = hub.find_result(self.folder, origin)
         others = {"README.md": hub.card(self.config, self.actor.steps, found, name or folder.name)}
         if found is not None:
             others["result.json"] = json.dumps(found, indent=2, allow_nan=False)
