@@ -528,7 +528,7 @@ def test_evaluations_of_policies_in_one_folder_are_told_apart(
     shutil.copytree(saved / "policy", tmp_path / "mine")
     name, _ = evaluated(command("evaluate", "checkpoint=mine", "episodes=1"))
     assert name == "evaluation_1_1000_mine.json" and (tmp_path / name).exists()
-    monkeypatch.setattr("cpql.deploy.policy.download", lambda _: saved / "policy")
+    monkeypatch.setattr("cpql.deploy.hub.download", lambda _: saved / "policy")
     for id, mark in (("me/hopper", "me--hopper"), ("me/hopper@v2", "me--hopper@v2")):
         name, _ = evaluated(command("evaluate", f"checkpoint='hf://{id}'", "episodes=1"))
         assert name == f"evaluation_1_1000_{mark}.json" and (tmp_path / name).exists()
