@@ -299,7 +299,7 @@ def show(options: argparse.Namespace) -> None:
                 f"--source={options.source}: expected none with a file, only with a task's name"
             )
         data, task = _read_own(_own_path(options.what), options.env)
-    found = inspection.inspect(data)
+    found = inspection.Inspection(data)
     _print(inspection.describe(found, task))
     if options.png:
         _print(f"\ndrawn in {inspection.picture(found, options.png, task)}")
@@ -502,7 +502,7 @@ def verify(options: argparse.Namespace) -> int:
             _complain(error)
             failed = True
             continue
-        found = inspection.inspect(data)
+        found = inspection.Inspection(data)
         for finding in found.findings:
             _print(f"warning: {file}: {finding}")
         warnings = len(found.findings)
