@@ -174,7 +174,7 @@ def list_tasks(options: argparse.Namespace) -> None:
     """List the tasks."""
     from cpql.tasks import load_task, task_names
 
-    tasks = {name: task for name in task_names() if (task := load_task(name)).dataset}
+    tasks = {name: task for name in task_names() if (task := load_task(name)).datasets}
     names = [name for name in tasks if fnmatch.fnmatchcase(name, f"*{options.pattern}*")]
     if not names:
         raise ConfigError(
@@ -195,10 +195,11 @@ def list_tasks(options: argparse.Namespace) -> None:
 
 def _facts(task: Task) -> dict[str, Any]:
     """What `list` says of a task."""
-    from cpql.data import d4rl, minari
+    from cpql.data.sources import SOURCES, Request
 
-    d4rl_file = d4rl.find(task.dataset, task.url)
-    folder = minari.find(task.minari) if task.minari else None
+    request = Request(task)
+    d4rl_file, folder = (SOURCES[name].locate(request) for name in ("d4rl", "minari"))
+    d4rl_entry, minari_entry = (task.datasets.get(name, {}) for name in ("d4rl", "minari"))
     collected = _embedded_files(task)
     here = {
         "d4rl": d4rl_file and str(d4rl_file),
@@ -208,9 +209,9 @@ def _facts(task: Task) -> dict[str, Any]:
     return {
         "name": task.name,
         "environment": task.id,
-        "transitions": task.transitions,
-        "d4rl": task.url.rpartition("/")[2],
-        "minari": task.minari,
+        "transitions": d4rl_entry.get("rows"),
+        "d4rl": d4rl_entry.get("path", "").rpartition("/")[2],
+        "minari": minari_entry.get("id", ""),
         "here": here,
         "bytes": d4rl_file.stat().st_size if d4rl_file else None,
         "collectable": _collectable(task),
@@ -280,7 +281,8 @@ def _collectable(task: Task) -> bool:
 
 def show(options: argparse.Namespace) -> None:
     """Say what a dataset is like."""
-    from cpql.data import files, inspection, minari
+    from cpql.data import files, inspection
+    from cpql.data.sources import SOURCES, Request
     from cpql.tasks import task_names
 
     task: Task | None
@@ -289,9 +291,11 @@ def show(options: argparse.Namespace) -> None:
             raise ConfigError(f"--env={options.env}: expected none with a task, which {options.what} is")
         task = _with_data(options.what)
         path, source = _on_disk(task, options.source)
-        if source == "minari":
-            task = minari.task(task, path)
-        data = files.read(path, task.dataset, task=task, source="d4rl" if source == "d4rl" else "file")
+        if source == "embedded":
+            data = files.read(path, task.dataset)
+        else:
+            task = SOURCES[source].task(path, Request(task))
+            data = SOURCES[source].read(path, Request(task))
         _check_record(path, data)
     else:
         if options.source:
@@ -310,26 +314,24 @@ def _with_data(name: str) -> Task:
     from cpql.tasks import load_task
 
     task = load_task(name)
-    if not task.dataset:
+    if not task.datasets:
         raise ConfigError(f"{name} has no dataset: `cpql-data list` names the tasks that have one")
     return task
 
 
 def _on_disk(task: Task, source: str | None) -> tuple[Path, str]:
     """Where a task's data are, and from which source."""
-    from cpql.data import d4rl, minari
+    from cpql.data.sources import SOURCES, Request
 
     for candidate in (source,) if source else ("d4rl", "embedded", "minari"):
-        if candidate == "d4rl":
-            path = d4rl.find(task.dataset, task.url)
-        elif candidate == "embedded":
+        if candidate == "embedded":
             path = next(iter(_embedded_files(task)), None)
         else:
-            path = minari.find(task.minari) if task.minari else None
+            path = SOURCES[candidate].locate(Request(task))
         if path is not None:
             return path, candidate
     ways = [f"`cpql-data download {task.name}` fetches D4RL's"]
-    if task.minari:
+    if "minari" in task.datasets:
         ways.append(f"`cpql-data download {task.name} --source minari` Minari's")
     if _collectable(task):
         ways.append(f"`python scripts/collect.py dataset {task.name}` collects a stand-in")
@@ -359,7 +361,7 @@ def _task(name: str) -> Task:
     if name in task_names() or not re.search(r"-v\d+$", name):
         return load_task(name)
     id = import_environment(name)
-    return Task(name=id, id=id, dataset=id, random_return=None, expert_return=None)
+    return Task(name=id, id=id)
 
 
 def _environment_facts(task: Task) -> tuple[tuple[int, int], Reading]:
@@ -423,14 +425,19 @@ def download(options: argparse.Namespace) -> int:
 
 
 def _fetch(name: str, source: str) -> Path:
-    from cpql.data import d4rl, minari
+    from cpql.data import minari
+    from cpql.data.sources import SOURCES, Request
     from cpql.tasks import load_task, task_names
 
     def say(line: str) -> None:
         _print(line, file=sys.stderr)
 
     if source == "minari":
-        id = name if "/" in name and name not in task_names() else load_task(name).minari
+        id = (
+            name
+            if "/" in name and name not in task_names()
+            else load_task(name).datasets.get("minari", {}).get("id")
+        )
         if not id:
             raise ConfigError(f"{name}: Minari has no such data: expected another task, or a Minari id")
         folder = minari.locate(id, say=say)
@@ -438,7 +445,9 @@ def _fetch(name: str, source: str) -> Path:
         return folder / "data" / minari.ARRAYS
     task = _with_data(name)
     with _progress() as progress:
-        return d4rl.download(task.dataset, progress, path=task.url, rows=task.transitions, say=say)
+        found = SOURCES["d4rl"].fetch(Request(task, progress=progress, say=say))
+    assert isinstance(found, Path)
+    return found
 
 
 def _sha256(path: Path) -> str:

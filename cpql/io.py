@@ -15,9 +15,22 @@ from pathlib import Path
 
 import filelock
 
-__all__ = ["aside", "aside_of", "clear_leftovers", "flush", "flush_folder", "held", "sha256_of", "write_text"]
+__all__ = [
+    "Progress",
+    "aside",
+    "aside_of",
+    "clear_leftovers",
+    "flush",
+    "flush_folder",
+    "held",
+    "sha256_of",
+    "write_text",
+]
 
 ASIDE = ".aside"
+
+Progress = Callable[[str, int, int], None]
+"""Called with what is being done, how much of it is done, and how much there is (0 where nobody knows)."""
 
 
 def write_text(path: Path, text: str) -> None:

@@ -32,6 +32,7 @@ __all__ = [
 ]
 
 LONGEST_NAME = 200
+ENTRY: dict[str, type] = {"id": str, "path": str, "rows": int}
 
 
 @dataclass(frozen=True)
@@ -46,12 +47,13 @@ class Task:
         id: Gymnasium's environment id for evaluation. D4RL's locomotion data came from the v2 physics, of
             which v4 is the closest living relative. None where nothing is to be evaluated: then actions are
             taken for [-1, 1] and observations for as wide as the data's.
-        dataset: D4RL's dataset id, `hopper-medium-v2`.
         random_return: the return that scores 0 (D4RL's reference, undiscounted); None where there is none.
         expert_return: the return that scores 100; None where there is none.
-        url: the dataset's path under D4RL's host and its mirrors, `gym_mujoco_v2/hopper_medium-v2.hdf5`.
-        minari: Minari's nearest dataset, which may be another one: `mujoco/hopper/medium-v0` has the name in
-            common with D4RL's, not the policy, the episodes or the environment's version.
+        datasets: the datasets of the task by source, a name of `cpql.data.sources.SOURCES`: each has an `id`,
+            such as `hopper-medium-v2` of `d4rl`; where known also a `path` under the source's hosts,
+            `gym_mujoco_v2/hopper_medium-v2.hdf5`, and its number of `rows`. Those of two sources may be
+            different data: `mujoco/hopper/medium-v0` of `minari` has the name in common with D4RL's, not the
+            policy, the episodes or the environment's version. Empty where there is only learning online.
         observation: keys of a dict observation that are concatenated, in this order; empty where the
             observation is an array.
         env_options: keyword arguments of `gymnasium.make`.
@@ -59,31 +61,29 @@ class Task:
         episodes: of one evaluation in the papers.
         note: a sentence where scores here can't be compared with D4RL's tables, and why.
         benchmark: whose references these are; scores of two benchmarks belong in no common table.
-        transitions: rows of D4RL's file; None where that isn't known for certain.
 
     Raises:
-        ConfigError: a name that could be a path to elsewhere, an option that names a file, or references that
-            scale nothing.
+        ConfigError: a name that could be a path to elsewhere, an option that names a file, an entry of
+            `datasets` with other keys or types, or references that scale nothing.
     """
 
     name: str
     id: str | None
-    dataset: str
-    random_return: float | None
-    expert_return: float | None
-    url: str = ""
-    minari: str = ""
+    random_return: float | None = None
+    expert_return: float | None = None
+    datasets: dict[str, dict[str, Any]] = field(default_factory=dict)
     observation: tuple[str, ...] = ()
     env_options: dict[str, Any] = field(default_factory=dict)
     reset_options: dict[str, Any] = field(default_factory=dict)
     episodes: int = 10
     note: str = ""
     benchmark: str = "D4RL"
-    transitions: int | None = None
 
     def __post_init__(self) -> None:
-        for key in ("name", "dataset", "url", "minari"):
-            _check_name(key, getattr(self, key), empty=key != "name")
+        _check_name("name", self.name)
+        for source, entry in self.datasets.items():
+            _check_name("datasets", source)
+            _check_entry(f"datasets.{source}", entry)
         check_options("env_options", self.env_options)
         check_options("reset_options", self.reset_options)
         low, high = self.random_return, self.expert_return
@@ -91,6 +91,11 @@ class Task:
             raise ConfigError(
                 f"random_return and expert_return: expected two numbers, found {low} and {high}"
             )
+
+    @property
+    def dataset(self) -> str:
+        """The id of the first of `datasets`, D4RL's where it has one; empty where there is none."""
+        return next((str(entry["id"]) for entry in self.datasets.values()), "")
 
     def score(self, episode_return: float) -> float | None:
         """The normalised score, in percent: `100 (R - R_random) / (R_expert - R_random)`.
@@ -102,10 +107,22 @@ class Task:
         return 100.0 * (episode_return - self.random_return) / (self.expert_return - self.random_return)
 
 
-def _check_name(key: str, name: str, empty: bool) -> None:
+def _check_entry(key: str, entry: Mapping[str, Any]) -> None:
+    """Check one dataset of a task: its keys, their types, and that its names are no paths to elsewhere."""
+    values: dict[str, Any] = {"id": None, **entry}
+    for name, value in values.items():
+        if name not in ENTRY:
+            raise ConfigError(f"{key}: unknown key {name!r}: {did_you_mean(name, ENTRY)}")
+        if type(value) is not ENTRY[name]:
+            raise ConfigError(f"{key}.{name}: expected {ENTRY[name].__name__}, found {value!r}")
+        if isinstance(value, str):
+            _check_name(f"{key}.{name}", value)
+        elif value < 1:
+            raise ConfigError(f"{key}.{name}: expected at least 1, found {value}")
+
+
+def _check_name(key: str, name: str) -> None:
     """Refuse a name that, at the end of a folder's path, would lead out of that folder."""
-    if empty and not name:
-        return
     leads_out = {"", ".", ".."} & set(name.split("/")) or "\\" in name or re.match(r"\w:", name)
     if leads_out or not name.isprintable() or len(name) > LONGEST_NAME:
         raise ConfigError(
@@ -158,7 +175,8 @@ def expand(table: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     Args:
         table: by family, what its tasks share and, for every word in braces in its `name`, the values of
             that word with what each of them adds. A later word's fields win over an earlier one's, and both
-            over what is shared. Texts may use the words, and `{file}` if one of the values has a `file`.
+            over what is shared; nested fields are merged. Texts may use the words, and `{file}` if one of the
+            values has a `file`.
 
     Returns:
         Fields of `Task`, unchecked, by the task's name.
@@ -171,12 +189,28 @@ def expand(table: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
             words = {axis: value for axis, (value, _) in zip(axes, chosen, strict=True)}
             fields = dict(shared)
             for _, added in chosen:
-                fields |= added
+                fields = _merged(fields, added)
             if "file" in fields:
                 words["file"] = fields.pop("file")
-            task = {k: v.format(**words) if isinstance(v, str) else v for k, v in fields.items()}
+            task = _formatted(fields, words)
             tasks[task["name"]] = task
     return tasks
+
+
+def _merged(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
+    both = one.keys() & other.keys()
+    nested = {
+        key: _merged(one[key], other[key])
+        for key in both
+        if isinstance(one[key], Mapping) and isinstance(other[key], Mapping)
+    }
+    return {**one, **other, **nested}
+
+
+def _formatted(value: Any, words: Mapping[str, str]) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _formatted(inner, words) for key, inner in value.items()}
+    return value.format(**words) if isinstance(value, str) else value
 
 
 def patterns(table: Mapping[str, Any]) -> list[str]:

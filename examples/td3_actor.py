@@ -122,7 +122,7 @@ def train(o: argparse.Namespace) -> tuple[Policy, list[float]]:
         critic_layer_norm=False,
         candidates=1,
         temperature=1.0,
-        task=Task(o.env, o.env, "", None, None),
+        task=Task(o.env, o.env),
         origin={"agent": "td3_actor", "step": o.steps, "seed": o.seed, "versions": versions()},
     )
     return Policy(actor, target, config), returns

@@ -21,7 +21,12 @@ from cpql.errors import ConfigError, DataError
 from cpql.tasks import Task, load_task, task_names
 
 NAME = "hopper_medium-v2.hdf5"
-TASK = Task("hopper-medium", "Hopper-v4", "hopper-medium-v2", -20.272305, 3234.3)
+ID = "hopper-medium-v2"
+TASK = Task("hopper-medium", "Hopper-v4", -20.272305, 3234.3, {"d4rl": {"id": ID}})
+
+
+def with_rows(rows: int) -> Task:
+    return dataclasses.replace(TASK, datasets={"d4rl": {"id": ID, "rows": rows}})
 
 
 def arrays(rows: int = 40) -> dict[str, Any]:
@@ -170,9 +175,9 @@ def test_auto_takes_the_cache_first_and_says_nothing(folder: Path) -> None:
 def test_what_lies_in_the_cache_counts_as_d4rls_only_if_it_fits(
     folder: Path, monkeypatch: pytest.MonkeyPatch, changed: dict[str, Any], reason: str
 ) -> None:
-    task = dataclasses.replace(TASK, transitions=40)
+    task = with_rows(40)
     stand_in = Transitions.from_dict(arrays(10), source="embedded", id="hopper-medium")
-    monkeypatch.setattr(embedded, "prepare", lambda *_: None)
+    monkeypatch.setattr(embedded.Embedded, "locate", lambda *_: None)
     monkeypatch.setattr(embedded, "cached", lambda *_: stand_in)
     d4rl.write(folder / NAME, arrays() | changed, {})
     said: list[str] = []
@@ -193,7 +198,7 @@ def test_what_lies_in_the_cache_counts_as_d4rls_only_if_it_fits(
 
 
 def test_where_the_number_of_rows_is_not_known_any_fits(folder: Path) -> None:
-    task = dataclasses.replace(TASK, transitions=1_000_000)
+    task = with_rows(1_000_000)
     d4rl.write(folder / "hopper_other-v0.hdf5", arrays(), {})
     assert data.load(task, id="hopper-other-v0", size=1)[1].provenance.source == "d4rl"
     d4rl.write(folder / "robot_other-v0.hdf5", arrays(), {})
@@ -204,7 +209,7 @@ def test_where_the_number_of_rows_is_not_known_any_fits(folder: Path) -> None:
 
 
 def test_the_widths_are_those_of_the_tasks_environments() -> None:
-    tasks = [task for name in task_names() if (task := load_task(name)).dataset]
+    tasks = [task for name in task_names() if (task := load_task(name)).datasets]
     assert {task.dataset.partition("-")[0] for task in tasks} == set(d4rl.WIDTHS)
     for name in ("hopper-medium", "halfcheetah-medium", "walker2d-medium", "ant-medium"):
         assert facts(load_task(name))[0] == d4rl.WIDTHS[name.partition("-")[0]]
@@ -265,4 +270,4 @@ def test_no_file_can_call_itself_d4rls(
     path.rename(folder / NAME)
     assert d4rl.read(folder / NAME, "hopper-medium-v2", source="d4rl", rows=40).provenance.source == believed
     with pytest.raises(DataError, match=rf"^{NAME}: carries 'cpql_origin', as cpql's own files do: expected"):
-        data.load(dataclasses.replace(TASK, transitions=40), source="d4rl", size=1)
+        data.load(with_rows(40), source="d4rl", size=1)

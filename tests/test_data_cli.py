@@ -93,7 +93,9 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """A world in which D4RL's files have 60 rows."""
 
     def load(name: str) -> Task:
-        return dataclasses.replace(load_task(name), transitions=60)
+        task = load_task(name)
+        d4rl = {"d4rl": task.datasets["d4rl"] | {"rows": 60}} if task.datasets else {}
+        return dataclasses.replace(task, datasets=task.datasets | d4rl)
 
     monkeypatch.setattr(config, "load_task", load)
 

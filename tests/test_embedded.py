@@ -33,12 +33,13 @@ from cpql.tasks import Task
 
 
 def task(kind: str = "medium") -> Task:
-    return Task(f"hopper-{kind}", "Hopper-v4", f"hopper-{kind}-v2", -20.272305, 3234.3)
+    datasets = {"d4rl": {"id": f"hopper-{kind}-v2"}}
+    return Task(f"hopper-{kind}", "Hopper-v4", -20.272305, 3234.3, datasets)
 
 
 def plain(id: str) -> Task:
     """A task that is its environment and nothing else."""
-    return Task(id, id, id, None, None)
+    return Task(id, id)
 
 
 def behaviour(seed: int, states: int = 11, actions: int = 3) -> Behaviour:
@@ -222,7 +223,8 @@ def test_settings_of_the_data_count_for_what_is_collected(
 
 
 def test_auto_without_behaviours_tells_of_both_ways() -> None:
-    walker = Task("walker2d-medium", "Walker2d-v4", "walker2d-medium-v2", 1.629008, 4592.3)
+    datasets = {"d4rl": {"id": "walker2d-medium-v2"}}
+    walker = Task("walker2d-medium", "Walker2d-v4", 1.629008, 4592.3, datasets)
     with pytest.raises(DataError) as caught:
         data.load(walker, size=20, say=print)
     assert "walker2d_medium-v2.hdf5 can't be downloaded" in str(caught.value)

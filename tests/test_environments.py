@@ -96,7 +96,7 @@ def test_an_unknown_option_is_one_line() -> None:
     ],
 )
 def test_whatever_an_environment_raises_is_one_line(options: dict[str, Any], text: str) -> None:
-    task = Task("t", "Hopper-v5", "", None, None, env_options=options)
+    task = Task("t", "Hopper-v5", env_options=options)
     with pytest.raises(ConfigError) as caught:
         make_task_environment(task)
     assert text in str(caught.value) and "\n" not in str(caught.value)
@@ -128,7 +128,7 @@ def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 
 def test_an_id_with_a_module_is_for_the_command_line_alone(module: str) -> None:
     id = f"{module}:Mine-v0"
-    for make in (make_environment, lambda id: make_task_environment(Task("t", id, "", None, None))):
+    for make in (make_environment, lambda id: make_task_environment(Task("t", id))):
         with pytest.raises(
             ConfigError, match="runs the module's code, and is taken from the command line"
         ) as no:
@@ -221,7 +221,7 @@ class Suite(gymnasium.Env[Any, Any]):
 
 
 def test_the_control_suite_s_observations_are_laid_end_to_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    task = Task("suite", "dm_control/toy-v0", "", None, None)
+    task = Task("suite", "dm_control/toy-v0")
     with pytest.raises(ConfigError, match=r"'dm_control/toy-v0' needs mujoco below 4, found 4.*'mujoco<4'$"):
         monkeypatch.setattr(environments, "version", lambda _: "4.0.0")
         make_task_environment(task)

@@ -42,7 +42,7 @@ def policy(request: pytest.FixtureRequest) -> Policy:
         critic_layer_norm=False,
         candidates=1,
         temperature=1.0,
-        task=Task("made", None, "", None, None),
+        task=Task("made", None),
         observation_mean=(1.0, 0.0, -3.0, 0.5, 0.0),
         observation_std=(2.0, 1.0, 0.1, 1.0, 5.0),
     )

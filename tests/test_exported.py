@@ -53,7 +53,7 @@ def policy() -> Policy:
         critic_layer_norm=True,
         candidates=1,
         temperature=1.0,
-        task=Task("made", None, "", None, None),
+        task=Task("made", None),
         origin={"agent": "cpql", "step": 7, "seed": 3},
         observation_mean=(1.0, 0.0, -3.0, 0.5, 0.0),
         observation_std=(2.0, 1.0, 0.1, 1.0, 5.0),

@@ -29,7 +29,7 @@ from cpql.errors import CheckpointError, ConfigError
 from cpql.tasks import Task
 from cpql.train.evaluation import Evaluation
 
-TASK = Task("hopper-medium", "Hopper-v4", "hopper-medium-v2", -20.272305, 3234.3)
+TASK = Task("hopper-medium", "Hopper-v4", -20.272305, 3234.3)
 DATA = Provenance(
     "embedded", "hopper-medium", "x.hdf5", "abc", 1_000, 3, 1294.35, 325.7, 296.4, 3196.4, 403.5
 ).to_dict()
@@ -140,7 +140,7 @@ def test_a_card_claims_no_other_checkpoints_result(run: Path, tmp_path: Path) ->
 
 def test_a_card_of_little(tmp_path: Path) -> None:
     """No provenance, no environment, no references: nothing is made up."""
-    made({}, Task("mine", None, "", None, None)).save_pretrained(tmp_path / "a")
+    made({}, Task("mine", None)).save_pretrained(tmp_path / "a")
     head, text = read_card(tmp_path / "a")
     assert head["tags"][-1] == "mine"
     assert "| data | unknown |" in text and "| gradient steps | unknown |" in text

@@ -17,7 +17,7 @@ from cpql.data.transitions import Transitions
 from cpql.errors import DataError
 from cpql.tasks import Task
 
-TASK = Task("drawn", "Drawn-v0", "drawn-v0", 2.0, 12.0)
+TASK = Task("drawn", "Drawn-v0", 2.0, 12.0)
 
 
 def drawing() -> dict[str, Any]:
@@ -92,7 +92,7 @@ observation 1: constant
 warning: observation 1 of 2: always the same value"""
     assert describe(found, TASK) == expected
     assert "score" not in describe(found)
-    without = Task("drawn", "Drawn-v0", "drawn-v0", None, None, note="a word of caution")
+    without = Task("drawn", "Drawn-v0", note="a word of caution")
     assert (
         "score      none: there are no reference returns for these data\nnote       a word of caution\n"
         in (describe(found, without))

@@ -33,13 +33,12 @@ ID = "mine/pendulum/mixed-v0"
 TASK = Task(
     "hopper-medium",
     "Hopper-v4",
-    "hopper-medium-v2",
     -20.272305,
     3234.3,
-    url="x/y.hdf5",
+    {"d4rl": {"id": "hopper-medium-v2", "path": "x/y.hdf5"}},
     reset_options={"a": 1},
 )
-MAZE = Task("maze", "Maze-v0", "", None, None, observation=("achieved_goal", "observation"))
+MAZE = Task("maze", "Maze-v0", observation=("achieved_goal", "observation"))
 
 
 def box(*shape: int, low: Any = -1.0, high: Any = 1.0, dtype: str = "float32") -> str:
@@ -197,7 +196,7 @@ def test_dicts_are_laid_end_to_end_in_the_tasks_order(make: Callable[..., Path])
         ("inner", r"'episode_0/observations/inner' is a group: expected an array"),
     ):
         with pytest.raises(DataError, match=text):
-            minari.read(folder, Task("maze", "Maze-v0", "", None, None, observation=(key,)))
+            minari.read(folder, Task("maze", "Maze-v0", observation=(key,)))
     # Whoever wrote one array has laid it end to end already.
     assert minari.read(make(), MAZE).observations.shape == (4, 2)
 
@@ -264,7 +263,7 @@ def data_to_write() -> Transitions:
 
 
 def acts_in(id: str, **others: Any) -> Task:
-    return Task("any", id, "any-v0", None, None, **others)
+    return Task("any", id, **others)
 
 
 def test_what_is_written_is_what_minari_loads(root: Path) -> None:
@@ -420,10 +419,11 @@ def test_references_are_minaris_or_none(make: Callable[..., Path]) -> None:
 def test_a_task_becomes_the_datasets(make: Callable[..., Path]) -> None:
     make()
     found = minari.task(TASK, ID)
-    assert (found.name, found.id, found.dataset, found.minari) == ("hopper-medium", "Pendulum-v1", ID, ID)
+    assert (found.name, found.id) == ("hopper-medium", "Pendulum-v1")
+    assert found.datasets == {"minari": {"id": ID}}
     # The collector's window is none of evaluation's, nor is anything of D4RL's.
     assert (found.env_options, found.reset_options) == ({"g": 9.81, "max_episode_steps": 200}, {})
-    assert (found.random_return, found.expert_return, found.url) == (None, None, "")
+    assert (found.random_return, found.expert_return) == (None, None)
     assert found.score(100.0) is None and found.benchmark == "Minari"
     assert (
         found.note == f"the Minari dataset {ID} has no references: returns only, never comparable with D4RL's"

@@ -61,7 +61,7 @@ def walk() -> Iterator[None]:
     del gymnasium.registry["Walk-v0"]
 
 
-TASK = Task("walk", "Walk-v0", "", None, None)
+TASK = Task("walk", "Walk-v0")
 LITTLE: dict[str, Any] = {"actor": {"hidden": [16]}, "critic_hidden": [16], "batch_size": 8}
 
 

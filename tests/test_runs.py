@@ -84,7 +84,7 @@ def make(**_: Any) -> gymnasium.Env[Any, Any]:
 
 
 gymnasium.register("cpql-test/Odd-v0", make)
-ODD = Task("odd", "cpql-test/Odd-v0", "", None, None)
+ODD = Task("odd", "cpql-test/Odd-v0")
 
 
 @pytest.fixture

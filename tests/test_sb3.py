@@ -28,7 +28,7 @@ from cpql.interop.sb3 import ConsistencyTD3Policy, batch, transitions
 from cpql.tasks import Task
 from cpql.train.evaluation import evaluate
 
-PENDULUM = Task("pendulum", "Pendulum-v1", "", None, None)
+PENDULUM = Task("pendulum", "Pendulum-v1")
 ACTOR = ActorConfig(t_max=5.0, refinements=(0.8,), hidden=(16, 16))
 
 

@@ -65,7 +65,12 @@ def made(kind: int = 0) -> Policy:
         candidates=5 if several else 1,
         temperature=0.5 if several else 0.0,
         task=Task(
-            "mine", "Pendulum-v1", "mine-medium-v2", -1.0, 1.0, env_options={"g": 9.8, "max_episode_steps": 9}
+            "mine",
+            "Pendulum-v1",
+            -1.0,
+            1.0,
+            {"d4rl": {"id": "mine-medium-v2"}},
+            env_options={"g": 9.8, "max_episode_steps": 9},
         ),
         origin={"agent": "cpql", "step": 5, "seed": 3, "versions": {"torch": "2"}},
         observation_mean=(1.0, 0.0, -3.0, 0.5, 0.0) if normalised else (),
@@ -509,8 +514,11 @@ def refused(folder: Path, text: str) -> None:
             {"task": {"name": "../../x"}},
             "name '../../x': expected a name such as 'hopper-medium', not a path",
         ),
-        ({"task": {"dataset": "/etc/x"}}, "dataset '/etc/x': expected a name"),
-        ({"task": {"url": "a/..\\x.hdf5"}}, "url 'a/..\\\\x.hdf5': expected a name"),
+        ({"task": {"datasets": {"d4rl": {"id": "/etc/x"}}}}, "datasets.d4rl.id '/etc/x': expected a name"),
+        (
+            {"task": {"datasets": {"d4rl": {"id": "a", "path": "a/..\\x.hdf5"}}}},
+            "datasets.d4rl.path 'a/..\\\\x.hdf5': expected a name",
+        ),
         ({"task": {"env_options": {"xml_file": "/x.xml"}}}, "env_options: '/x.xml' could be a path"),
         ({"task": {"env_options": {"a": [{"b": "../x"}]}}}, "env_options: '../x' could be a path"),
         ({"task": {"reset_options": {"file": "~/x"}}}, "reset_options: '~/x' could be a path"),
@@ -541,10 +549,13 @@ def test_a_task_has_names_of_environments_and_files_of_its_own() -> None:
         "maze_map": [[1, 0], ["r", "g"]],
     }
     task = Task(
-        "dm_control/walker-v0", "dm_control/walker-v0", "D4RL/pen/human-v2", None, None, env_options=options
+        "dm_control/walker-v0",
+        "dm_control/walker-v0",
+        datasets={"minari": {"id": "D4RL/pen/human-v2"}},
+        env_options=options,
     )
     assert task.env_options == options
-    assert Task("my.module:Mine-v0", "Mine-v0", "", None, None).name == "my.module:Mine-v0"
+    assert Task("my.module:Mine-v0", "Mine-v0").name == "my.module:Mine-v0"
 
 
 def test_damage_is_noticed_by_the_checksum(tmp_path: Path) -> None:

@@ -22,7 +22,6 @@ from omegaconf import DictConfig, open_dict
 from cpql import cli
 from cpql.environments import make_environment
 from cpql.errors import ConfigError
-from cpql.settings import build
 from cpql.tasks import Task, config_folder, expand, load_task, patterns, task_names, task_patterns
 from cpql.train.config import OnlineConfig, TrainConfig
 from cpql.train.loop import agent_config
@@ -49,28 +48,45 @@ def test_a_family_spelt_out_by_hand() -> None:
     table = {
         "family": {
             "name": "{animal}-{mood}",
-            "url": "zoo/{file}/{mood}.hdf5",
+            "where": {"zoo": {"path": "zoo/{file}/{mood}.hdf5"}},
             "id": "Nowhere-v0",
             "episodes": 3,
             "animal": {"cat": {"file": "felis"}, "dog": {"file": "canis", "episodes": 4}},
-            "mood": {"sad": {}, "glad": {"episodes": 5, "note": "a {mood} {animal}"}},
+            "mood": {
+                "sad": {},
+                "glad": {
+                    "episodes": 5,
+                    "note": "a {mood} {animal}",
+                    "where": {"zoo": {"rows": 7}, "wild": {}},
+                },
+            },
         },
         "other": {"name": "lonely", "id": "Somewhere-v0"},
     }
     shared = {"id": "Nowhere-v0"}
     assert expand(table) == {
-        "cat-sad": {"name": "cat-sad", "url": "zoo/felis/sad.hdf5", "episodes": 3, **shared},
+        "cat-sad": {
+            "name": "cat-sad",
+            "where": {"zoo": {"path": "zoo/felis/sad.hdf5"}},
+            "episodes": 3,
+            **shared,
+        },
         "cat-glad": {
             "name": "cat-glad",
-            "url": "zoo/felis/glad.hdf5",
+            "where": {"zoo": {"path": "zoo/felis/glad.hdf5", "rows": 7}, "wild": {}},
             "episodes": 5,
             "note": "a glad cat",
             **shared,
         },
-        "dog-sad": {"name": "dog-sad", "url": "zoo/canis/sad.hdf5", "episodes": 4, **shared},
+        "dog-sad": {
+            "name": "dog-sad",
+            "where": {"zoo": {"path": "zoo/canis/sad.hdf5"}},
+            "episodes": 4,
+            **shared,
+        },
         "dog-glad": {
             "name": "dog-glad",
-            "url": "zoo/canis/glad.hdf5",
+            "where": {"zoo": {"path": "zoo/canis/glad.hdf5", "rows": 7}, "wild": {}},
             "episodes": 5,
             "note": "a glad dog",
             **shared,
@@ -125,120 +141,149 @@ def test_the_table_holds_every_task_once() -> None:
     for name in names:
         task = load_task(name)
         assert task.name == name
-        assert not re.search("[{}]", f"{task.id} {task.dataset} {task.url} {task.minari} {task.note}")
+        named = [*task.datasets, *(value for entry in task.datasets.values() for value in entry.values())]
+        assert not re.search("[{}]", f"{task.id} {' '.join(map(str, named))} {task.note}")
 
 
 def test_ids_paths_and_references_are_the_d4rl_package_s() -> None:
     lines = (Path(__file__).parent / "d4rl_1.1_infos.txt").read_text().splitlines()[1:]
     infos = {id: (url, float(low), float(high)) for id, url, low, high in map(str.split, lines)}
-    tasks = [task for task in map(load_task, task_names()) if task.dataset]
-    assert {t.dataset: (t.url, t.random_return, t.expert_return) for t in tasks} == infos
+    tasks = [task for task in map(load_task, task_names()) if task.datasets]
+    entries = [(task.datasets["d4rl"], task) for task in tasks]
+    assert {e["id"]: (e["path"], t.random_return, t.expert_return) for e, t in entries} == infos
 
 
 SAMPLE = {
     "hopper-medium": Task(
         "hopper-medium",
         "Hopper-v4",
-        "hopper-medium-v2",
         -20.272305,
         3234.3,
-        url="gym_mujoco_v2/hopper_medium-v2.hdf5",
-        minari="mujoco/hopper/medium-v0",
-        transitions=1_000_000,
+        {
+            "d4rl": {
+                "id": "hopper-medium-v2",
+                "path": "gym_mujoco_v2/hopper_medium-v2.hdf5",
+                "rows": 1_000_000,
+            },
+            "minari": {"id": "mujoco/hopper/medium-v0"},
+        },
     ),
     "walker2d-medium-replay": Task(
         "walker2d-medium-replay",
         "Walker2d-v4",
-        "walker2d-medium-replay-v2",
         1.629008,
         4592.3,
-        url="gym_mujoco_v2/walker2d_medium_replay-v2.hdf5",
+        {
+            "d4rl": {
+                "id": "walker2d-medium-replay-v2",
+                "path": "gym_mujoco_v2/walker2d_medium_replay-v2.hdf5",
+            },
+        },
     ),
     "ant-expert": Task(
         "ant-expert",
         "Ant-v4",
-        "ant-expert-v2",
         -325.6,
         3879.7,
-        url="gym_mujoco_v2/ant_expert-v2.hdf5",
-        minari="mujoco/ant/expert-v0",
+        {
+            "d4rl": {"id": "ant-expert-v2", "path": "gym_mujoco_v2/ant_expert-v2.hdf5", "rows": 1_000_000},
+            "minari": {"id": "mujoco/ant/expert-v0"},
+        },
         env_options={"use_contact_forces": True, "contact_force_range": [0.0, 0.0]},
-        transitions=1_000_000,
     ),
     "antmaze-large-play-v0": Task(
         "antmaze-large-play-v0",
         "AntMaze_Large-v4",
-        "antmaze-large-play-v0",
         0.0,
         1.0,
-        url="ant_maze_new/Ant_maze_hardest-maze_noisy_multistart_True_multigoal_False_sparse.hdf5",
-        minari="D4RL/antmaze/large-play-v1",
+        {
+            "d4rl": {
+                "id": "antmaze-large-play-v0",
+                "path": "ant_maze_new/Ant_maze_hardest-maze_noisy_multistart_True_multigoal_False_"
+                "sparse.hdf5",
+                "rows": 1_000_000,
+            },
+            "minari": {"id": "D4RL/antmaze/large-play-v1"},
+        },
         observation=("achieved_goal", "observation"),
         env_options={"continuing_task": False},
         reset_options={"reset_cell": [1, 1], "goal_cell": [7, 9]},
         episodes=100,
-        transitions=1_000_000,
     ),
     "antmaze-umaze-diverse-v2": Task(
         "antmaze-umaze-diverse-v2",
         "AntMaze_UMaze-v4",
-        "antmaze-umaze-diverse-v2",
         0.0,
         1.0,
-        url="ant_maze_v2/Ant_maze_u-maze_noisy_multistart_True_multigoal_True_sparse_fixed.hdf5",
-        minari="D4RL/antmaze/umaze-diverse-v1",
+        {
+            "d4rl": {
+                "id": "antmaze-umaze-diverse-v2",
+                "path": "ant_maze_v2/Ant_maze_u-maze_noisy_multistart_True_multigoal_True_sparse_fixed.hdf5",
+                "rows": 1_000_000,
+            },
+            "minari": {"id": "D4RL/antmaze/umaze-diverse-v1"},
+        },
         observation=("achieved_goal", "observation"),
         env_options={"continuing_task": False},
         reset_options={"reset_cell": [1, 1], "goal_cell": [3, 1]},
         episodes=100,
-        transitions=1_000_000,
     ),
     "maze2d-medium": Task(
         "maze2d-medium",
         "PointMaze_Medium-v3",
-        "maze2d-medium-v1",
         13.13,
         277.39,
-        url="maze2d/maze2d-medium-sparse-v1.hdf5",
-        minari="D4RL/pointmaze/medium-v2",
+        {
+            "d4rl": {
+                "id": "maze2d-medium-v1",
+                "path": "maze2d/maze2d-medium-sparse-v1.hdf5",
+                "rows": 2_000_000,
+            },
+            "minari": {"id": "D4RL/pointmaze/medium-v2"},
+        },
         observation=("observation",),
         reset_options={"goal_cell": [6, 6]},
         episodes=100,
-        transitions=2_000_000,
     ),
     "pen-cloned": Task(
         "pen-cloned",
         "AdroitHandPen-v1",
-        "pen-cloned-v1",
         96.262799,
         3076.8331017826877,
-        url="hand_dapg_v1/pen-cloned-v1.hdf5",
-        minari="D4RL/pen/cloned-v2",
+        {
+            "d4rl": {"id": "pen-cloned-v1", "path": "hand_dapg_v1/pen-cloned-v1.hdf5"},
+            "minari": {"id": "D4RL/pen/cloned-v2"},
+        },
         env_options={"max_episode_steps": 100},
         episodes=100,
     ),
     "door-human": Task(
         "door-human",
         "AdroitHandDoor-v1",
-        "door-human-v1",
         -56.512833,
         2880.5693087298737,
-        url="hand_dapg_v1/door-human-v1.hdf5",
-        minari="D4RL/door/human-v2",
+        {
+            "d4rl": {"id": "door-human-v1", "path": "hand_dapg_v1/door-human-v1.hdf5"},
+            "minari": {"id": "D4RL/door/human-v2"},
+        },
         episodes=100,
     ),
     "kitchen-mixed": Task(
         "kitchen-mixed",
         "FrankaKitchen-v1",
-        "kitchen-mixed-v0",
         0.0,
         4.0,
-        url="kitchen/kitchen_microwave_kettle_bottomburner_light-v0.hdf5",
-        minari="D4RL/kitchen/mixed-v2",
+        {
+            "d4rl": {
+                "id": "kitchen-mixed-v0",
+                "path": "kitchen/kitchen_microwave_kettle_bottomburner_light-v0.hdf5",
+                "rows": 136_950,
+            },
+            "minari": {"id": "D4RL/kitchen/mixed-v2"},
+        },
         observation=("observation",),
         env_options={"tasks_to_complete": ["microwave", "kettle", "bottom burner", "light switch"]},
         episodes=100,
-        transitions=136_950,
     ),
 }
 
@@ -250,19 +295,13 @@ def test_tasks_written_by_hand(name: str) -> None:
     assert bool(task.note) == (task.episodes == 100)  # all but locomotion differ from D4RL's environments
 
 
-def test_an_old_policy_s_task_still_loads() -> None:
-    old = {"name": "a", "id": "Hopper-v4", "dataset": "a-v2", "random_return": -20.0, "expert_return": 180.0}
-    task = build(Task, old, "policy.json")
-    assert (task.observation, task.env_options, task.episodes, task.benchmark) == ((), {}, 10, "D4RL")
-
-
 def test_score_by_hand() -> None:
-    task = Task("a", "A-v0", "a-v2", random_return=-20.0, expert_return=180.0)
+    task = Task("a", "A-v0", random_return=-20.0, expert_return=180.0)
     assert [task.score(r) for r in (-20.0, 30.0, 180.0, 280.0)] == [0.0, 25.0, 100.0, 150.0]
     # D4RL's own references, worked out by hand: (1000 + 280.178953) / (12135 + 280.178953)
     assert load_task("halfcheetah-random").score(1000.0) == pytest.approx(10.311401, abs=1e-5)
-    assert Task("a", "A-v0", "a-v2", None, None).score(1.0) is None
-    assert Task("a", "A-v0", "a-v2", 0.0, None).score(1.0) is None
+    assert Task("a", "A-v0").score(1.0) is None
+    assert Task("a", "A-v0", 0.0).score(1.0) is None
 
 
 @pytest.mark.parametrize(

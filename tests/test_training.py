@@ -287,8 +287,8 @@ def test_policies_of_before_still_load(dataset: Path, tmp_path: Path) -> None:
     run(settings(dataset, tmp_path / "run"))
     folder = tmp_path / "run" / "checkpoints" / "last" / "policy"
     content = json.loads((folder / "config.json").read_text())
-    names = ("name", "id", "dataset", "random_return", "expert_return")
-    content["task"] = {name: content["task"][name] for name in names}
+    names = ("name", "id", "random_return", "expert_return")
+    content["task"] = {name: content["task"][name] for name in names} | {"dataset": "hopper-medium-v2"}
     del content["observation_mean"], content["observation_std"]
     (folder / "config.json").write_text(json.dumps(content))
     assert Policy.load(folder).config.task.score(3234.3) == pytest.approx(100)

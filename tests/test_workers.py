@@ -138,7 +138,7 @@ print(len(cpql.data.load(load_task("hopper-medium"), source="embedded", size=50)
 
 
 def test_answers_are_those_of_the_functions() -> None:
-    task = Task("pendulum", "Pendulum-v1", "", None, None, env_options={"max_episode_steps": 7})
+    task = Task("pendulum", "Pendulum-v1", env_options={"max_episode_steps": 7})
     seeds = [np.random.SeedSequence(3, spawn_key=(k,)) for k in range(3)]
     seen: list[int] = []
     found = in_workers(rollout, [(task, None, 9, s) for s in seeds], 2, lambda done: seen.append(len(done)))
@@ -183,7 +183,7 @@ def mine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     import mine_of_the_tests  # type: ignore[import-not-found]
 
     gymnasium.register("Mine-v0", mine_of_the_tests.Mine)
-    yield lambda **options: Task("mine", "Mine-v0", "", None, None, env_options=options)
+    yield lambda **options: Task("mine", "Mine-v0", env_options=options)
     del gymnasium.registry["Mine-v0"]
     del sys.modules["mine_of_the_tests"]
 
@@ -202,7 +202,7 @@ def test_what_goes_wrong_is_said_in_one_line(mine: Any) -> None:
     text = "environment 'Mine-v0' failed in step: ValueError: out of battery"
     refused(ActingError, text, mine(error="value"))
     refused(DataError, "collecting mine: out of memory in a worker process", mine(error="memory"))
-    discrete = Task("cart", "CartPole-v1", "", None, None)
+    discrete = Task("cart", "CartPole-v1")
     with pytest.raises(ConfigError, match="actions are Discrete"):
         in_workers(rollout, [(discrete, None, 3, np.random.SeedSequence(0))], 1)
     spec = gymnasium.registry["Mine-v0"]
@@ -220,7 +220,7 @@ def test_what_goes_wrong_is_said_in_one_line(mine: Any) -> None:
 
 @processes
 def test_a_worker_that_was_killed_is_said_to_be() -> None:
-    task = Task("pendulum", "Pendulum-v1", "", None, None)
+    task = Task("pendulum", "Pendulum-v1")
 
     def kill(_: Any) -> None:
         for worker in workers_of(os.getpid()):

@@ -10,16 +10,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cpql.errors import ConfigError, DataError, did_you_mean
+from cpql.errors import DataError
 
 if TYPE_CHECKING:
-    from cpql.data.d4rl import Progress
-    from cpql.data.transitions import Batch, Provenance, Reading, TimeLimits, Transitions
+    from cpql.data.request import Request
+    from cpql.data.transitions import Batch, Provenance, TimeLimits, Transitions
+    from cpql.io import Progress
     from cpql.tasks import Task
 
-__all__ = ["SOURCES", "Batch", "Provenance", "Transitions", "load"]
-
-SOURCES = ("auto", "d4rl", "minari", "embedded")
+__all__ = ["Batch", "Provenance", "Transitions", "load"]
 
 
 def __getattr__(name: str) -> Any:
@@ -46,11 +45,11 @@ def load(
 
     Args:
         task: whose dataset.
-        source: "d4rl" takes its cache folder or downloads, "minari" takes a local dataset or downloads,
-            "embedded" collects (or takes what it collected before); all strictly. "auto" is D4RL where it can
-            be had, else embedded, and then `say` hears that and why.
+        source: a name of `cpql.data.sources.SOURCES`, strictly: "d4rl" reads its cache folder or downloads,
+            "minari" does the same with Minari's, "embedded" collects, or reads what it has collected before.
+            "auto" tries D4RL, then embedded, and `say` takes a warning with the reason.
         path: a file in D4RL's layout, HDF5 or NPZ, or the folder of a Minari dataset; then no source counts.
-        id: of the dataset, where it isn't the task's own: D4RL's or Minari's. Nothing is collected instead.
+        id: of another dataset than the task's own, D4RL's or Minari's. Nothing is collected in its place.
         size: how many transitions to collect, for the embedded source.
         seed: of the collection.
         time_limits: "drop" leaves out the rows at a time limit, as `d4rl.qlearning_dataset` does.
@@ -67,93 +66,70 @@ def load(
         ConfigError: there is no such source, or the environment can't be made.
         DataError: the data can't be had, or aren't valid.
     """
-    from cpql.data import d4rl, embedded, files, inspection, minari
-    from cpql.environments import facts
+    from cpql.data import inspection
+    from cpql.data.files import without_foreign_references
+    from cpql.data.request import Request
+    from cpql.data.sources import AUTO, check_source
 
-    if source not in SOURCES:
-        raise ConfigError(f"no dataset source '{source}': {did_you_mean(source, SOURCES)}")
-    if id is not None and source == "embedded":
-        raise ConfigError(
-            f"dataset.id={id}: expected none with dataset=embedded, which has the task's own alone"
-        )
-    if path is None and id is None and not task.dataset:
+    check_source(source)
+    if path is None and id is None and not task.datasets:
         raise DataError(
             f"{task.name} has no dataset: expected mode=online, a task that has one, such as hopper-medium, "
             "or dataset.path=FILE"
         )
-    folder = Path(path) if path is not None and Path(path).is_dir() else None
-    if folder is None and path is None and source == "minari":
-        id = id or task.minari
-        if not id:
-            raise DataError(f"{task.name}: Minari has no counterpart: expected dataset.id to name a dataset")
-        folder = minari.locate(id, say=say)
-    if folder is not None:
-        task = minari.task(task, folder)
-    form: Reading = {"time_limits": time_limits}
-    expected = None
-    if task.id is not None:
-        expected, form["action_low"], form["action_high"], form["episode_limit"] = facts(task)
-    if folder is not None:
-        data = minari.read(folder, task, time_limits=time_limits)
-    elif path is not None:
-        data = files.read(path, id or task.name, **form)
-        task = files.without_foreign_references(task, data)
-    elif source == "embedded":
-        data = _as_asked(embedded.cached(task, size, seed, progress, say), time_limits)
-    else:
-        dataset = id or task.dataset
-        url, rows = (task.url, task.transitions) if dataset == task.dataset else ("", None)
-        try:
-            found = d4rl.find(dataset, url) or d4rl.download(dataset, progress, path=url, rows=rows, say=say)
-        except DataError as error:
-            reason = str(error)
-        else:
-            # What is damaged, not another file, is the user's to mend: falling back would hide it.
-            reason = d4rl.misfit(found, dataset, rows)
-        if not reason:
-            data = d4rl.read(found, dataset, source="d4rl", rows=rows, **form)
-        elif source == "d4rl" or id is not None:
-            # The task's stand-in is none for a dataset that was named.
-            raise DataError(reason)
-        else:
-            data = _as_asked(_fall_back(task, size, seed, progress, say, reason), time_limits)
-    if expected is not None:
-        data.validate_for(*expected)
+    local = None if path is None else Path(path)
+    request = Request(task, id, local, size, seed, time_limits, progress, say)
+    names: tuple[str, ...] = (source,)
+    if local is not None:
+        names = ("file",)
+    elif source == "auto":
+        # The task's stand-in is none for a dataset that was named.
+        names = AUTO if id is None else AUTO[:1]
+    request, data = _first(names, request)
+    if request.facts is not None:
+        data.validate_for(*request.facts.widths)
     if data.provenance.source != "embedded":
         where = data.provenance.file or data.provenance.id
         for finding in inspection.Inspection(data).findings:
             say(f"warning: {where}: {finding}")
-    return task, data
+    return without_foreign_references(request.task, data), data
 
 
-def _as_asked(data: Transitions, time_limits: TimeLimits) -> Transitions:
-    """Collected data by the rule for time limits; the cache keeps every row."""
-    from cpql.data.transitions import Transitions
-
-    if time_limits == "keep":
-        return data
-    p = data.provenance
-    about: dict[str, Any] = {"source": p.source, "id": p.id, "file": p.file, "sha256": p.sha256}
-    return Transitions.from_dict(data.to_dict(), **about, details=p.details, time_limits=time_limits)
-
-
-def _fall_back(
-    task: Task, size: int, seed: int, progress: Progress | None, say: Callable[[str], None], reason: str
-) -> Transitions:
+def _first(names: tuple[str, ...], request: Request) -> tuple[Request, Transitions]:
+    """Read from the first source that can have the data; a later one in place of the first says why."""
     import dataclasses
 
-    from cpql.data import embedded
+    from cpql.data.request import AnotherDatasetError
+    from cpql.data.sources import SOURCES
 
-    try:
-        # Before collecting, so that a task without behaviours hears of both ways at once.
-        embedded.prepare(task, size, seed)
-    except DataError as error:
-        raise DataError(f"no data for {task.name}: {reason}; and {error}") from error
-    say(
-        f"warning: {task.name} is self-collected data from cpql's own SAC behaviours, "
-        f"not D4RL's {task.dataset}, because {reason}"
-    )
-    data = embedded.cached(task, size, seed, progress, say)
-    provenance = data.provenance
-    details = provenance.details | {"fallback": reason}
-    return dataclasses.replace(data, provenance=dataclasses.replace(provenance, details=details))
+    reasons: list[DataError] = []
+    for name in names:
+        source = SOURCES[name]
+        try:
+            path = source.locate(request)
+            if reasons:
+                request.say(
+                    f"warning: {request.task.name} is {source.description}, not "
+                    f"{SOURCES[names[0]].description} {request.task.dataset}, because {reasons[0]}"
+                )
+            found = path or source.fetch(request)
+        except DataError as error:
+            reasons.append(error)
+            continue
+        if isinstance(found, Path):
+            request = dataclasses.replace(request, task=source.task(found, request))
+            _ = request.facts  # an environment that can't be made is an error before anything is read
+            try:
+                data = source.read(found, request)
+            except AnotherDatasetError as error:
+                reasons.append(error)
+                continue
+        else:
+            data = found
+        if reasons:
+            details = data.provenance.details | {"fallback": str(reasons[0])}
+            data = dataclasses.replace(data, provenance=dataclasses.replace(data.provenance, details=details))
+        return request, data
+    if len(reasons) == 1:
+        raise reasons[0]
+    raise DataError(f"no data for {request.task.name}: {'; and '.join(map(str, reasons))}") from reasons[-1]

@@ -25,11 +25,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cpql.data.download import MOST, Progress, fetch, verify_recorded
+from cpql.data.request import AnotherDatasetError, Request, Source
 from cpql.data.transitions import Provenance, Reading, Transitions
 from cpql.errors import DataError
 from cpql.io import sha256_of
 
 __all__ = [
+    "D4RL",
     "Progress",
     "cache_folder",
     "clear",
@@ -75,6 +77,38 @@ MOST_EXPANSION = 100
 UNSUSPICIOUS_BYTES = 64 << 20
 
 
+class D4RL(Source):
+    """D4RL's own files, in its cache folder, else downloaded."""
+
+    description = "D4RL's"
+
+    def locate(self, request: Request) -> Path | None:
+        """See `Source`."""
+        about = request.about("d4rl")
+        return find(about["id"], about.get("path", "")) if about else None
+
+    def fetch(self, request: Request) -> Path:
+        """See `Source`."""
+        about = request.about("d4rl")
+        if not about:
+            raise DataError(f"{request.task.name}: D4RL has no counterpart: expected dataset.id to name one")
+        _ = request.facts  # an environment that can't be made costs no download
+        return download(
+            about["id"],
+            request.progress,
+            path=about.get("path", ""),
+            rows=about.get("rows"),
+            say=request.say,
+        )
+
+    def read(self, path: Path, request: Request) -> Transitions:
+        """See `Source`."""
+        about = request.about("d4rl")
+        if reason := misfit(path, about["id"], about.get("rows")):
+            raise AnotherDatasetError(reason)
+        return read(path, about["id"], source="d4rl", rows=about.get("rows"), **request.reading)
+
+
 def user_folder(variable: str, default: str) -> Path:
     """The folder that an environment variable names, or else `default`; either may begin with `~`.
 
@@ -116,7 +150,8 @@ def urls(id: str, path: str = "") -> list[str]:
 
     Args:
         id: D4RL's.
-        path: of the file under D4RL's host, `Task.url`; by default the locomotion folder and the id's name.
+        path: of the file under D4RL's host, as in `Task.datasets`; by default the locomotion folder and the
+            id's name.
     """
     path = path or f"gym_mujoco_v2/{filename(id)}"
     return [MIRROR + path.rpartition("/")[2], HOST + path]
@@ -176,7 +211,7 @@ def misfit(path: str | os.PathLike[str], id: str, rows: int | None = None) -> st
     Args:
         path: the file.
         id: D4RL's, whose first word says how wide its rows are.
-        rows: of D4RL's file, `Task.transitions`; None where that isn't known.
+        rows: of D4RL's file, its entry in `Task.datasets`; None where that isn't known.
 
     Returns:
         A line that names the file, what was found and what was expected; "" where all that is known fits.
@@ -349,7 +384,7 @@ def download(
         id: D4RL's.
         progress: called with bytes.
         path: of the file under D4RL's host; see `urls`. It names the file, as it does for the d4rl package.
-        rows: of the file, `Task.transitions`; None where that isn't known.
+        rows: of the file, its entry in `Task.datasets`; None where that isn't known.
         say: takes the line that another process is waited for.
 
     Raises:

@@ -26,12 +26,9 @@ from pathlib import Path
 from typing import Any
 
 from cpql.errors import ConfigError, DataError, printable
-from cpql.io import flush_folder, held, sha256_of
+from cpql.io import Progress, flush_folder, held, sha256_of
 
 __all__ = ["Mirror", "Progress", "alone", "fetch", "recorded", "verify_recorded"]
-
-Progress = Callable[[str, int, int], None]
-"""Called with what is being done, how much of it is done, and how much there is (0 where nobody says)."""
 
 Mirror = str | tuple[str, ...]
 """Where a file lies: a URL, or several at one place, of which the next is asked where one answers 404."""

@@ -31,6 +31,7 @@ from numpy.typing import NDArray
 from cpql.data import d4rl, download
 from cpql.data.behaviour import Behaviour, Episodes, play, rollout
 from cpql.data.d4rl import Progress
+from cpql.data.request import Request, Source
 from cpql.data.transitions import Transitions
 from cpql.data.workers import in_workers
 from cpql.environments import ROBOTICS, facts, make_environment, make_task_environment
@@ -108,6 +109,41 @@ def cache_folder() -> Path:
         DataError: there is no home folder.
     """
     return d4rl.user_folder("CPQL_CACHE", "~/.cache/cpql")
+
+
+class Embedded(Source):
+    """Data that cpql collects with the behaviours it ships, in a cache folder once they are collected."""
+
+    description = "self-collected data from cpql's own SAC behaviours"
+
+    def locate(self, request: Request) -> Path | None:
+        """See `Source`."""
+        if request.id is not None:
+            raise ConfigError(
+                f"dataset.id={request.id}: expected none with dataset=embedded, "
+                "which has the task's own alone"
+            )
+        plan = prepare(request.task, request.size, request.seed)
+        with contextlib.suppress(DataError):  # without a folder for them, data are collected all the same
+            if os.path.exists(plan.path()):
+                return plan.path()
+        return None
+
+    def fetch(self, request: Request) -> Transitions:
+        """See `Source`."""
+        data = cached(request.task, request.size, request.seed, request.progress, request.say)
+        if request.time_limits == "keep":
+            return data
+        # The cache keeps every row.
+        p = data.provenance
+        about: dict[str, Any] = {"source": p.source, "id": p.id, "file": p.file, "sha256": p.sha256}
+        return Transitions.from_dict(
+            data.to_dict(), **about, details=p.details, time_limits=request.time_limits
+        )
+
+    def read(self, path: Path, request: Request) -> Transitions:
+        """See `Source`; what is damaged is collected again, and `request.say` hears of that."""
+        return self.fetch(request)
 
 
 class Part(NamedTuple):
@@ -307,7 +343,7 @@ def prepare(task: Task, size: int, seed: int, policy: Policy | None = None) -> P
             )
             if not snapshots:
                 raise DataError(
-                    f"{name}/card.json: no snapshot with the role '{role}': '{task.dataset}' needs one"
+                    f"{name}/card.json: no snapshot with the role '{role}': '{task.name}' needs one"
                 )
             parts += [
                 Part(role, snapshot["step"], _read_snapshot(folder, snapshot)) for snapshot in snapshots
@@ -316,7 +352,7 @@ def prepare(task: Task, size: int, seed: int, policy: Policy | None = None) -> P
         parts.append(Part("random", None, None))
     if size < len(parts):
         raise DataError(
-            f"{task.dataset}: a size of {size}: expected at least {len(parts)}, one for each behaviour"
+            f"{task.name}: a size of {size}: expected at least {len(parts)}, one for each behaviour"
         )
     used = [snapshot for snapshot in card.get("snapshots", []) if snapshot["role"] in RECIPES[kind]]
     robotics = ("gymnasium-robotics",) if (task.id or "").startswith(ROBOTICS) else ()
@@ -337,7 +373,7 @@ def prepare(task: Task, size: int, seed: int, policy: Policy | None = None) -> P
 def _recipe(task: Task) -> tuple[str, str]:
     """Which behaviours and which recipe a dataset's name stands for."""
     kinds = "|".join(sorted(RECIPES, key=len, reverse=True))
-    match = re.fullmatch(rf"(.+?)-({kinds})(-v\d+)?", task.dataset)
+    match = re.fullmatch(rf"(.+?)-({kinds})(-v\d+)?", task.dataset or task.name)
     if match is None:
         raise DataError(
             f"no embedded recipe for '{task.dataset or task.name}': expected NAME-KIND, "
@@ -526,7 +562,7 @@ def make_card(
     if "environment" not in facts:
         raise DataError(f"{snapshots.name}: no training.json: expected one, or an environment to be named")
     id = str(facts["environment"])
-    task = Task(name=id, id=id, dataset=id, random_return=None, expert_return=None)
+    task = Task(name=id, id=id)
     make_task_environment(task).close()
 
     found = {

@@ -20,11 +20,12 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from cpql.data import d4rl, minari, npz
+from cpql.data.request import Request, Source
 from cpql.data.transitions import Reading, Transitions
 from cpql.errors import DataError
 from cpql.tasks import Task
 
-__all__ = ["ENDINGS", "Form", "form", "left_out", "read", "without_foreign_references", "write"]
+__all__ = ["ENDINGS", "File", "Form", "form", "left_out", "read", "without_foreign_references", "write"]
 
 Form = Literal["hdf5", "npz", "minari"]
 
@@ -32,6 +33,28 @@ ENDINGS: dict[str, Form] = {".hdf5": "hdf5", ".h5": "hdf5", ".npz": "npz"}
 """The form that a file's ending stands for."""
 
 Where = str | os.PathLike[str]
+
+
+class File(Source):
+    """The user's own file or folder, `Request.path`."""
+
+    description = "your own"
+
+    def locate(self, request: Request) -> Path | None:
+        """See `Source`."""
+        return request.path
+
+    def fetch(self, request: Request) -> Path:
+        """See `Source`."""
+        raise DataError("dataset=file: expected dataset.path to name a file or a Minari dataset's folder")
+
+    def read(self, path: Path, request: Request) -> Transitions:
+        """See `Source`."""
+        return read(path, request.id or request.task.name, task=request.task, **request.reading)
+
+    def task(self, path: Path, request: Request) -> Task:
+        """See `Source`."""
+        return minari.task(request.task, path) if path.is_dir() else request.task
 
 
 def form(path: Where) -> Form:
@@ -50,7 +73,6 @@ def read(
     id: str | None = None,
     *,
     task: Task | None = None,
-    source: str = "file",
     **reading: Unpack[Reading],
 ) -> Transitions:
     """Read and check a dataset of any form.
@@ -59,9 +81,7 @@ def read(
         path: a file, or a Minari dataset's folder.
         id: the dataset's id, for the provenance; the file's name without its ending by default. Minari's
             folders, and files that cpql collected or converted, say it themselves.
-        task: whose `observation` says which arrays to take where Minari's observations are dicts, and whose
-            `transitions` how many rows D4RL's file has.
-        source: "file", or "d4rl" for a file of its own cache folder, which then has to fit.
+        task: whose `observation` says which arrays to take where Minari's observations are dicts.
         **reading: see `Reading`; of a Minari folder, which says the rest itself, `time_limits` alone counts.
 
     Raises:
@@ -74,7 +94,7 @@ def read(
     id = id or path.stem
     if kind == "npz":
         return npz.read(path, id, **reading)
-    return d4rl.read(path, id, source=source, rows=task.transitions if task else None, **reading)
+    return d4rl.read(path, id, **reading)
 
 
 def write(
@@ -233,6 +253,4 @@ def without_foreign_references(task: Task, data: Transitions) -> Task:
     note = (
         f"the data are Minari's {data.provenance.id}, from a file: returns only, never comparable with D4RL's"
     )
-    return dataclasses.replace(
-        task, random_return=None, expert_return=None, benchmark="Minari", note=note, transitions=None
-    )
+    return dataclasses.replace(task, random_return=None, expert_return=None, benchmark="Minari", note=note)

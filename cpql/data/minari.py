@@ -46,6 +46,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cpql.data.d4rl import MOST_EXPANSION, ORIGIN, UNSUSPICIOUS_BYTES, origin, origin_of, user_folder
+from cpql.data.request import Request, Source
 from cpql.data.transitions import TimeLimits, Transitions
 from cpql.environments import action_bounds, make_environment
 from cpql.errors import ConfigError, DataError
@@ -55,6 +56,7 @@ __all__ = [
     "ARRAYS",
     "CUTS",
     "ID",
+    "Minari",
     "find",
     "load",
     "locate",
@@ -78,6 +80,34 @@ MOST_ABOUT_BYTES = 16 << 20
 MOST_STEPS = 1 << 48
 
 Where = str | os.PathLike[str]
+
+
+class Minari(Source):
+    """Minari's datasets, in its own folder, else downloaded by the package."""
+
+    description = "Minari's"
+
+    def locate(self, request: Request) -> Path | None:
+        """See `Source`."""
+        about = request.about("minari")
+        return find(about["id"]) if about else None
+
+    def fetch(self, request: Request) -> Path:
+        """See `Source`."""
+        about = request.about("minari")
+        if not about:
+            raise DataError(
+                f"{request.task.name}: Minari has no counterpart: expected dataset.id to name a dataset"
+            )
+        return locate(about["id"], say=request.say)
+
+    def read(self, path: Path, request: Request) -> Transitions:
+        """See `Source`; the task is what `Minari.task` gave."""
+        return read(path, request.task, time_limits=request.time_limits)
+
+    def task(self, path: Path, request: Request) -> Task:
+        """See `Source`."""
+        return task(request.task, path)
 
 
 def root() -> Path:
@@ -588,7 +618,7 @@ def task(task: Task | None, where: Where) -> Task:
         wrappers = [name for name in wrappers if name != "RescaleAction"]
         if wrappers:
             notes.append(f"collected through {', '.join(wrappers)}, which evaluation goes without")
-        base = task or Task(name=id, id=environment, dataset=id, random_return=None, expert_return=None)
+        base = task or Task(name=id, id=environment)
         base = dataclasses.replace(base, id=environment, env_options=options, **_how(about, base.observation))
     elif task is not None:
         notes.append(f"it doesn't say which environment it is from: {task.id} is the task's")
@@ -598,14 +628,11 @@ def task(task: Task | None, where: Where) -> Task:
     low, high = scale or (None, None)
     return dataclasses.replace(
         base,
-        dataset=id,
-        minari=id,
-        url="",
+        datasets={"minari": {"id": id}},
         random_return=low,
         expert_return=high,
         note="; ".join(notes),
         benchmark="Minari",
-        transitions=None,
     )
 
 

@@ -35,7 +35,7 @@ def untrained(
     actor = ConsistencyActor(state_dim, action_dim, actor_config)
     critic = TwinCritic(state_dim, action_dim, hidden, layer_norm=layer_norm)
     bounds = (-1.0,) * action_dim, (1.0,) * action_dim
-    task = Task("benchmark", None, "", None, None)
+    task = Task("benchmark", None)
     config = PolicyConfig(
         state_dim, action_dim, *bounds, actor_config, hidden, layer_norm, candidates, 1.0, task
     )

@@ -44,7 +44,7 @@ def timed(self):
 training._Training.save = timed
 budget = BudgetConfig(updates=updates, log_every=every, evaluate_every=updates, save_every=every)
 agent = {"name": "cpql"}
-config = TrainConfig(Task("cost", None, "", None, None), agent, DatasetConfig(path=data), budget,
+config = TrainConfig(Task("cost", None), agent, DatasetConfig(path=data), budget,
                      run_dir=str(run), compile=True)
 training.train_group([(config, {"agent": agent})], Console(file=StringIO()))
 with (run / "timing.csv").open(newline="") as file:

@@ -27,9 +27,7 @@ EPISODES = 10
 def evaluating(options: argparse.Namespace) -> dict[str, Any]:
     """Time whole evaluations on HalfCheetah, whose episodes never end early; rows take turns."""
     torch.set_num_threads(1)
-    task = Task(
-        "benchmark", "HalfCheetah-v4", "", None, None, env_options={"max_episode_steps": options.steps}
-    )
+    task = Task("benchmark", "HalfCheetah-v4", env_options={"max_episode_steps": options.steps})
     environment = make_task_environment(task)
     ways: dict[str, Callable[[], object]] = {}
     for rule, candidates in (("actor alone", 1), ("50 candidates", 50)):
