@@ -16,7 +16,7 @@ import gymnasium
 import numpy as np
 import pytest
 
-from cpql.data.behaviour import Episodes, play, rollout
+from cpql.data.behaviour import rollout
 from cpql.data.workers import in_workers
 from cpql.errors import ActingError, ConfigError, CpqlError, DataError
 from cpql.tasks import Task
@@ -36,7 +36,7 @@ def tell(label, done, total):
 
 if __name__ == "__main__":
     try:
-        embedded.collect(load_task("hopper-random"), 320_000, 0, tell, workers=2)
+        embedded.collect(load_task("hopper-random"), 320_000, 0, progress=tell, workers=2)
     except KeyboardInterrupt:
         sys.exit(130)
 """
@@ -148,14 +148,14 @@ def test_answers_are_those_of_the_functions() -> None:
         for key, value in expected.items():
             assert np.array_equal(arrays[key], value) and arrays[key].dtype == value.dtype
     assert seen == [1, 2, 3]
-    episodes = in_workers(play, [(task, None, 2, seeds[0], True)], None)[0]
-    assert isinstance(episodes, Episodes)
-    assert np.array_equal(episodes.returns, play(task, None, 2, seeds[0], True).returns)
 
 
 MINE = """
 import gymnasium
 import numpy as np
+
+def add(task, behaviour, count, seed, more):
+    return {"sum": np.array([count + more, seed.entropy])}
 
 class Mine(gymnasium.Env):
     observation_space = gymnasium.spaces.Box(-1, 1, (2,), np.float32)
@@ -191,6 +191,16 @@ def mine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 def test_environments_of_the_program_are_known_to_workers(mine: Any) -> None:
     (made,) = in_workers(rollout, [(mine(), None, 3, np.random.SeedSequence(0))], 1)
     assert made["rewards"].tolist() == [1, 1, 1]
+
+
+def test_any_function_of_a_module_can_be_called(mine: Any) -> None:
+    function = sys.modules["mine_of_the_tests"].add
+    arguments = [(mine(), None, k, np.random.SeedSequence(7), 10) for k in range(3)]
+    assert [made["sum"].tolist() for made in in_workers(function, arguments, None)] == [
+        [10, 7],
+        [11, 7],
+        [12, 7],
+    ]
 
 
 def test_what_goes_wrong_is_said_in_one_line(mine: Any) -> None:

@@ -1,7 +1,7 @@
 """What a dataset is like: counts, returns, ranges, and findings that its owner should know.
 
 `Inspection` takes any `Transitions` and needs a few seconds for two million rows; `describe` puts it into
-words and `picture` draws it. Findings are warnings: such data can be trained on, and may be meant as they are.
+words and `picture` draws it. Findings are warnings: such data can be trained on, and may be meant so.
 """
 
 from __future__ import annotations
