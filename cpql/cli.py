@@ -292,10 +292,12 @@ def _members(content: DictConfig, told: list[str]) -> list[tuple[TrainConfig, di
     Raises:
         ConfigError: lists of different lengths, or a setting that isn't valid.
     """
-    from cpql.agents import BY_MEMBER
+    from cpql.agents import AGENTS
     from cpql.environments import import_environment
 
-    lists = {f"agent.{name}": OmegaConf.select(content, f"agent.{name}") for name in BY_MEMBER}
+    kind = AGENTS.get(content.agent.name)
+    names = kind.by_member if kind else ()
+    lists = {f"agent.{name}": OmegaConf.select(content, f"agent.{name}") for name in names}
     lists = {key: list(value) for key, value in lists.items() if OmegaConf.is_list(value)}
     if content.seeds is not None:
         if not OmegaConf.is_list(content.seeds):
@@ -386,12 +388,17 @@ def _go_on_from(said: dict[str, Any], told: list[str]) -> None:
 
 def _leave_out_anothers_options(agent: dict[str, Any], told: list[str]) -> None:
     """Drop settings, such as Consistency-AC's weight, that the objective which the command chose hasn't."""
-    from cpql.consistency import OBJECTIVES, keywords
+    from cpql.consistency import OBJECTIVES
 
     actor, options = agent["actor"], "agent.actor.objective_options"
-    if "agent.actor.objective" not in told or options in told or actor["objective"] not in OBJECTIVES:
+    if (
+        "objective" not in actor
+        or "agent.actor.objective" not in told
+        or options in told
+        or actor["objective"] not in OBJECTIVES
+    ):
         return  # an objective that doesn't exist is told later
-    known = keywords(OBJECTIVES[actor["objective"]])
+    known = OBJECTIVES[actor["objective"]].settings
     for option in list(actor["objective_options"]):
         if option not in known and f"{options}.{option}" not in told:
             del actor["objective_options"][option]

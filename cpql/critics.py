@@ -1,4 +1,4 @@
-"""Critics: `TwinCritic` for Q(s, a), `ValueFunction` for V(s)."""
+"""Critics: `TwinCritic` for Q(s, a), `ValueFunction` for V(s), and `Critic`, what an optimiser trains."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from cpql.networks import MLP
+from cpql.networks import MLP, Activation
 
-__all__ = ["TwinCritic", "ValueFunction"]
+__all__ = ["Critic", "TwinCritic", "ValueFunction"]
 
 
 class TwinCritic(nn.Module):
@@ -22,11 +22,12 @@ class TwinCritic(nn.Module):
         hidden: Sequence[int] = (256, 256, 256),
         *,
         layer_norm: bool = False,
+        activation: Activation = "mish",
         members: Sequence[int] = (),
     ) -> None:
         super().__init__()
         self.members = tuple(members)
-        self.q = MLP(state_dim + action_dim, hidden, 1, (*members, 2), layer_norm)
+        self.q = MLP(state_dim + action_dim, hidden, 1, (*members, 2), layer_norm, activation)
 
     def forward(self, state: Tensor, action: Tensor) -> Tensor:
         """Both values of each pair.
@@ -54,12 +55,32 @@ class ValueFunction(nn.Module):
         hidden: Sequence[int] = (256, 256, 256),
         *,
         layer_norm: bool = False,
+        activation: Activation = "mish",
         members: Sequence[int] = (),
     ) -> None:
         super().__init__()
-        self.v = MLP(state_dim, hidden, 1, members, layer_norm)
+        self.v = MLP(state_dim, hidden, 1, members, layer_norm, activation)
 
     def forward(self, state: Tensor) -> Tensor:
         """Map [*members, B, S] to [*members, B]."""
         v: Tensor = self.v(state)
         return v.squeeze(-1)
+
+
+class Critic(nn.Module):
+    """The networks that share the critic's optimiser: twin Q and, where the algorithm has one, V."""
+
+    def __init__(self, twin: TwinCritic, value: ValueFunction | None = None) -> None:
+        super().__init__()
+        self.twin, self.value = twin, value
+
+    def q(self, state: Tensor, action: Tensor) -> Tensor:
+        """Both values [*members, 2, B] of state-action pairs."""
+        q: Tensor = self.twin(state, action)
+        return q
+
+    def v(self, state: Tensor) -> Tensor:
+        """Values [*members, B] of states."""
+        assert self.value is not None
+        v: Tensor = self.value(state)
+        return v

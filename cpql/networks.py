@@ -11,24 +11,28 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-__all__ = ["MLP", "LayerNorm", "Linear", "Mish", "TimeEmbedding", "set_product"]
+__all__ = ["MLP", "Activation", "LayerNorm", "Linear", "Mish", "TimeEmbedding", "set_matmul_dtype"]
 
-THICK = 16  # least width, in and out, of a layer whose products `set_product` changes
+Activation = Literal["mish", "relu"]
+
+# Thinner layers, in or out, take longer in bfloat16, by far where they have three outputs.
+LEAST_WIDTH_IN_BF16 = 16
 
 
 class Linear(nn.Module):
     """`x W^T + b` for each member; initialised as `torch.nn.Linear` is.
 
     Attributes:
-        product: the type that the product is taken in, where it isn't the weights' own; see `set_product`.
+        matmul_dtype: dtype of the matrix product, where it isn't that of the weights; see `set_matmul_dtype`.
     """
 
-    product: torch.dtype | None = None
+    matmul_dtype: torch.dtype | None = None
 
     def __init__(self, inputs: int, outputs: int, members: Sequence[int] = ()) -> None:
         super().__init__()
@@ -39,22 +43,22 @@ class Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map [*members, B, in] (or [..., in] without members) to [*members, B, out]."""
         bias = self.bias if self.bias.ndim == 1 else self.bias.unsqueeze(-2)
-        if self.product is not None:
-            return (x.to(self.product) @ self.weight.to(self.product).mT).to(x.dtype) + bias
+        if (dtype := self.matmul_dtype) is not None:
+            return (x.to(dtype) @ self.weight.to(dtype).mT).to(x.dtype) + bias
         if self.bias.ndim == 1:
             return functional.linear(x, self.weight, bias)
         return x @ self.weight.mT + bias
 
 
-def set_product(module: nn.Module, dtype: torch.dtype | None) -> None:
-    """Take a module's large matrix products in another type, `torch.bfloat16`: weights and the rest stay.
+def set_matmul_dtype(module: nn.Module, dtype: torch.dtype | None) -> None:
+    """Compute a module's large matrix products in another dtype, such as `torch.bfloat16`.
 
-    Faster where the processor has units for it; of each factor eight bits are left.
+    Weights and everything else keep their dtype. It is faster on processors that have units for bfloat16,
+    which keeps eight bits of each factor.
     """
     for part in module.modules():
-        # Thin layers take longer in it, by far where they have three outputs.
-        if isinstance(part, Linear) and min(part.weight.shape[-2:]) >= THICK:
-            part.product = dtype
+        if isinstance(part, Linear) and min(part.weight.shape[-2:]) >= LEAST_WIDTH_IN_BF16:
+            part.matmul_dtype = dtype
 
 
 class LayerNorm(nn.Module):
@@ -87,7 +91,7 @@ class Mish(nn.Module):
             # Not by x.requires_grad, which an outer transform (torch.func) doesn't show here.
             if torch.is_grad_enabled() or x.device.type != "cpu" or x.numel() < 8192:
                 return functional.mish(x)
-            # Nobody needs the steps between: half the time of torch's own on a CPU.
+            # Without gradients the intermediate results can be overwritten: half the time of torch's own.
             n = x.clamp(max=20.0).exp_()
             n.mul_(n + 2.0)
             return n.div_(n + 2.0).mul_(x)
@@ -97,7 +101,7 @@ class Mish(nn.Module):
 
 
 class MLP(nn.Module):
-    """Linear layers with Mish between them, optionally a LayerNorm before each Mish."""
+    """Linear layers with an activation between them, optionally with a LayerNorm before each activation."""
 
     def __init__(
         self,
@@ -106,6 +110,7 @@ class MLP(nn.Module):
         outputs: int,
         members: Sequence[int] = (),
         layer_norm: bool = False,
+        activation: Activation = "mish",
     ) -> None:
         super().__init__()
         widths = [inputs, *hidden]
@@ -114,7 +119,7 @@ class MLP(nn.Module):
             layers.append(Linear(i, o, members))
             if layer_norm:
                 layers.append(LayerNorm(o, members))
-            layers.append(Mish())
+            layers.append(Mish() if activation == "mish" else nn.ReLU())
         layers.append(Linear(widths[-1], outputs, members))
         self.layers = nn.Sequential(*layers)
 
@@ -123,14 +128,14 @@ class MLP(nn.Module):
 
         Args:
             x: the inputs.
-            masks: a factor [..., width] of each hidden layer's activations, in order: dropout.
+            masks: dropout: a factor [..., width] for the activations of each hidden layer, in order.
         """
         if not masks:
             y: Tensor = self.layers(x)
             return y
         remaining = iter(masks)
         for layer in self.layers:
-            x = layer(x) * next(remaining) if isinstance(layer, Mish) else layer(x)
+            x = layer(x) * next(remaining) if isinstance(layer, Mish | nn.ReLU) else layer(x)
         return x
 
 

@@ -8,14 +8,15 @@ hundreds: less to launch, less to guard, less to save. The modules people see ar
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Generic, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Network", "adam", "clip_gradient", "value_and_grad"]
+__all__ = ["FlatModule", "adam", "clip_gradient", "value_and_grad"]
 
 LossFunction = Callable[[Tensor], tuple[Tensor, dict[str, Tensor]]]
+M = TypeVar("M", bound=nn.Module)
 
 
 class _Methods(nn.Module):
@@ -29,40 +30,56 @@ class _Methods(nn.Module):
         return getattr(self.module, method)(*args, **kwargs)
 
 
-class Network:
-    """A module's structure without its weights: `network(weights, "method", ...)` calls it with some.
+class _Bound:
+    """A module's methods with some weights, one call at a time."""
+
+    def __init__(self, flat: FlatModule[Any], weights: Tensor) -> None:
+        self._flat, self._weights = flat, weights
+
+    def __getattr__(self, method: str) -> Callable[..., Any]:
+        flat = self._flat
+        parameters = {f"module.{name}": part for name, part in flat.unflatten(self._weights).items()}
+        return lambda *args, **kwargs: torch.func.functional_call(
+            flat.methods, parameters, (method, *args), kwargs
+        )
+
+
+class FlatModule(Generic[M]):
+    """A module whose weights are an argument: `flat(weights).q(state, action)`.
+
+    What `flat(weights)` gives has the module's methods, for calls that return tensors: the weights are in
+    place while a method runs and not after it, so a method that returns a closure over the module won't do.
 
     Args:
-        module: the initialised module; all parameters begin with the member axes.
+        module: the initialised module; all its parameters begin with the member axes.
         members: the axes that stay in front of the flat weights [*members, P].
+
+    Attributes:
+        initial: the module's own weights, flat.
+        structure: the module without its weights, for what doesn't need them.
     """
 
-    def __init__(self, module: nn.Module, members: tuple[int, ...] = ()) -> None:
+    def __init__(self, module: M, members: tuple[int, ...] = ()) -> None:
         parameters = dict(module.named_parameters())
         self.members = members
         self.names = list(parameters)
         self.shapes = [p.shape[len(members) :] for p in parameters.values()]
         self.sizes = [s.numel() for s in self.shapes]
         self.initial = torch.cat([p.detach().reshape(*members, -1) for p in parameters.values()], -1)
-        self._skeleton = _Methods(module).to("meta").requires_grad_(False)
+        self.structure = module.to("meta").requires_grad_(False)
+        self.methods = _Methods(self.structure)
 
-    def unflatten(self, weights: Tensor, members: tuple[int, ...] | None = None) -> dict[str, Tensor]:
-        """Views of the flat weights [*members, P] by parameter name; `members` where they have others."""
+    def __call__(self, weights: Tensor) -> M:
+        """The module with these weights [*members, P]."""
+        return cast(M, _Bound(self, weights))
+
+    def unflatten(self, weights: Tensor) -> dict[str, Tensor]:
+        """Views of the flat weights [*members, P] by parameter name."""
         parts = torch.split(weights, self.sizes, -1)
-        members = self.members if members is None else members
         return {
-            name: part.view(*members, *shape)
+            name: part.view(*self.members, *shape)
             for name, part, shape in zip(self.names, parts, self.shapes, strict=True)
         }
-
-    def flatten(self, parameters: dict[str, Tensor]) -> Tensor:
-        """The inverse of `unflatten`."""
-        return torch.cat([parameters[name].reshape(*self.members, -1) for name in self.names], -1)
-
-    def __call__(self, weights: Tensor, method: str, *args: Any, **kwargs: Any) -> Any:
-        """Call the module's method with these weights."""
-        parameters = {f"module.{name}": part for name, part in self.unflatten(weights).items()}
-        return torch.func.functional_call(self._skeleton, parameters, (method, *args), kwargs)
 
 
 def value_and_grad(loss: LossFunction, weights: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
@@ -86,10 +103,12 @@ def value_and_grad(loss: LossFunction, weights: Tensor) -> tuple[Tensor, Tensor,
     return value.detach(), gradient, {name: metric.detach() for name, metric in metrics.items()}
 
 
-def clip_gradient(gradient: Tensor, max_norm: float) -> tuple[Tensor, Tensor]:
-    """Scale each member's gradient [*members, P] to a norm of at most `max_norm`; also returns the norms."""
+def clip_gradient(gradient: Tensor, max_norm: float | None) -> tuple[Tensor, Tensor]:
+    """Scale each member's gradient [*members, P] to a norm of at most `max_norm`, and return its norm too."""
     norm = torch.linalg.vector_norm(gradient, dim=-1, keepdim=True)
-    return gradient * (max_norm / (norm + 1e-6)).clamp(max=1.0), norm.squeeze(-1)
+    if max_norm is not None:
+        gradient = gradient * (max_norm / (norm + 1e-6)).clamp(max=1.0)
+    return gradient, norm.squeeze(-1)
 
 
 def adam(

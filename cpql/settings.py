@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import types
 import typing
 from collections.abc import Mapping
 from typing import Annotated, Any, TypeVar
@@ -67,6 +68,9 @@ Widths = Annotated[tuple[Width, ...], Field(min_length=1, max_length=64)]
 def build(cls: type[T], values: Mapping[str, Any], where: str) -> T:
     """Make a dataclass from nested plain values.
 
+    In a union of dataclasses the value's `kind` chooses the one whose field `kind` has that default; a value
+    without it is made into the first.
+
     Args:
         cls: the dataclass.
         values: by field name.
@@ -76,22 +80,33 @@ def build(cls: type[T], values: Mapping[str, Any], where: str) -> T:
         ConfigError: a key that doesn't exist, a value of the wrong type, or one that the class refuses;
             names the key, what was found and what was expected.
     """
+    return _build(cls, values, where, "")
+
+
+def _build(cls: type[T], values: Mapping[str, Any], where: str, parents: str) -> T:
+    """`build`, for a dataclass that is the field `parents` of another (`a.b.`, or "" for the outermost)."""
     from pydantic import ValidationError
 
-    _refuse_unknown(cls, values, where)
+    hints = typing.get_type_hints(cls)
+    for key in values:
+        if key not in hints:
+            at = f"{where}: {parents.removesuffix('.')}" if parents else where
+            raise ConfigError(f"{at}: unknown key {key!r}: {did_you_mean(key, hints)}")
+    plain = dict(values)
+    for key, value in values.items():
+        if isinstance(value, Mapping) and (inner := _inner(hints[key], value, f"{where}: {parents}{key}")):
+            plain[key] = _build(inner, value, where, f"{parents}{key}.")
     try:
-        return typing.cast(T, _adapter(typing.cast(Any, cls)).validate_python(dict(values)))
+        return typing.cast(T, _adapter(typing.cast(Any, cls)).validate_python(plain))
     except ValidationError as error:
-        # Of a setting with several types there is an error for each: one that understood the value says more.
-        found = error.errors()
-        found = [each for each in found if not each["type"].endswith("_type")] or found
-        key = _key(cls, found[0]["loc"])
-        expected = [each["msg"].partition(", unable")[0] for each in found if _key(cls, each["loc"]) == key]
-        message = " or ".join(
-            [expected[0], *(text.removeprefix("Input should be ") for text in expected[1:])]
-        )
-        value = repr(found[0]["input"])
-        raise ConfigError(f"{where}: {key}: {message}, found {value[:80]}") from None
+        # A field with several types has an error for each: one that understood the value says more.
+        errors = error.errors()
+        errors = [each for each in errors if not each["type"].endswith("_type")] or errors
+        key = _key(errors[0]["loc"])
+        expected = [each["msg"].partition(", unable")[0] for each in errors if _key(each["loc"]) == key]
+        others = (text.removeprefix("Input should be ") for text in expected[1:])
+        message = " or ".join([expected[0], *others])
+        raise ConfigError(f"{where}: {parents}{key}: {message}, found {errors[0]['input']!r:.80}") from None
 
 
 @functools.cache
@@ -102,32 +117,18 @@ def _adapter(cls: type[Any]) -> Any:
     return TypeAdapter(cls)
 
 
-def _refuse_unknown(cls: type[Any], values: Mapping[str, Any], where: str) -> None:
-    types = typing.get_type_hints(cls)
-    for key, value in values.items():
-        if key not in types:
-            raise ConfigError(f"{where}: unknown key {key!r}: {did_you_mean(key, types)}")
-        inner = _inner(types[key])
-        if inner is not None and isinstance(value, Mapping):
-            _refuse_unknown(inner, value, f"{where}: {key}")
+def _inner(hint: Any, values: Mapping[str, Any], where: str) -> type[Any] | None:
+    """The dataclass that a field of this type makes of `values`, if there is one."""
+    options = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+    classes: list[Any] = [option for option in options if dataclasses.is_dataclass(option)]
+    if len(classes) < 2 or "kind" not in values:
+        return classes[0] if classes else None
+    kinds = {cls.kind: cls for cls in classes}
+    if values["kind"] not in list(kinds):
+        raise ConfigError(f"{where}.kind: expected {' or '.join(kinds)}, found {values['kind']!r:.80}")
+    return typing.cast(type[Any], kinds[values["kind"]])
 
 
-def _inner(kind: Any) -> type[Any] | None:
-    """The dataclass that a field of this type holds, if it holds one."""
-    for one in (kind, *typing.get_args(kind)):
-        if dataclasses.is_dataclass(one):
-            return typing.cast(type[Any], one)
-    return None
-
-
-def _key(cls: type[Any] | None, path: tuple[int | str, ...]) -> str:
-    """A setting's name, from where pydantic found it: without the types that it has tried."""
-    parts = []
-    for part in path:
-        types = typing.get_type_hints(cls) if cls else {}
-        if part in types:
-            cls = _inner(types[str(part)])
-        elif not isinstance(part, int):
-            continue
-        parts.append(str(part))
-    return ".".join(parts)
+def _key(path: tuple[int | str, ...]) -> str:
+    """A field and the indices in it, from where pydantic found an error: without the types that it tried."""
+    return ".".join(str(part) for k, part in enumerate(path) if k == 0 or isinstance(part, int))

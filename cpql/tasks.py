@@ -117,7 +117,7 @@ def _check_entry(key: str, entry: Mapping[str, Any]) -> None:
             raise ConfigError(f"{key}.{name}: expected {ENTRY[name].__name__}, found {value!r}")
         if isinstance(value, str):
             _check_name(f"{key}.{name}", value)
-        elif value < 1:
+        elif isinstance(value, int) and value < 1:
             raise ConfigError(f"{key}.{name}: expected at least 1, found {value}")
 
 

@@ -14,6 +14,7 @@ by the distance of the shares of samples that are near each mode, or near none, 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import math
 import time
@@ -26,9 +27,9 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from cpql import ActorConfig, ConsistencyActor
+from cpql import ActorConfig, ConsistencyActor, noise
 from cpql.consistency import greedy_refinements, sample
-from cpql.optimisation import Network, adam, value_and_grad
+from cpql.optimisation import FlatModule, adam, value_and_grad
 
 MODES, RADIUS, SPREAD = 8, 0.8, 0.05
 STEPS = (1, 2, 4)
@@ -42,7 +43,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "ect": {"t_max": 5.0},
     "cd": {"t_max": 5.0, "objective_options": {"count": 40, "metric": "huber", "weight": "interval"}},
     "scm": {"t_max": 5.0},
-    "meanflow": {"t_max": 20.0, "objective_options": {"share": 0.5, "mean": 0.0, "std": 1.6}},
+    "meanflow": {"t_max": 20.0, "objective_options": {"fraction": 0.5, "mean": 0.0, "std": 1.6}},
     "shortcut": {"t_max": 80.0},
     "distill": {},
 }
@@ -79,13 +80,13 @@ def train(objective: str, bandit: Bandit, updates: int, seed: int = 0) -> Consis
     """Imitate the bandit's actions."""
     torch.manual_seed(seed)
     actor = ConsistencyActor(1, 2, ActorConfig(objective, hidden=HIDDEN, **SETTINGS[objective]))
-    network = Network(ConsistencyActor(1, 2, actor.config))
-    weights = network.flatten({name: p.detach() for name, p in actor.named_parameters()})
+    network = FlatModule(copy.deepcopy(actor))
+    weights = network.initial.clone()
     average, mean, square = weights.clone(), torch.zeros_like(weights), torch.zeros_like(weights)
     generator = torch.Generator().manual_seed(seed)
 
     def loss(weights: Tensor, given: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
-        each, metrics = network(weights, "loss", **given)
+        each, metrics = network(weights).loss(**given)
         return each.mean(), metrics
 
     for update in range(updates):
@@ -93,11 +94,9 @@ def train(objective: str, bandit: Bandit, updates: int, seed: int = 0) -> Consis
         given: dict[str, Any] = {
             "state": state,
             "action": action,
-            "teacher": actor.config.function(partial(network, average, "predict", state)),
+            "teacher": actor.config.function(partial(network(average).predict, state)),
             "progress": torch.tensor(update / updates),
-            "z": torch.randn(BATCH, 2, generator=generator),
-            "u": torch.rand(BATCH, generator=generator),
-            "u2": torch.rand(BATCH, generator=generator),
+            "noise": noise.draw(actor.loss_noise(BATCH), generator),
         }
         _, gradient, _ = value_and_grad(partial(loss, given=given), weights)
         rate = RATE * 0.5 * (1 + math.cos(math.pi * update / updates))

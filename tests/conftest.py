@@ -10,8 +10,18 @@ import numpy as np
 import pytest
 import torch
 
-from cpql.actors.consistency import ActorConfig
-from cpql.agents import CPQL, Agent, AgentConfig, ConsistencyAC, ConsistencyACConfig, CPQLConfig, TargetConfig
+from cpql.actors import ActorConfig
+from cpql.agents import (
+    CPQL,
+    TD3BC,
+    Agent,
+    AgentConfig,
+    ConsistencyAC,
+    ConsistencyACConfig,
+    CPQLConfig,
+    TargetConfig,
+    TD3BCConfig,
+)
 from cpql.data.transitions import Transitions
 
 torch.set_num_threads(1)
@@ -31,6 +41,7 @@ CONFIGS: dict[str, tuple[type[Agent], AgentConfig]] = {
     "cpql-ict": (CPQL, CPQLConfig(actor=ActorConfig("ict", t_max=5.0, refinements=(0.8,), action_norm=True))),
     "cpiql": (CPQL, CPQLConfig(critic="expectile")),
     "cpiql-online": (CPQL, CPQLConfig(critic="expectile", expectile_q="online")),
+    "td3_bc": (TD3BC, TD3BCConfig()),
     "cpql-online-published": (CPQL, CPQLConfig(alpha=0.05, critic_layer_norm=False, q_loss="min")),
     "consistency_ac": (ConsistencyAC, ConsistencyACConfig()),
     "consistency_ac-online-published": (ConsistencyAC, ConsistencyACConfig(alpha=0.0, actor_lr=1e-5)),
@@ -57,7 +68,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "ect": {"refinements": (0.8,), "objective_options": {"stages": 3}},
     "cd": {"t_max": 5.0},
     "scm": {"refinements": (0.8,)},
-    "meanflow": {"refinements": (1.0,), "objective_options": {"share": 0.5}},
+    "meanflow": {"refinements": (1.0,), "objective_options": {"fraction": 0.5}},
     "shortcut": {"refinements": (1.0, 0.3), "objective_options": {"grid": 8}, "dropout": 0.2},
     "distill": {"objective_options": {"steps": 3}},
 }
@@ -86,8 +97,8 @@ def make_agent(request: pytest.FixtureRequest) -> Callable[..., Agent]:
     """A maker of small agents, for every algorithm and its named options."""
     kind, config = CONFIGS[request.param]
 
-    def make(seed: int | Sequence[int] = 0, product: torch.dtype | None = None, **changes: Any) -> Agent:
-        return kind(4, 2, small(config, **changes), seed=seed, product=product)
+    def make(seed: int | Sequence[int] = 0, matmul_dtype: torch.dtype | None = None, **changes: Any) -> Agent:
+        return kind(4, 2, small(config, **changes), seed=seed, matmul_dtype=matmul_dtype)
 
     return make
 

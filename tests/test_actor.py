@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal
 
@@ -15,11 +14,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from cpql import consistency
-from cpql.actors.consistency import ActorConfig, ConsistencyActor, choose
+from cpql.actors import ActorConfig, ConsistencyActor, choose
 from cpql.critics import TwinCritic, ValueFunction
 from cpql.errors import ConfigError
 from cpql.networks import MLP, Mish, TimeEmbedding
-from cpql.optimisation import Network, adam, clip_gradient, value_and_grad
+from cpql.optimisation import FlatModule, adam, clip_gradient, value_and_grad
 from cpql.settings import build
 
 S, A = 4, 2
@@ -72,9 +71,11 @@ def test_any_leading_shape(
     state, action = 10 * torch.randn(*shape, S), 2 * torch.rand(*shape, A) - 1
     drawn = actor(state)
     assert drawn.shape == action.shape and drawn.isfinite().all() and (drawn.abs() <= 1).all()
-    assert actor.noise_shape(state) == (1 + len(refinements), *shape, A) and actor.steps == 1 + len(
-        refinements
-    )
+    assert actor.noise_shape(*state.shape[:-1]) == (
+        1 + len(refinements),
+        *shape,
+        A,
+    ) and actor.steps == 1 + len(refinements)
     loss, metrics = actor.loss(state, action, progress=0.3)
     assert loss.shape == tuple(shape) and loss.isfinite().all()
     assert all(value.shape == () for value in metrics.values())
@@ -98,7 +99,7 @@ def test_t_min_gives_the_action_back() -> None:
 
 def test_given_dimensions_are_held_and_the_others_made() -> None:
     actor, state = make_actor(), torch.randn(50, S, generator=seeded())
-    noise = torch.randn(actor.noise_shape(state), generator=seeded(1))
+    noise = torch.randn(actor.noise_shape(*state.shape[:-1]), generator=seeded(1))
     known, mask = torch.tensor([0.25, torch.nan]), torch.tensor([True, False])
     action = actor.sample(state, noise=noise, known=known, mask=mask)
     assert (action[:, 0] == 0.25).all() and action[:, 1].abs().max() <= 1 and action[:, 1].std() > 0
@@ -156,7 +157,7 @@ def test_gradients_are_those_of_differences(action_norm: bool) -> None:
     z, u = noise[0] * 20, torch.rand(16, generator=seeded(3), dtype=torch.float64)
 
     def value() -> Tensor:
-        loss, _ = actor.loss(state, action, z=z, u=u)
+        loss, _ = actor.loss(state, action, noise={"z": z, "u": u})
         drawn: Tensor = actor(state, noise=noise)
         return drawn.square().sum() + loss.mean()
 
@@ -179,7 +180,7 @@ def test_a_generator_draws_the_noise_in_the_documented_order() -> None:
     drawn = actor.sample(state, generator=seeded(3))
     assert torch.equal(drawn, actor.sample(state, generator=seeded(3)))
     assert not torch.equal(drawn, actor.sample(state, generator=seeded(4)))
-    noise = torch.randn(actor.noise_shape(state), generator=seeded(3))
+    noise = torch.randn(actor.noise_shape(*state.shape[:-1]), generator=seeded(3))
     assert noise.shape == (3, 5, 7, A)
     assert torch.equal(drawn, actor.sample(state, noise=noise)) and torch.equal(
         drawn, actor(state, noise=noise)
@@ -196,7 +197,7 @@ def test_a_generator_draws_the_losss_noise() -> None:
     loss, _ = actor.loss(state, action, generator=seeded(3))
     generator = seeded(3)
     z, u = torch.randn(6, A, generator=generator), torch.rand(6, generator=generator)
-    assert torch.equal(loss, actor.loss(state, action, z=z, u=u)[0])
+    assert torch.equal(loss, actor.loss(state, action, noise={"z": z, "u": u})[0])
 
 
 def test_steps_are_the_first_of_the_configured_ones() -> None:
@@ -232,24 +233,24 @@ def test_the_loss_is_the_objectives(objective: str, action_norm: bool) -> None:
     state, action = torch.randn(8, S, generator=seeded()), torch.rand(8, A, generator=seeded(1))
     z, u = torch.randn(8, A, generator=seeded(2)), torch.rand(8, generator=seeded(3))
     f, progress = actor.function(state), torch.tensor(0.4)
-    objective_function: Callable[..., tuple[Tensor, Any]] = consistency.OBJECTIVES[objective]
+    objective_function = consistency.OBJECTIVES[objective].loss
     expected, _ = objective_function(f, f, action, z, u, progress, actor.levels, tanh=action_norm, **options)
-    found, _ = actor.loss(state, action, progress=0.4, z=z, u=u)
+    found, _ = actor.loss(state, action, progress=0.4, noise={"z": z, "u": u})
     assert torch.equal(found, expected)
-    taught, _ = actor.loss(state, action, progress=0.4, z=z, u=u, teacher=lambda x, t: x)
+    taught, _ = actor.loss(state, action, progress=0.4, noise={"z": z, "u": u}, teacher=lambda x, t: x)
     assert torch.equal(taught, found) == (objective != "ct")
 
 
 @pytest.mark.parametrize("objective", ["meanflow", "shortcut"])
 def test_the_loss_passes_on_more_noise(objective: str) -> None:
-    actor = make_actor(objective=objective, objective_options={"share": 0.6})
+    actor = make_actor(objective=objective, objective_options={"fraction": 0.6})
     state, action = torch.randn(8, S, generator=seeded()), torch.rand(8, A, generator=seeded(1))
     z, u = torch.randn(8, A, generator=seeded(2)), torch.rand(8, generator=seeded(3))
     f, u2, progress = actor.function(state), torch.rand(8, generator=seeded(4)), torch.tensor(0.4)
     given = (f, f, action, z, u, progress, actor.levels)
-    expected, _ = consistency.OBJECTIVES[objective](*given, u2=u2, share=0.6)
-    assert torch.equal(actor.loss(state, action, progress=0.4, z=z, u=u, u2=u2)[0], expected)
-    drawn, _ = actor.loss(state, action, progress=0.4, z=z, u=u, generator=seeded(4))
+    expected, _ = consistency.OBJECTIVES[objective].loss(*given, u2=u2, fraction=0.6)
+    assert torch.equal(actor.loss(state, action, progress=0.4, noise={"z": z, "u": u, "u2": u2})[0], expected)
+    drawn, _ = actor.loss(state, action, progress=0.4, noise={"z": z, "u": u}, generator=seeded(4))
     assert torch.equal(drawn, expected)
 
 
@@ -261,14 +262,15 @@ def test_the_loss_trains_a_guide_along(objective: str) -> None:
     state, action = torch.randn(8, S, generator=seeded()), torch.rand(8, A, generator=seeded(1))
     z, u = torch.randn(8, A, generator=seeded(2)), torch.rand(8, generator=seeded(3))
     f, progress = actor.function(state), torch.tensor(0.4)
-    guiding, kind = consistency.GUIDES[objective]
+    row = consistency.OBJECTIVES[objective]
+    assert row.guide is not None
     guide = consistency.consistency_function(
-        partial(actor.guide.predict, state), consistency.Parameterisation(kind)
+        partial(actor.guide.predict, state), consistency.Parameterisation(row.guide.parameterisation)
     )
     given = (f, action, z, u, progress, actor.levels)
-    own, _ = consistency.OBJECTIVES[objective](f, *given, guide=guide)
-    guides, _ = guiding(guide, *given)
-    loss, metrics = actor.loss(state, action, progress=0.4, z=z, u=u)
+    own, _ = row.loss(f, *given, guide=guide)
+    guides, _ = row.guide.loss(guide, *given)
+    loss, metrics = actor.loss(state, action, progress=0.4, noise={"z": z, "u": u})
     assert torch.equal(loss, own + guides) and torch.equal(metrics["guide"], guides)
     theirs = list(actor.guide.parameters())
     mine = [p for name, p in actor.named_parameters() if not name.startswith("guide")]
@@ -283,11 +285,11 @@ def test_dropout_leaves_the_same_units_out_on_both_sides_of_a_target() -> None:
     actor = make_actor(objective="ict", dropout=0.4)
     state, action = torch.randn(64, S, generator=seeded()), torch.rand(64, A, generator=seeded(1))
     z, u, drop = (torch.rand(64, n, generator=seeded(n)) for n in (A, 1, 32))
-    given: dict[str, Any] = {"progress": 0.4, "z": z, "u": u.squeeze(-1)}
+    given = {"z": z, "u": u.squeeze(-1)}
     seen: list[Tensor] = []
     for layer in (actor.mlp.layers[2], actor.mlp.layers[4]):
         layer.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].detach()))
-    loss, _ = actor.loss(state, action, drop=drop, **given)
+    loss, _ = actor.loss(state, action, progress=0.4, noise={**given, "drop": drop})
     assert len(seen) == 4
     for first, second, part in ((seen[0], seen[2], drop[:, :16]), (seen[1], seen[3], drop[:, 16:])):
         assert torch.equal(first == 0, part < 0.4) and torch.equal(second == 0, part < 0.4)
@@ -298,8 +300,9 @@ def test_dropout_leaves_the_same_units_out_on_both_sides_of_a_target() -> None:
     torch.testing.assert_close(actor.predict(state, x, t, drop=torch.ones(64, 32)), expected)
     noise = torch.randn(3, 64, A)
     assert torch.equal(actor(state, noise=noise), make_actor(objective="ict")(state, noise=noise))
-    drawn, _ = actor.loss(state, action, generator=seeded(5), **given)
-    same, _ = actor.loss(state, action, drop=torch.rand(64, 32, generator=seeded(5)), **given)
+    drawn, _ = actor.loss(state, action, progress=0.4, generator=seeded(5), noise=given)
+    again = torch.rand(64, 32, generator=seeded(5))
+    same, _ = actor.loss(state, action, progress=0.4, noise={**given, "drop": again})
     assert torch.equal(drawn, same) and not torch.equal(drawn, loss)
     with pytest.raises(ConfigError, match=r"dropout: Input should be less than 1, found 1.0"):
         build(ActorConfig, {"dropout": 1.0}, "actor")
@@ -334,7 +337,7 @@ def test_clamping_inside_takes_the_gradient_outside_away() -> None:
         t = torch.full((20,), 1.0)
         assert (actor.evaluate(state, z, t).max() > reach - 1e-6) and actor(state).max() <= 1
         assert (actor.evaluate(state, z, t).max() <= 1) == (clamp == "inside")
-        loss, _ = actor.loss(state, action, z=z, u=u)
+        loss, _ = actor.loss(state, action, noise={"z": z, "u": u})
         (gradient,) = torch.autograd.grad(loss.sum(), bias)
         assert bool((gradient > 0).all()) == pulled and bool((gradient != 0).any()) == pulled
 
@@ -398,7 +401,8 @@ def check_members(members: tuple[int, ...], **options: Any) -> None:
     state, action = torch.randn(*members, 5, S), torch.rand(*members, 5, A)
     noise, u = torch.randn(together.steps, *members, 5, A), torch.rand(*members, 5)
     u2 = torch.rand(*members, 5)
-    drawn, (loss, _) = together(state, noise=noise), together.loss(state, action, z=noise[0], u=u, u2=u2)
+    given = {"z": noise[0], "u": u, "u2": u2}
+    drawn, (loss, _) = together(state, noise=noise), together.loss(state, action, noise=given)
     assert drawn.shape == (*members, 5, A) and loss.shape == (*members, 5)
     results = []
     for flat in range(math.prod(members)):
@@ -406,7 +410,9 @@ def check_members(members: tuple[int, ...], **options: Any) -> None:
         apart.load_state_dict(copy_of_member(together, k))
         alone = apart(state[k], noise=noise[(slice(None), *k)])
         torch.testing.assert_close(drawn[k], alone, rtol=0, atol=1e-6)
-        alone_loss, _ = apart.loss(state[k], action[k], z=noise[(0, *k)], u=u[k], u2=u2[k])
+        alone_loss, _ = apart.loss(
+            state[k], action[k], noise={name: tensor[k] for name, tensor in given.items()}
+        )
         torch.testing.assert_close(loss[k], alone_loss, rtol=1e-4, atol=1e-5)
         results.append(alone)
     assert not torch.equal(results[0], results[1])
@@ -651,35 +657,37 @@ def test_clipping_is_torchs(scale: float) -> None:
 def test_flat_weights_and_back(members: tuple[int, ...]) -> None:
     actor = make_actor(members=members)
     parameters = {name: value.detach().clone() for name, value in actor.named_parameters()}
-    network = Network(actor, members)
+    network = FlatModule(actor, members)
     assert network.initial.shape == (*members, sum(network.sizes)) and not network.initial.requires_grad
     named = network.unflatten(network.initial)
     assert named.keys() == parameters.keys()
     for name, value in named.items():
         assert torch.equal(value, parameters[name])
         assert value.untyped_storage().data_ptr() == network.initial.untyped_storage().data_ptr()
-    assert torch.equal(network.flatten(named), network.initial)
+    flat = torch.cat([value.reshape(*members, -1) for value in named.values()], -1)
+    assert torch.equal(flat, network.initial)
 
 
 @pytest.mark.parametrize("members", [(), (3,)])
 def test_a_networks_calls_are_the_modules_own(members: tuple[int, ...]) -> None:
     """Any method, with any weights, differentiable in them; the module's own weights aren't touched."""
     actor = make_actor(members=members)
-    network = Network(make_actor(members=members), members)
+    network = FlatModule(make_actor(members=members), members)
     state, noise = torch.randn(*members, 5, S), torch.randn(3, *members, 5, A)
     expected = actor(state, noise=noise)
-    assert torch.equal(network(network.initial, "sample", state, noise=noise), expected)
-    assert torch.equal(network(network.initial, "forward", state, noise=noise), expected)
+    assert torch.equal(network(network.initial).sample(state, noise=noise), expected)
+    assert torch.equal(network(network.initial).forward(state, noise=noise), expected)
     weights = (1.1 * network.initial).requires_grad_()
     with torch.no_grad():
         for parameter in actor.parameters():
             parameter.mul_(1.1)
-    found, own = network(weights, "forward", state, noise=noise), actor(state, noise=noise)
+    found, own = network(weights).forward(state, noise=noise), actor(state, noise=noise)
     assert torch.equal(found, own)
     (flat,) = torch.autograd.grad(found.sum(), weights)
     named = dict(zip(network.names, torch.autograd.grad(own.sum(), list(actor.parameters())), strict=True))
-    torch.testing.assert_close(flat, network.flatten(named))
-    assert torch.equal(network(network.initial, "sample", state, noise=noise), expected)
+    for name, part in network.unflatten(flat).items():
+        torch.testing.assert_close(part, named[name])
+    assert torch.equal(network(network.initial).sample(state, noise=noise), expected)
 
 
 def cubes(weights: Tensor) -> tuple[Tensor, dict[str, Tensor]]:

@@ -13,10 +13,23 @@ import torch
 from conftest import CONFIGS, OPTIONS, small
 from torch import Tensor
 
-from cpql.actors.consistency import ConsistencyActor
-from cpql.agents import CPQL, Agent, ConsistencyAC, ConsistencyACConfig, CPQLConfig, TargetConfig
+from cpql.actors import Actor
+from cpql.agents import (
+    CPQL,
+    TD3BC,
+    Agent,
+    ConsistencyAC,
+    ConsistencyACConfig,
+    ConsistencyAgent,
+    ConsistencyAgentConfig,
+    CPQLConfig,
+    TargetConfig,
+    TD3BCConfig,
+)
+from cpql.critics import Critic
 from cpql.data.transitions import Batch, Transitions
 from cpql.errors import ConfigError
+from cpql.noise import Noise
 from cpql.optimisation import value_and_grad
 
 Maker = Callable[..., Agent]
@@ -36,8 +49,9 @@ def test_update_changes_what_it_should(make_agent: Maker, data: Transitions) -> 
     before = {k: v.clone() for k, v in agent.state_dict().items()}
     lines = run(agent, data, 12)
     assert all(np.isfinite(list(line.values())).all() for line in lines)
-    assert {"critic/loss", "actor/loss", "critic/q", "actor/q_loss"} <= set(lines[0])
-    assert ("actor/imitation" in lines[0]) == (agent.config.alpha > 0)
+    assert {"critic/loss", "actor/loss", "critic/q", "actor/q"} <= set(lines[-1])
+    if isinstance(agent.config, ConsistencyAgentConfig):
+        assert ("actor/imitation" in lines[-1]) == (agent.config.alpha > 0)
     for name, tensor in agent.state_dict().items():
         assert not torch.equal(tensor, before[name]), name
         assert torch.isfinite(tensor).all(), name
@@ -78,7 +92,8 @@ def test_losses_leave_the_others_weights_alone(make_agent: Maker, data: Transiti
     agent = make_agent()
     generator = torch.Generator().manual_seed(0)
     batch, noise = data.sample(16, generator), agent.draw(generator)
-    for loss, own in ((agent.critic_loss, "critic"), (agent.actor_loss, "actor")):
+    assert {step.network for step in agent.steps()} == {"critic", "actor"}
+    for own, loss, _ in agent.steps():
         leaves = {k: v.requires_grad_() for k, v in agent.state.items() if k != "step"}
         value, _ = loss(leaves[own], batch, noise)
         names = [k for k in leaves if k != own and k != "critic"]
@@ -97,15 +112,18 @@ def test_act_and_modules(make_agent: Maker) -> None:
     assert actions.shape == (5, 2)
     assert actions.abs().max() <= 1
     assert torch.equal(actions, agent.act(states, torch.Generator().manual_seed(0)))
-    actor = agent.module("actor")
-    assert isinstance(actor, ConsistencyActor)
-    noise = torch.randn(agent.steps, 5, 2)
+    actor, critic = agent.deployed()
+    assert critic is not None
+    noise = torch.randn(actor.noise_shape(5))
+    weights = agent.state["actor"]
     torch.testing.assert_close(
-        actor.sample(states, noise=noise), agent.actor(agent.state["actor"], "sample", states, noise=noise)
+        actor.sample(states, noise=noise), agent.actor(weights).sample(states, noise=noise)
     )
+    value = agent.critic(agent.state["critic_target"]).q(states, actions)
+    torch.testing.assert_close(critic(states, actions), value)
 
 
-@pytest.mark.parametrize("name", ["cpql", "cpiql", "consistency_ac", "group"])
+@pytest.mark.parametrize("name", ["cpql", "cpiql", "consistency_ac", "td3_bc", "group"])
 def test_compiled_is_one_graph_and_equals_eager(name: str, data: Transitions) -> None:
     kind, config = CONFIGS["cpql" if name == "group" else name]
     seed: int | tuple[int, ...] = (0, 1) if name == "group" else 0
@@ -117,8 +135,8 @@ def test_compiled_is_one_graph_and_equals_eager(name: str, data: Transitions) ->
     for step in range(200):
         batch, noise = data.sample(16, generator), eager.draw(generator)
         expected = eager.update(batch, noise)
-        with torch.compiler.set_stance("default" if step == 0 else "fail_on_recompile"):
-            found = update(batch, noise)
+        with torch.compiler.set_stance("default" if step < eager.cycle else "fail_on_recompile"):
+            found = update(batch, noise, step % eager.cycle)
         for key, value in expected.items():
             torch.testing.assert_close(found[key], value, rtol=1e-4, atol=1e-4, msg=f"{key} at {step}")
 
@@ -190,7 +208,7 @@ def test_a_member_of_a_group_trains_as_it_would_alone(make_agent: Maker, data: T
 
 
 def test_bf16_products_are_near_and_everything_else_is_float32(make_agent: Maker, data: Transitions) -> None:
-    plain, coarse = make_agent(), make_agent(product=torch.bfloat16)
+    plain, coarse = make_agent(), make_agent(matmul_dtype=torch.bfloat16)
     first = [run(agent, data, 1)[0] for agent in (plain, coarse)]
     assert first[0] != first[1]
     for name, value in first[0].items():
@@ -198,9 +216,8 @@ def test_bf16_products_are_near_and_everything_else_is_float32(make_agent: Maker
     lines = run(coarse, data, 50, seed=1)
     assert all(np.isfinite(list(line.values())).all() for line in lines)
     assert {tensor.dtype for tensor in coarse.state_dict().values()} == {torch.float32}
-    actor = coarse.module("actor")
-    state, noise = torch.randn(3, 4), torch.randn(coarse.steps, 3, 2)
-    assert isinstance(actor, ConsistencyActor)
+    actor, _ = coarse.deployed()
+    state, noise = torch.randn(3, 4), torch.randn(actor.noise_shape(3))
     # What is deployed computes in float32.
     exact = actor.double().sample(state.double(), noise=noise.double())
     torch.testing.assert_close(actor.float().sample(state, noise=noise).double(), exact, rtol=1e-4, atol=1e-4)
@@ -219,6 +236,7 @@ def test_a_member_that_diverges_leaves_the_others_alone(make_agent: Maker, data:
 
 def test_members_may_differ_in_rates_and_in_eta(data: Transitions) -> None:
     config = small(CPQLConfig(eta=(0.0, 2.0), actor_lr=(1e-3, 3e-4), critic_lr=(1e-4, 1e-3)))
+    assert isinstance(config, CPQLConfig)
     group = CPQL(4, 2, config, seed=(5, 5))
     group_run(group, data, 20, (5, 5))
     for member, (eta, actor, critic) in enumerate(((0.0, 1e-3, 1e-4), (2.0, 3e-4, 1e-3))):
@@ -242,15 +260,14 @@ def test_a_member_goes_on_alone_and_back_in_a_group(make_agent: Maker, data: Tra
     for name, tensor in group.state.items():
         assert torch.equal(tensor, again.state[name]), name
     states = torch.randn(5, 4)
-    noise = torch.randn(alone.steps, 5, 2)
-    actor, critic = group.module("actor", 1), group.module("critic", 1)
-    assert isinstance(actor, ConsistencyActor)
-    expected = alone.actor(alone.state["actor"], "sample", states, noise=noise)
+    actor, critic = group.network("actor", 1), group.network("critic", 1)
+    assert isinstance(actor, Actor) and isinstance(critic, Critic)
+    noise = torch.randn(actor.noise_shape(5))
+    expected = alone.actor(alone.state["actor"]).sample(states, noise=noise)
     torch.testing.assert_close(actor.sample(states, noise=noise), expected)
     actions = torch.zeros(5, 2)
     torch.testing.assert_close(
-        critic.q(states, actions),  # type: ignore[operator]
-        alone.critic(alone.state["critic"], "q", states, actions),
+        critic.q(states, actions), alone.critic(alone.state["critic"]).q(states, actions)
     )
 
 
@@ -260,11 +277,15 @@ def filled(state: float = 0.0, reward: float = 0.0, terminated: float = 0.0, siz
     return Batch(states, torch.zeros(size, 2), reward * flat, states, (1.0 - terminated) * flat)
 
 
+def target(agent: ConsistencyAgent, batch: Batch, noise: Noise) -> Tensor:
+    return agent.bellman_target(batch, agent.next_q(batch, noise))
+
+
 def test_termination_stops_bootstrapping() -> None:
     agent = CPQL(4, 2, small(CPQLConfig()))
     noise = agent.draw(torch.Generator().manual_seed(0))
-    assert torch.equal(agent.bellman_target(filled(1.0, 3.0, 1.0), noise), torch.full((16,), 3.0))
-    assert not torch.equal(agent.bellman_target(filled(1.0, 3.0, 0.0), noise), torch.full((16,), 3.0))
+    assert torch.equal(target(agent, filled(1.0, 3.0, 1.0), noise), torch.full((16,), 3.0))
+    assert not torch.equal(target(agent, filled(1.0, 3.0, 0.0), noise), torch.full((16,), 3.0))
 
 
 def test_targets_start_and_period() -> None:
@@ -316,14 +337,14 @@ def test_q_normalisation_and_backups(data: Transitions) -> None:
     plain = ConsistencyAC(4, 2, small(ConsistencyACConfig()))
     scaled = ConsistencyAC(4, 2, small(ConsistencyACConfig(), q_normalisation=True))
     noise = plain.draw(torch.Generator().manual_seed(1))
-    target = plain.bellman_target(batch, noise)
+    expected = target(plain, batch, noise)
     _, metrics = scaled.critic_loss(scaled.state["critic"], batch, noise)
-    torch.testing.assert_close(metrics["critic/target"], (target / (target.std() + 1e-6)).mean())
+    torch.testing.assert_close(metrics["critic/target"], (expected / (expected.std() + 1e-6)).mean())
     many = CPQL(4, 2, small(CPQLConfig(), max_q_backup=10))
     noise = many.draw(torch.Generator().manual_seed(1))
     one = CPQL(4, 2, small(CPQLConfig()))
     first = {**noise, "next_action": noise["next_action"][:, ::10]}
-    assert (many.bellman_target(batch, noise) >= one.bellman_target(batch, first) - 1e-6).all()
+    assert (target(many, batch, noise) >= target(one, batch, first) - 1e-6).all()
 
 
 def test_backup_actor_is_the_one_that_is_named(data: Transitions) -> None:
@@ -333,9 +354,9 @@ def test_backup_actor_is_the_one_that_is_named(data: Transitions) -> None:
         agent = CPQL(4, 2, small(CPQLConfig(), backup_actor=name))
         noise = agent.draw(torch.Generator().manual_seed(0))
         agent.state["actor"].mul_(3.0)
-        before = agent.bellman_target(batch, noise)
+        before = target(agent, batch, noise)
         agent.state["actor_target"].mul_(5.0)
-        targets[name] = torch.equal(before, agent.bellman_target(batch, noise))
+        targets[name] = torch.equal(before, target(agent, batch, noise))
     assert targets == {"online": True, "target": False}
 
 
@@ -344,9 +365,10 @@ def test_expectile_value_by_hand(data: Transitions) -> None:
     agent = CPQL(4, 2, small(replace(CPQLConfig(), critic="expectile", expectile=0.9)))
     batch = data.sample(16, torch.Generator().manual_seed(0))
     _, metrics = agent.critic_loss(agent.state["critic"], batch, agent.draw(torch.Generator().manual_seed(1)))
-    critic = agent.module("critic")
-    q = critic.q(batch.observations, batch.actions).amin(0)  # type: ignore[operator]
-    v = critic.v(batch.observations)  # type: ignore[operator]
+    critic = agent.network("critic")
+    assert isinstance(critic, Critic)
+    q = critic.q(batch.observations, batch.actions).amin(0)
+    v = critic.v(batch.observations)
     total = 0.0
     for u in (q - v).tolist():
         total += (0.1 if u < 0 else 0.9) * u**2
@@ -357,8 +379,50 @@ def test_the_coin_chooses_the_critic(data: Transitions) -> None:
     agent = CPQL(4, 2, small(CPQLConfig()))
     batch = data.sample(16, torch.Generator().manual_seed(0))
     noise = agent.draw(torch.Generator().manual_seed(0))
-    action = agent.actor(agent.state["actor"], "sample", batch.observations, noise=noise["action"])
-    q = agent.critic(agent.state["critic"], "q", batch.observations, action)
+    action = agent.actor(agent.state["actor"]).sample(batch.observations, noise=noise["action"])
+    q = agent.critic(agent.state["critic"]).q(batch.observations, action)
     for coin in (0, 1):
         loss, _ = agent.q_loss(agent.state["actor"], batch, {**noise, "coin": torch.tensor(coin)})
         torch.testing.assert_close(loss, -q[coin].mean() / q[1 - coin].abs().mean())
+
+
+def test_td3_bc_by_hand(data: Transitions) -> None:
+    """Both losses, in numpy: smoothed targets, the smaller critic, lambda from the first one."""
+    agent = TD3BC(4, 2, small(TD3BCConfig()))
+    batch, noise = (
+        data.sample(16, torch.Generator().manual_seed(0)),
+        agent.draw(torch.Generator().manual_seed(1)),
+    )
+    actor, critic = agent.network("actor"), agent.network("critic")
+    assert isinstance(actor, Actor) and isinstance(critic, Critic)
+    with torch.no_grad():
+        smoothing = np.clip(0.2 * noise["next_action"].numpy(), -0.5, 0.5)
+        next_action = np.clip(actor(batch.next_observations).numpy() + smoothing, -1, 1)
+        next_q = critic.q(batch.next_observations, torch.from_numpy(next_action)).numpy().min(0)
+        q = critic.q(batch.observations, batch.actions).numpy()
+        action = actor(batch.observations)
+        first = critic.q(batch.observations, action).numpy()[0]
+    goal = batch.rewards.numpy() + 0.99 * batch.discounts.numpy() * next_q
+    loss, _ = agent.critic_loss(agent.state["critic"], batch, noise)
+    assert float(loss) == pytest.approx(((q - goal) ** 2).mean(1).sum(), rel=1e-5)
+    loss, _ = agent.actor_loss(agent.state["actor"], batch, noise)
+    imitation = ((action - batch.actions).numpy() ** 2).mean()
+    assert float(loss) == pytest.approx(imitation - 2.5 / np.abs(first).mean() * first.mean(), rel=1e-5)
+
+
+def test_td3_bc_steps_its_policy_and_targets_at_every_second_update(data: Transitions) -> None:
+    agent = TD3BC(4, 2, small(TD3BCConfig(), actor_lr=1e-2))
+    generator, moved = torch.Generator().manual_seed(0), list[list[bool]]()
+    names = ("critic", "actor", "actor_target", "critic_target")
+    for _ in range(4):
+        before = {name: agent.state[name].clone() for name in names}
+        metrics = agent.update(data.sample(16, generator), agent.draw(generator))
+        assert ("actor/loss" in metrics) == (len(moved) % 2 == 1)
+        moved.append([not torch.equal(before[name], agent.state[name]) for name in names])
+    assert moved == [[True, False, False, False], [True] * 4] * 2
+    # Adam's first step is as long as the learning rate, whichever update it is taken at.
+    other = TD3BC(4, 2, small(TD3BCConfig(), actor_lr=1e-2))
+    start = other.state["actor"].clone()
+    run(other, data, 2)
+    step = (other.state["actor"] - start).abs()
+    assert float(step[step > 1e-4].median()) == pytest.approx(1e-2, rel=1e-3)

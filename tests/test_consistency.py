@@ -12,7 +12,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from cpql.consistency import KINDS as KINDS_OF
 from cpql.consistency import (
     OBJECTIVES,
     Function,
@@ -25,7 +24,6 @@ from cpql.consistency import (
     denoise,
     ict,
     ict_discretisation,
-    keywords,
     lognormal_index,
     perturb,
     sample,
@@ -547,12 +545,12 @@ def test_any_leading_shape(shape: tuple[int, ...], width: int, tanh: bool, kind:
     f = consistency_function(network, Parameterisation(kind))
     assert perturb(x, t, z, tanh=tanh).shape == f(x, t).shape == x.shape
     for name, objective in OBJECTIVES.items():
-        f = consistency_function(network, Parameterisation(KINDS_OF.get(name, kind)))
+        f = consistency_function(network, Parameterisation(objective.parameterisation or kind))
         given: dict[str, Any] = {"tanh": tanh, "u2": u.flip(-1) if shape else u, "guide": f}
         if name == "distill":
             given["guide"] = consistency_function(lambda x, s: network(x, s).tanh(), Parameterisation("flow"))
-        wanted = {key: value for key, value in given.items() if key in keywords(objective)}
-        loss, metrics = objective(f, f, x, z, u, torch.tensor(0.4), levels, **wanted)
+        taken = {key: value for key, value in given.items() if objective.takes(key)}
+        loss, metrics = objective.loss(f, f, x, z, u, torch.tensor(0.4), levels, **taken)
         assert loss.shape == shape and loss.isfinite().all() and (loss >= 0).all(), name
         assert all(value.shape == () for value in metrics.values())
     noise = torch.randn(3, *shape, width)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from cpql.actors.consistency import ActorConfig, ConsistencyActor, choose
+from cpql.actors import ActorConfig, ConsistencyActor, choose
 from cpql.critics import TwinCritic
 from cpql.deploy.policy import Policy, PolicyConfig
 from cpql.environments import make_task_environment

@@ -9,7 +9,7 @@ import onnxruntime  # type: ignore[import-untyped]
 import pytest
 import torch
 
-from cpql.actors.consistency import ActorConfig, ConsistencyActor, choose
+from cpql.actors import ActorConfig, ConsistencyActor, choose
 from cpql.critics import TwinCritic
 from cpql.deploy.export import export, fold, fold_critic
 from cpql.deploy.policy import Policy, PolicyConfig
@@ -115,7 +115,7 @@ def test_ranked_candidates_are_those_of_the_modules(policy: Policy, layer_norm: 
             def sample(state: torch.Tensor) -> torch.Tensor:
                 noise = torch.randn((policy.actor.steps, rows, 20, 2), generator=generator)  # noqa: B023
                 action: torch.Tensor = policy.actor.sample(
-                    state, noise=noise.expand(policy.actor.noise_shape(state))
+                    state, noise=noise.expand(policy.actor.noise_shape(*state.shape[:-1]))
                 )
                 return action
 

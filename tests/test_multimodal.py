@@ -57,8 +57,7 @@ def train(config: ActorConfig, updates: int, rate: float, seed: int = 0) -> Cons
             action,
             teacher=ema.function(state),
             progress=progress,
-            z=normal(noise),
-            u=u.squeeze(-1),
+            noise={"z": normal(noise), "u": u.squeeze(-1)},
         )
         optimiser.zero_grad()
         torch.autograd.backward(loss.mean())
@@ -126,6 +125,6 @@ def noised_afresh(
 
 def test_a_wrong_objective_finds_neither_mode(monkeypatch: pytest.MonkeyPatch) -> None:
     """The toy can fail: a target with noise of its own draws every sample to the middle."""
-    monkeypatch.setitem(consistency.OBJECTIVES, "noised_afresh", noised_afresh)
+    monkeypatch.setitem(consistency.OBJECTIVES, "noised_afresh", consistency.Objective(noised_afresh))
     found = coverage(train(replace(CONFIG, objective="noised_afresh"), 500, 3e-3), steps=2)
     assert found.covered <= 0.3, found

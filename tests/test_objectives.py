@@ -17,10 +17,7 @@ from scipy.special import erfinv
 from torch import Tensor
 
 from cpql.consistency import (
-    GUIDES,
-    KINDS,
     OBJECTIVES,
-    SCHEDULED,
     ConsistencyFunction,
     Levels,
     Parameterisation,
@@ -33,7 +30,6 @@ from cpql.consistency import (
     flow_matching,
     greedy_refinements,
     ict,
-    keywords,
     meanflow,
     sample,
     scm,
@@ -350,14 +346,14 @@ def test_the_tangent_of_scm_is_the_derivative_of_f() -> None:
     [
         {},
         {"power": 1.0},
-        {"share": 1.0, "power": 0.5, "c": 0.1},
-        {"share": 0.0},
-        {"share": 0.6, "mean": 0.5, "std": 2.0},
+        {"fraction": 1.0, "power": 0.5, "c": 0.1},
+        {"fraction": 0.0},
+        {"fraction": 0.6, "mean": 0.5, "std": 2.0},
     ],
 )
 def test_meanflow_against_a_loop(options: dict[str, Any]) -> None:
     x0, z, u, u2 = inputs()
-    h, share, expected, apart = 1e-30, options.get("share", 0.25), [], 0
+    h, share, expected, apart = 1e-30, options.get("fraction", 0.25), [], 0
     for x_0, noise, c, c2 in rows():
 
         def time(u: float) -> float:
@@ -381,7 +377,7 @@ def test_the_derivative_of_meanflow_is_that_of_differences() -> None:
     x0, z, u, u2 = inputs()
     shift = torch.zeros(BATCH, D, dtype=torch.float64, requires_grad=True)
     f = function("average", lambda x, s, span: net(x, s, span) + shift)
-    loss, _ = meanflow(f, refuse, x0, z, u, number(0.5), LEVELS, u2=u2, share=1.0, c=0.2, power=1.0)
+    loss, _ = meanflow(f, refuse, x0, z, u, number(0.5), LEVELS, u2=u2, fraction=1.0, c=0.2, power=1.0)
     (found,) = torch.autograd.grad(loss.sum(), shift)
     levels = ([level_slowly(c, -0.4, 1.0) for c in v.tolist()] for v in (u, u2))
     first, second = (torch.tensor([t / (1 + t) for t in column]).double() for column in levels)
@@ -399,11 +395,11 @@ def test_the_derivative_of_meanflow_is_that_of_differences() -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"share": 1.0}, {"share": 0.0}, {"share": 0.7, "grid": 8}, {"grid": 0}]
+    "options", [{}, {"fraction": 1.0}, {"fraction": 0.0}, {"fraction": 0.7, "grid": 8}, {"grid": 0}]
 )
 def test_shortcut_against_a_loop(options: dict[str, Any]) -> None:
     x0, z, u, u2 = inputs()
-    share, grid, expected, spans = options.get("share", 0.25), options.get("grid", 128), [], set()
+    share, grid, expected, spans = options.get("fraction", 0.25), options.get("grid", 128), [], set()
     for x_0, noise, c, c2 in rows():
         if c2 >= share:
             x = (1 - c) * x_0 + c * noise
@@ -423,7 +419,7 @@ def test_shortcut_against_a_loop(options: dict[str, Any]) -> None:
     f, teacher = function("average"), function("average", other)
     loss, _ = shortcut(f, teacher, x0, z, u, number(0.5), LEVELS, u2=u2, **options)
     check(loss, expected)
-    if options.get("share") == 1.0:
+    if options.get("fraction") == 1.0:
         assert spans == {2.0**-k for k in range(7)}
 
 
@@ -457,9 +453,9 @@ def scaled(kind: Any, weight: Tensor) -> ConsistencyFunction:
 WITH_A_TEACHER: dict[str, Callable[..., Tensor]] = {
     "ct": lambda f, g, *rest: ct(f("edm"), g("edm"), *rest[:-1])[0],
     "cd": lambda f, g, *rest: cd(f("edm"), g("edm"), *rest[:-1], guide=g("edm"))[0],
-    "shortcut": lambda f, g, *rest: shortcut(f("average"), g("average"), *rest[:-1], u2=rest[-1], share=1.0)[
-        0
-    ],
+    "shortcut": lambda f, g, *rest: shortcut(
+        f("average"), g("average"), *rest[:-1], u2=rest[-1], fraction=1.0
+    )[0],
     "distill": lambda f, g, *rest: distill(f("edm"), g("edm"), *rest[:-1], guide=g("flow"))[0],
 }
 
@@ -480,16 +476,17 @@ def test_teachers_and_guides_get_no_gradient(name: str) -> None:
 @pytest.mark.parametrize("name", list(OBJECTIVES))
 def test_the_scheduled_objectives_are_those_that_depend_on_progress(name: str) -> None:
     x0, z, u, u2 = inputs()
-    f = function(KINDS.get(name, "edm"))
+    objective = OBJECTIVES[name]
+    f = function(objective.parameterisation or "edm")
     given: dict[str, Any] = {}
-    if name in GUIDES:
-        given["guide"] = function(GUIDES[name][1], other)
-    if "u2" in keywords(OBJECTIVES[name]):
+    if objective.guide is not None:
+        given["guide"] = function(objective.guide.parameterisation, other)
+    if objective.takes("u2"):
         given["u2"] = u2
     early, late = (
-        OBJECTIVES[name](f, f, x0, z, u, number(progress), LEVELS, **given)[0] for progress in (0.05, 0.9)
+        objective.loss(f, f, x0, z, u, number(progress), LEVELS, **given)[0] for progress in (0.05, 0.9)
     )
-    assert torch.equal(early, late) == (name not in SCHEDULED)
+    assert torch.equal(early, late) == (not objective.scheduled)
 
 
 @pytest.mark.parametrize(
@@ -541,8 +538,8 @@ def test_the_solution_has_no_loss() -> None:
         "ect": ect(angle, refuse, *given, c=0.1)[0],
         "cd": cd(angle, angle, *given, guide=angle)[0],
         "scm": scm(angle, refuse, *given)[0],
-        "meanflow": meanflow(average, refuse, *given, u2=u2, share=0.5)[0],
-        "shortcut": shortcut(average, average, *given, u2=0.999 * u2, share=0.5, grid=0)[0],
+        "meanflow": meanflow(average, refuse, *given, u2=u2, fraction=0.5)[0],
+        "shortcut": shortcut(average, average, *given, u2=0.999 * u2, fraction=0.5, grid=0)[0],
         "flow": flow_matching(function("flow", velocity), refuse, *given)[0],
         "distill": distill(angle, refuse, *given, guide=function("flow", velocity))[0],
     }

@@ -269,7 +269,7 @@ def test_cpql_alone_loads_neither_and_says_what_is_missing() -> None:
         for package, name in packages.items():
             sys.modules[package] = None
             try:
-                importlib.import_module(f"cpql.{name}")
+                importlib.import_module(f"cpql.interop.{name}")
             except cpql.errors.ConfigError as error:
                 print(error)
     """

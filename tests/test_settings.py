@@ -29,6 +29,8 @@ from cpql.cli import EvaluateConfig, ExportConfig
 from cpql.critics import TwinCritic
 from cpql.data import d4rl
 from cpql.deploy.policy import Policy, PolicyConfig
+from cpql.errors import ConfigError
+from cpql.settings import Positive, build
 from cpql.tasks import Task, config_folder, load_task, with_own_references
 from cpql.train.config import TrainConfig
 from cpql.train.loop import agent_config
@@ -254,6 +256,74 @@ def test_the_largest_seed_fits_every_generator() -> None:
     torch.Generator().manual_seed(seed + 100)
     np.random.RandomState(seed + 100)
     np.random.default_rng(seed + 100)
+
+
+# Unions of dataclasses
+
+
+@dataclasses.dataclass
+class Circle:
+    radius: Positive = 1.0
+    kind: typing.Literal["circle"] = "circle"
+
+
+@dataclasses.dataclass
+class Square:
+    sides: tuple[Positive, ...] = (1.0,)
+    kind: typing.Literal["square"] = "square"
+
+
+@dataclasses.dataclass
+class Drawing:
+    shape: Circle | Square | None = None
+    scale: Positive = 1.0
+
+
+@dataclasses.dataclass
+class Page:
+    drawing: Drawing
+
+
+@pytest.mark.parametrize(
+    ("shape", "expected"),
+    [
+        (None, None),
+        ({}, Circle()),
+        ({"radius": 2}, Circle(2.0)),
+        ({"kind": "circle", "radius": 2}, Circle(2.0)),
+        ({"kind": "square", "sides": [1, 2]}, Square((1.0, 2.0))),
+        (Square((3.0,)), Square((3.0,))),
+    ],
+)
+def test_kind_chooses_among_dataclasses(shape: Any, expected: Any) -> None:
+    assert build(Page, {"drawing": {"shape": shape}}, "page") == Page(Drawing(expected))
+
+
+@pytest.mark.parametrize(
+    ("drawing", "message"),
+    [
+        ({"shape": {"kind": "star"}}, "page: drawing.shape.kind: expected circle or square, found 'star'"),
+        (
+            {"shape": {"kind": ["circle"]}},
+            "page: drawing.shape.kind: expected circle or square, found ['circle']",
+        ),
+        ({"shape": {"sides": [1]}}, "page: drawing.shape: unknown key 'sides': choose from kind, radius"),
+        (
+            {"shape": {"kind": "square", "side": [1]}},
+            "page: drawing.shape: unknown key 'side': did you mean sides or kind?",
+        ),
+        (
+            {"shape": {"kind": "square", "sides": [1, 0]}},
+            "page: drawing.shape.sides.1: Input should be greater than 0, found 0",
+        ),
+        ({"shape": {"radius": -1}}, "page: drawing.shape.radius: Input should be greater than 0, found -1"),
+        ({"scale": 0}, "page: drawing.scale: Input should be greater than 0, found 0"),
+    ],
+)
+def test_errors_name_the_field_of_the_kind(drawing: Any, message: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        build(Page, {"drawing": drawing}, "page")
+    assert str(error.value) == message
 
 
 # Policies

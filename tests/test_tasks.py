@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from omegaconf import DictConfig, open_dict
 
 from cpql import cli
+from cpql.agents import CPQLConfig
 from cpql.environments import make_environment
 from cpql.errors import ConfigError
 from cpql.tasks import Task, config_folder, expand, load_task, patterns, task_names, task_patterns
@@ -528,6 +529,7 @@ def test_a_quick_budget_is_the_same_for_every_task(env: str) -> None:
     with initialize_config_dir(str(config_folder()), version_base="1.3"):
         config = built(compose("train", [f"env={env}", "budget=quick", "configuration=x"]))
     _, settings = agent_config(config)
+    assert isinstance(settings, CPQLConfig)
     assert (config.budget.updates, config.budget.episodes, config.budget.final_episodes) == (5_000, 10, 50)
     assert (settings.actor_lr, settings.eta_warmup, settings.critic_target.rate) == (3e-4, 10_000, 0.02)
 

@@ -18,6 +18,7 @@ from torchrl.objectives import DDPGLoss, SoftUpdate
 from cpql.actors.consistency import ActorConfig, ConsistencyActor
 from cpql.consistency import OBJECTIVES
 from cpql.interop.torchrl import ConsistencyLoss, ConsistencyModule
+from cpql.noise import draw
 
 CONFIGS: dict[str, dict[str, Any]] = {name: OPTIONS.get(name, {}) for name in OBJECTIVES}
 
@@ -85,7 +86,7 @@ def test_noise_is_drawn_where_torchrl_explores() -> None:
 
     torch.manual_seed(4)
     drawn = actor(state)
-    fixed = actor.sample(state, noise=torch.zeros(actor.noise_shape(state)))
+    fixed = actor.sample(state, noise=torch.zeros(actor.noise_shape(*state.shape[:-1])))
     assert not torch.allclose(drawn, fixed)
     with set_exploration_type(ExplorationType.RANDOM):
         assert torch.equal(act(), drawn)
@@ -116,9 +117,9 @@ def test_the_loss_is_the_actors_own(objective: str, delay_actor: bool) -> None:
 
     torch.manual_seed(7)
     state, action = batch["observation"], batch["action"]
-    drop = torch.rand(64, 32) if actor.config.dropout else None
-    function = teacher.function(state, drop) if delay_actor else None
-    wanted, metrics = actor.loss(state, action, teacher=function, progress=0.3, drop=drop)
+    noise = draw(actor.loss_noise(64))
+    function = teacher.function(state, noise.get("drop")) if delay_actor else None
+    wanted, metrics = actor.loss(state, action, teacher=function, progress=0.3, noise=noise)
     torch.testing.assert_close(found["loss_imitation"], wanted.mean())
     actor.zero_grad()
     wanted.mean().backward()

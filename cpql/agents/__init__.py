@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
-from cpql.agents.agent import BY_MEMBER as BY_MEMBER
-from cpql.agents.agent import Agent as Agent
-from cpql.agents.agent import AgentConfig as AgentConfig
-from cpql.agents.agent import TargetConfig as TargetConfig
-from cpql.agents.consistency_ac import ConsistencyAC as ConsistencyAC
-from cpql.agents.consistency_ac import ConsistencyACConfig as ConsistencyACConfig
-from cpql.agents.cpql import CPQL as CPQL
-from cpql.agents.cpql import CPQLConfig as CPQLConfig
+from cpql.agents.agent import Agent, AgentConfig, Step, TargetConfig
+from cpql.agents.consistency_ac import ConsistencyAC, ConsistencyACConfig
+from cpql.agents.consistency_agent import ConsistencyAgent, ConsistencyAgentConfig
+from cpql.agents.cpql import CPQL, CPQLConfig
+from cpql.agents.td3_bc import TD3BC, TD3BCConfig
 
-AGENTS: dict[str, type[Agent]] = {"consistency_ac": ConsistencyAC, "cpql": CPQL}
+__all__ = [
+    "AGENTS",
+    "CPQL",
+    "TD3BC",
+    "Agent",
+    "AgentConfig",
+    "CPQLConfig",
+    "ConsistencyAC",
+    "ConsistencyACConfig",
+    "ConsistencyAgent",
+    "ConsistencyAgentConfig",
+    "Step",
+    "TD3BCConfig",
+    "TargetConfig",
+]
+
+AGENTS: dict[str, type[Agent]] = {"consistency_ac": ConsistencyAC, "cpql": CPQL, "td3_bc": TD3BC}

@@ -1,33 +1,36 @@
-"""What every agent shares: an actor and a critic trained by one pure update on tensors."""
+"""What every agent shares: networks trained by one pure update on tensors."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Protocol
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from cpql.actors.consistency import ActorConfig, ConsistencyActor, choose
-from cpql.consistency.objectives import SCHEDULED
-from cpql.critics import TwinCritic, ValueFunction
+from cpql.actors import Actor, choose
+from cpql.critics import Critic, TwinCritic, ValueFunction
 from cpql.data.transitions import Batch
 from cpql.errors import ConfigError
-from cpql.networks import set_product
-from cpql.optimisation import Network, adam, clip_gradient, value_and_grad
+from cpql.networks import Activation, set_matmul_dtype
+from cpql.noise import Draw, Noise, draw
+from cpql.optimisation import FlatModule, adam, clip_gradient, value_and_grad
 from cpql.settings import Candidates, Count, Natural, NonNegative, Positive, Widths
 
-__all__ = ["BY_MEMBER", "Agent", "AgentConfig", "TargetConfig", "steps_first"]
-
-BY_MEMBER = ("actor_lr", "critic_lr", "eta")
-"""The settings that may differ between the members of a group, besides the seed."""
+__all__ = ["Agent", "AgentConfig", "Loss", "Metrics", "Step", "TargetConfig"]
 
 Metrics = dict[str, Tensor]
-Noise = dict[str, Tensor]
+
+
+class Loss(Protocol):
+    """A loss as a function of a network's flat weights."""
+
+    def __call__(self, weights: Tensor, /, batch: Batch, noise: Noise) -> tuple[Tensor, Metrics]:
+        """The loss [*members], and metrics [*members]."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,7 @@ class TargetConfig:
     """How a target network follows its online network: `target += rate (online - target)`.
 
     Attributes:
-        rate: share taken over at each update of the target.
+        rate: fraction of the difference that an update of the target takes over.
         period: gradient steps between updates of the target.
         start: gradient steps before the first one. Until then the target keeps its initial weights: the
             official codes start at 1000, which for CPQL freezes the critic's target at random values.
@@ -51,100 +54,70 @@ class AgentConfig:
     """Settings that all agents share.
 
     Attributes:
-        actor: the consistency actor.
+        actor: the config of the actor, of the kind that the agent trains.
         updates: gradient steps of the whole training, over which schedules run.
-        batch_size: transitions an update.
+        batch_size: transitions in an update.
         discount: gamma.
-        actor_lr: Adam's rate for the actor. In a group of agents this, `critic_lr` and `eta` may be one for
-            each member.
-        critic_lr: Adam's rate for the critic.
+        actor_lr: Adam's learning rate for the actor. In a group of agents, this and the agent's other
+            settings in `by_member` may be a value for each member.
+        critic_lr: Adam's learning rate for the critic.
         lr_decay: `cosine` lets both rates fall to zero over the whole training. (Both official codes step
             their cosine at the wrong pace: it does nothing in Consistency-AC and oscillates in CPQL.)
-        max_grad_norm: gradient norm of actor and of critic, each clipped to it.
-        alpha: weight of the actor's imitation loss; at 0 it isn't computed.
-        eta: weight of the policy's Q-loss.
-        eta_warmup: gradient steps over which that weight rises from 0, linearly. A young critic's values look
-            only a few steps ahead (at rate 0.005, one target update in 200 steps), and a policy that follows
-            them falls over; until it sees further the policy imitates. The papers have none.
-        q_loss: `normalised` divides by the values' size, so that eta means the same on every task; `min` is
-            the mean of the twins' smaller value as it is, as CPQL's code has it online.
+        max_grad_norm: the gradient of each network is clipped to this norm; null doesn't clip.
         critic_hidden: widths of the critic's hidden layers.
         critic_layer_norm: LayerNorm before the critic's activations.
+        critic_activation: between the critic's layers, `mish` or `relu`.
         critic_target: how the target critic follows.
         actor_target: how the target (EMA) actor follows.
-        backup_actor: whose action the critic's target takes at the next state: the `target` actor's
-            (Consistency-AC) or the `online` actor's (CPQL).
-        max_q_backup: 0 or the number of next actions over which each target critic's maximum is taken.
         candidates: actions drawn when acting, of which one is chosen by its value; 1 is the actor alone.
-            All published scores of both papers come from 50.
+            All published scores of Consistency-AC and CPQL come from 50.
         temperature: of the choice, softmax(min(Q1, Q2) / temperature) under the target critic; 0 is argmax.
     """
 
-    actor: ActorConfig = field(default_factory=ActorConfig)
+    actor: Any = None
     updates: Count = 2_000_000
     batch_size: Annotated[int, Field(ge=1, le=1_000_000)] = 256
     discount: Annotated[float, Field(gt=0.0, le=1.0)] = 0.99
     actor_lr: Positive | tuple[Positive, ...] = 3e-4
     critic_lr: Positive | tuple[Positive, ...] = 3e-4
     lr_decay: Literal["none", "cosine"] = "none"
-    max_grad_norm: Positive = 10.0
-    alpha: NonNegative = 1.0
-    eta: NonNegative | tuple[NonNegative, ...] = 1.0
-    eta_warmup: Natural = 0
-    q_loss: Literal["normalised", "min"] = "normalised"
+    max_grad_norm: Positive | None = 10.0
     critic_hidden: Widths = (256, 256, 256)
     critic_layer_norm: bool = False
+    critic_activation: Activation = "mish"
     critic_target: TargetConfig = field(default_factory=TargetConfig)
     actor_target: TargetConfig = field(default_factory=TargetConfig)
-    backup_actor: Literal["target", "online"] = "target"
-    max_q_backup: Annotated[int, Field(ge=0, le=1_000)] = 0
     candidates: Candidates = 1
     temperature: NonNegative = 1.0
 
     @property
     def schedule(self) -> str | None:
-        """The setting whose course depends on `updates`, where there is one."""
-        if self.lr_decay == "cosine":
-            return "agent.lr_decay=cosine"
-        name = self.actor.objective
-        return f"agent.actor.objective={name}" if name in SCHEDULED else None
+        """The setting whose course depends on `updates`, if there is one."""
+        return "agent.lr_decay=cosine" if self.lr_decay == "cosine" else None
 
 
-def steps_first(noise: Tensor) -> Tensor:
-    """A sampler's noise [*members, steps, B, A] as it takes it, [steps, *members, B, A]."""
-    return noise.movedim(-3, 0)
+class Step(NamedTuple):
+    """One gradient step of an update.
 
+    Attributes:
+        network: the network that it trains, by name; its learning rate is the setting `NAME_lr`.
+        loss: as a function of that network's flat weights.
+        period: the step is taken at every so many updates, the last of them.
+    """
 
-class Critic(nn.Module):
-    """The critic's networks, which share an optimiser: Q and, where an agent wants one, V."""
-
-    def __init__(
-        self, state_dim: int, action_dim: int, config: AgentConfig, value: bool, members: tuple[int, ...] = ()
-    ) -> None:
-        super().__init__()
-        widths, norm = config.critic_hidden, config.critic_layer_norm
-        self.twin = TwinCritic(state_dim, action_dim, widths, layer_norm=norm, members=members)
-        self.value = ValueFunction(state_dim, widths, layer_norm=norm, members=members) if value else None
-
-    def q(self, state: Tensor, action: Tensor) -> Tensor:
-        """Both values [*members, 2, B] of state-action pairs."""
-        q: Tensor = self.twin(state, action)
-        return q
-
-    def v(self, state: Tensor) -> Tensor:
-        """Values [*members, B] of states."""
-        assert self.value is not None
-        v: Tensor = self.value(state)
-        return v
+    network: str
+    loss: Loss
+    period: int = 1
 
 
 class Agent:
-    """An actor-critic learner with a consistency actor.
+    """A learner: an actor and, for most algorithms, a critic.
 
     `update(batch, noise)` is a pure function of the agent's `state` (a dict of tensors, changed in place),
     the batch and the noise: no host synchronisation, no Python-side randomness, no shape that depends on
-    data, so `torch.compile(agent.update, fullgraph=True)` gives one graph. A subclass is one algorithm: it
-    gives `critic_loss` and `actor_loss`.
+    data, so `torch.compile(agent.update, fullgraph=True)` gives one graph. A subclass is one algorithm. It
+    declares its `networks`, the `steps` that train them and the `targets` that follow them, and writes their
+    losses; inside a loss `self.critic(weights).q(state, action)` calls a network with some weights.
 
     A group of agents is one agent with a member axis M in front of weights, batches, noise and metrics:
     `[*members, ...]` below is `[M, ...]` for a group and `[...]` for a single agent. Members share nothing
@@ -153,17 +126,24 @@ class Agent:
     Args:
         state_dim: width S of states.
         action_dim: width A of actions.
-        config: settings; also of the subclass's own kind.
+        config: settings, of the subclass's own `config_class`.
         seed: of the initial weights; several make a group, whose member k starts as the agent of seed k.
         device: where everything lives.
-        product: `torch.bfloat16` takes the update's matrix products in it. Weights, optimiser and losses stay
-            float32, and `module` gives ordinary modules.
+        matmul_dtype: `torch.bfloat16` computes the update's matrix products in it. Weights, optimiser and
+            losses stay float32, and `network` gives ordinary modules.
+
+    Attributes:
+        by_member: the settings that may differ between the members of a group, besides the seed.
+        cycle: updates after which the pattern of steps repeats.
 
     Raises:
         ConfigError: settings by member that aren't as many as the members.
     """
 
     config_class: ClassVar[type[AgentConfig]] = AgentConfig
+    by_member: ClassVar[tuple[str, ...]] = ("actor_lr", "critic_lr")
+    actor: FlatModule[Any]
+    critic: FlatModule[Critic]
 
     def __init__(
         self,
@@ -173,37 +153,33 @@ class Agent:
         *,
         seed: int | Sequence[int] = 0,
         device: torch.device | str = "cpu",
-        product: torch.dtype | None = None,
+        matmul_dtype: torch.dtype | None = None,
     ) -> None:
         self.state_dim, self.action_dim = state_dim, action_dim
         self.config = config if config is not None else self.config_class()
         self.members: tuple[int, ...] = () if isinstance(seed, int) else (len(seed),)
-        self._by_member = {name: self._of_members(name, torch.device(device)) for name in BY_MEMBER}
-        initial = []
+        self.settings = {name: self._of_members(name, torch.device(device)) for name in self.by_member}
+        alone: dict[str, FlatModule[Any]] = {}
+        initial: list[dict[str, Tensor]] = []
         with torch.random.fork_rng(devices=[]):
             for one in [seed] if isinstance(seed, int) else seed:
                 torch.manual_seed(one)
-                alone = [Network(module) for module in self._modules()]
-                initial.append([network.initial for network in alone])
-            modules = self._modules(self.members)
-        for module in modules:
-            set_product(module, product)
-        self.actor, self.critic = (Network(module, self.members) for module in modules)
-        self._alone = alone  # the structure of one member, which acts by itself
-        self.steps = 1 + len(self.config.actor.refinements)
+                alone = {name: FlatModule(module) for name, module in self.networks(()).items()}
+                initial.append({name: network.initial for name, network in alone.items()})
+            modules = self.networks(self.members)
+        self._alone = alone  # the structure of a single member, which acts by itself
         self.state: dict[str, Tensor] = {"step": torch.zeros((), device=device)}
-        for name, each in zip(("actor", "critic"), zip(*initial, strict=True), strict=True):
+        for name, module in modules.items():
+            set_matmul_dtype(module, matmul_dtype)
+            setattr(self, name, FlatModule(module, self.members))
+            each = [member[name] for member in initial]
             weights = (torch.stack(each) if self.members else each[0]).to(device)
-            self.state |= {
-                name: weights.clone(),
-                f"{name}_target": weights.clone(),
-                f"{name}_mean": torch.zeros_like(weights),
-                f"{name}_square": torch.zeros_like(weights),
-            }
-
-    def _modules(self, members: tuple[int, ...] = ()) -> tuple[ConsistencyActor, Critic]:
-        actor = ConsistencyActor(self.state_dim, self.action_dim, self.config.actor, members=members)
-        return actor, Critic(self.state_dim, self.action_dim, self.config, self.has_value, members)
+            self.state[name] = weights.clone()
+            if name in self.targets():
+                self.state[f"{name}_target"] = weights.clone()
+            self.state[f"{name}_mean"] = torch.zeros_like(weights)
+            self.state[f"{name}_square"] = torch.zeros_like(weights)
+        self.cycle = math.lcm(*(step.period for step in self.steps()))
 
     def _of_members(self, name: str, device: torch.device) -> float | Tensor:
         value = getattr(self.config, name)
@@ -218,173 +194,119 @@ class Agent:
 
     # The algorithm: what a subclass writes.
 
-    def critic_loss(self, critic: Tensor, batch: Batch, noise: Noise) -> tuple[Tensor, Metrics]:
-        """The critic's loss [*members], as a function of its flat weights."""
-        raise NotImplementedError
-
-    def actor_loss(self, actor: Tensor, batch: Batch, noise: Noise) -> tuple[Tensor, Metrics]:
-        """The actor's loss [*members], as a function of its flat weights."""
-        raise NotImplementedError
-
     @property
     def name(self) -> str:
         """The algorithm's name in results."""
         raise NotImplementedError
 
-    @property
-    def has_value(self) -> bool:
-        """Whether the critic has a value function V beside Q."""
-        return False
+    def networks(self, members: tuple[int, ...]) -> dict[str, nn.Module]:
+        """Initialised networks by name, with these member axes; one is `actor`, most have a `critic`."""
+        raise NotImplementedError
 
-    # What the algorithms are made of.
+    def steps(self) -> Sequence[Step]:
+        """The gradient steps of an update, in order."""
+        raise NotImplementedError
+
+    def targets(self) -> dict[str, TargetConfig]:
+        """How the target networks follow, by the name of the online network."""
+        return {"critic": self.config.critic_target, "actor": self.config.actor_target}
+
+    def noise(self) -> Mapping[str, Draw]:
+        """The random tensors of one update, without member axes."""
+        return {}
+
+    # What algorithms are made of.
+
+    def new_actor(self, kind: type[Actor], members: tuple[int, ...]) -> Actor:
+        """An actor of a kind, by the config."""
+        return kind(self.state_dim, self.action_dim, self.config.actor, members=members)
+
+    def new_critic(self, members: tuple[int, ...], value: bool = False) -> Critic:
+        """Twin critics by the config, with a value function if `value`."""
+        c = self.config
+        options: dict[str, Any] = {"layer_norm": c.critic_layer_norm, "activation": c.critic_activation}
+        twin = TwinCritic(self.state_dim, self.action_dim, c.critic_hidden, members=members, **options)
+        v = ValueFunction(self.state_dim, c.critic_hidden, members=members, **options) if value else None
+        return Critic(twin, v)
+
+    def bellman_target(self, batch: Batch, next_value: Tensor) -> Tensor:
+        """`r + gamma (1 - d) V(s')`, [*members, B], without gradient; 1 - d is `batch.discounts`."""
+        return (batch.rewards + self.config.discount * batch.discounts * next_value).detach()
+
+    def q_error(self, critic: Tensor, batch: Batch, target: Tensor) -> tuple[Tensor, Metrics]:
+        """`sum_i mean (Q_i(s, a) - target)^2` over the twin critics, [*members], and the means of both."""
+        q = self.critic(critic).q(batch.observations, batch.actions)
+        loss = (q - target.unsqueeze(-2)).square().mean(-1).sum(-1)
+        return loss, {"critic/q": q.mean((-2, -1)), "critic/target": target.mean(-1)}
 
     @property
     def progress(self) -> Tensor:
-        """Share of the training that is done, in [0, 1]."""
+        """Fraction of the training that is done, in [0, 1]."""
         return (self.state["step"] / self.config.updates).clamp(max=1.0)
-
-    @property
-    def eta(self) -> float | Tensor:
-        """The present weight of the policy's Q-loss, one or [*members]."""
-        eta, warmup = self._by_member["eta"], self.config.eta_warmup
-        return eta * (self.state["step"] / warmup).clamp(max=1.0) if warmup else eta
-
-    def draw(self, generator: torch.Generator | Sequence[torch.Generator]) -> Noise:
-        """All the noise of one update; for a group from a generator each, as its members alone would draw."""
-        if not isinstance(generator, torch.Generator):
-            drawn = [self.draw(one) for one in generator]
-            return {name: torch.stack([noise[name] for noise in drawn]) for name in drawn[0]}
-        c = self.config
-        batch, device = c.batch_size, self.state["step"].device
-        backups = batch * max(1, c.max_q_backup)
-
-        def normal(*shape: int) -> Tensor:
-            return torch.randn(shape, generator=generator, device=device)
-
-        noise = {
-            "next_action": normal(self.steps, backups, self.action_dim),
-            "action": normal(self.steps, batch, self.action_dim),
-            "z": normal(batch, self.action_dim),
-            "u": torch.rand(batch, generator=generator, device=device),
-            "coin": torch.randint(2, (), generator=generator, device=device),
-        }
-        if c.actor.wants("u2"):
-            noise["u2"] = torch.rand(batch, generator=generator, device=device)
-        if c.actor.dropout:
-            noise["drop"] = torch.rand(batch, sum(c.actor.hidden), generator=generator, device=device)
-        return noise
-
-    @torch.no_grad()
-    def bellman_target(self, batch: Batch, noise: Noise) -> Tensor:
-        """`r + gamma (1 - d) min_i Q'_i(s', a')`, [*members, B], without gradient.
-
-        1 - d is `batch.discounts`. With `max_q_backup` each target critic's maximum over several a' stands
-        for its value (Kumar et al. 2019, as Diffusion-QL uses it).
-        """
-        c, s = self.config, self.state
-        weights = s["actor_target"] if c.backup_actor == "target" else s["actor"]
-        next_state = batch.next_observations
-        if c.max_q_backup:
-            next_state = next_state.repeat_interleave(c.max_q_backup, -2)
-        next_action = self.actor(weights, "sample", next_state, noise=steps_first(noise["next_action"]))
-        next_q: Tensor = self.critic(s["critic_target"], "q", next_state, next_action)
-        if c.max_q_backup:
-            next_q = next_q.unflatten(-1, (-1, c.max_q_backup)).amax(-1)  # type: ignore[no-untyped-call]
-        return (batch.rewards + c.discount * batch.discounts * next_q.amin(-2)).detach()
-
-    def q_loss(self, actor: Tensor, batch: Batch, noise: Noise) -> tuple[Tensor, Metrics]:
-        """`-mean Q_i(s, pi(s)) / stop_gradient(mean |Q_j(s, pi(s))|)`, i and j the two critics by a coin.
-
-        The denominator makes eta mean the same on every task. Both official codes take it from the other
-        critic at the policy's actions, as Diffusion-QL does; CPQL's paper writes Q on the data. With
-        `q_loss="min"` it is `-mean min_i Q_i(s, pi(s))`.
-        """
-        action = self.actor(actor, "sample", batch.observations, noise=steps_first(noise["action"]))
-        q = self.critic(self.state["critic"], "q", batch.observations, action)
-        metrics = {"actor/q": q.mean((-2, -1))}
-        if self.config.q_loss == "min":
-            return -q.amin(-2).mean(-1), metrics
-        first, (q_1, q_2) = (noise["coin"] == 0).unsqueeze(-1), q.unbind(-2)
-        q_i, q_j = torch.where(first, q_1, q_2), torch.where(first, q_2, q_1)
-        return -q_i.mean(-1) / q_j.abs().mean(-1).detach(), metrics
-
-    def imitation_loss(
-        self, actor: Tensor, batch: Batch, noise: Noise, progress: Tensor
-    ) -> tuple[Tensor, Metrics]:
-        """The actor's objective on the data, with the target actor as its teacher; mean over the batch."""
-        drop = noise.get("drop")
-
-        def network(x: Tensor, *times: Tensor) -> Tensor:
-            weights, state = self.state["actor_target"], batch.observations
-            y: Tensor = self.actor(weights, "predict", state, x, *times, drop=drop)
-            return y
-
-        loss, metrics = self.actor(
-            actor,
-            "loss",
-            batch.observations,
-            batch.actions,
-            teacher=self.config.actor.function(network),
-            progress=progress,
-            z=noise["z"],
-            u=noise["u"],
-            u2=noise.get("u2"),
-            drop=drop,
-        )
-        means = {name: value.mean(-1) if value.ndim else value for name, value in metrics.items()}
-        return loss.mean(-1), {f"actor/{name}": value for name, value in means.items()}
-
-    def weighted_loss(
-        self, actor: Tensor, batch: Batch, noise: Noise, progress: Tensor
-    ) -> tuple[Tensor, Metrics]:
-        """`alpha` times the imitation loss plus `eta` times the Q-loss, [*members]."""
-        q_loss, metrics = self.q_loss(actor, batch, noise)
-        metrics = {"actor/q_loss": q_loss, **metrics}
-        if not self.config.alpha:
-            return self.eta * q_loss, metrics
-        imitation, more = self.imitation_loss(actor, batch, noise, progress)
-        metrics = {"actor/imitation": imitation, **metrics, **more}
-        return self.config.alpha * imitation + self.eta * q_loss, metrics
 
     # The update.
 
-    def update(self, batch: Batch, noise: Noise) -> Metrics:
-        """One gradient step of the critic, one of the actor, and the targets' moves.
+    def draw(self, generator: torch.Generator | Sequence[torch.Generator]) -> dict[str, Tensor]:
+        """All the noise of one update; for a group from a generator for each member, as it would alone."""
+        if isinstance(generator, torch.Generator):
+            return draw(self.noise(), generator, self.state["step"].device)
+        drawn = [self.draw(one) for one in generator]
+        return {name: torch.stack([noise[name] for noise in drawn]) for name in drawn[0]}
+
+    def update(self, batch: Batch, noise: Noise, phase: int | None = None) -> Metrics:
+        """One update: the gradient steps that are due, then the moves of the target networks.
 
         Args:
             batch: transitions, [*members, B, ...].
             noise: from `draw`.
+            phase: how many updates were taken before this one, modulo `cycle`, as a number of Python's: each
+                phase is a program of its own. By default it is read from the state, which waits for the
+                device where `cycle` isn't 1.
 
         Returns:
-            Metrics [*members], tensors on the device.
+            Metrics [*members] of the steps taken, tensors on the device.
         """
         c, s = self.config, self.state
+        if phase is None:
+            phase = int(s["step"]) % self.cycle if self.cycle > 1 else 0
         scale = 0.5 * (1.0 + torch.cos(math.pi * self.progress)) if c.lr_decay == "cosine" else 1.0
         metrics: Metrics = {}
-        for name, function in (("critic", self.critic_loss), ("actor", self.actor_loss)):
-            loss, gradient, more = value_and_grad(partial(function, batch=batch, noise=noise), s[name])
+        for name, loss_function, period in self.steps():
+            if (phase + 1) % period:
+                continue
+            loss, gradient, more = value_and_grad(partial(loss_function, batch=batch, noise=noise), s[name])
             gradient, norm = clip_gradient(gradient, c.max_grad_norm)
-            rate = self._by_member[f"{name}_lr"]
+            rate = self.settings[f"{name}_lr"]
             rate = rate.unsqueeze(-1) if isinstance(rate, Tensor) else rate
-            adam(s[name], gradient, s[f"{name}_mean"], s[f"{name}_square"], s["step"] + 1, rate * scale)
+            taken = s["step"] + 1 if period == 1 else torch.floor((s["step"] + 1) / period)
+            adam(s[name], gradient, s[f"{name}_mean"], s[f"{name}_square"], taken, rate * scale)
             metrics |= {f"{name}/loss": loss, f"{name}/grad_norm": norm, **more}
         s["step"].add_(1)
-        for name, target in (("critic", c.critic_target), ("actor", c.actor_target)):
+        for name, target in self.targets().items():
             due = (s["step"] % target.period == 0) & (s["step"] >= target.start)
             s[f"{name}_target"].lerp_(s[name], torch.where(due, target.rate, 0.0))
         return metrics
 
     # The outside.
 
-    def module(self, name: str, member: int = 0) -> nn.Module:
-        """A copy of a network as an ordinary module: `actor`, `actor_target`, `critic`, `critic_target`."""
-        which = 0 if name.startswith("actor") else 1
-        weights = self.state_dict(member)[name]
+    def network(self, name: str, member: int = 0) -> nn.Module:
+        """A copy of a network as an ordinary module, such as `actor`, `actor_target`, `critic_target`."""
+        weights, base = self.state_dict(member)[name], name.removesuffix("_target")
         with torch.random.fork_rng(devices=[]):
-            module: nn.Module = self._modules()[which]
-        parts = (self.actor, self.critic)[which].unflatten(weights, ())
+            module = self.networks(())[base]
+        parts = self._alone[base].unflatten(weights)
         module.load_state_dict({k: v.clone() for k, v in parts.items()})
         return module.to(weights.device)
+
+    def deployed(self, member: int = 0) -> tuple[Actor, TwinCritic | None]:
+        """What acts after training: the online actor, and the target critic that ranks candidates."""
+        actor = self.network("actor", member)
+        assert isinstance(actor, Actor)
+        if "critic_target" not in self.state:
+            return actor, None
+        critic = self.network("critic_target", member)
+        assert isinstance(critic, Critic)
+        return actor, critic.twin
 
     @torch.no_grad()
     def act(
@@ -399,14 +321,14 @@ class Agent:
         Args:
             state: [B, S].
             generator: of the noise and the choice.
-            member: whose.
-            candidates: how many compete; the configured ones where None.
+            member: which one acts.
+            candidates: how many compete; by default the configured number.
         """
         weights = self.state_dict(member)
-        actor, critic = self._alone
+        actor: FlatModule[Actor] = self._alone["actor"]
         return choose(
-            lambda s: actor(weights["actor"], "sample", s, generator=generator),
-            lambda s, a: critic(weights["critic_target"], "q", s, a),
+            lambda s: actor(weights["actor"]).sample(s, generator=generator),
+            lambda s, a: self._alone["critic"](weights["critic_target"]).q(s, a),
             state,
             candidates=self.config.candidates if candidates is None else candidates,
             temperature=self.config.temperature,
@@ -416,13 +338,14 @@ class Agent:
     def state_dict(self, member: int = 0) -> dict[str, Tensor]:
         """Everything that training changes, of one member: weights, targets, moments, step.
 
-        What a single agent of that seed would give: a member can go on alone, and a single agent in a group.
+        It is what a single agent of that seed would give, so that a member can go on alone and a single agent
+        in a group.
         """
         if not self.members:
             return dict(self.state)
         return {name: tensor if name == "step" else tensor[member] for name, tensor in self.state.items()}
 
-    def load_state_dict(self, state: dict[str, Any], member: int = 0) -> None:
+    def load_state_dict(self, state: Mapping[str, Tensor], member: int = 0) -> None:
         """Take over what `state_dict` gave, in place.
 
         Raises:

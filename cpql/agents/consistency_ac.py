@@ -14,16 +14,18 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from cpql.actors.consistency import ActorConfig
-from cpql.agents.agent import Agent, AgentConfig, Metrics, Noise
+from cpql.actors import ActorConfig
+from cpql.agents.agent import Metrics
+from cpql.agents.consistency_agent import ConsistencyAgent, ConsistencyAgentConfig
 from cpql.data.transitions import Batch
+from cpql.noise import Noise
 from cpql.settings import Count
 
 __all__ = ["ConsistencyAC", "ConsistencyACConfig"]
 
 
 @dataclass(frozen=True)
-class ConsistencyACConfig(AgentConfig):
+class ConsistencyACConfig(ConsistencyAgentConfig):
     """Settings of Consistency-AC; the published code's own are `agent=consistency_ac_published`.
 
     Attributes:
@@ -46,7 +48,7 @@ class ConsistencyACConfig(AgentConfig):
     curriculum_restarts: Count = 1
 
 
-class ConsistencyAC(Agent):
+class ConsistencyAC(ConsistencyAgent):
     """Consistency-AC (Ding and Jin 2023, Algorithm 1)."""
 
     config_class = ConsistencyACConfig
@@ -55,12 +57,10 @@ class ConsistencyAC(Agent):
 
     def critic_loss(self, critic: Tensor, batch: Batch, noise: Noise) -> tuple[Tensor, Metrics]:
         """Squared Bellman error of both critics."""
-        target = self.bellman_target(batch, noise)
+        target = self.bellman_target(batch, self.next_q(batch, noise))
         if self.config.q_normalisation:
             target = target / (target.std(-1, keepdim=True) + 1e-6)
-        q = self.critic(critic, "q", batch.observations, batch.actions)
-        loss = (q - target.unsqueeze(-2)).square().mean(-1).sum(-1)
-        return loss, {"critic/q": q.mean((-2, -1)), "critic/target": target.mean(-1)}
+        return self.q_error(critic, batch, target)
 
     def actor_loss(self, actor: Tensor, batch: Batch, noise: Noise) -> tuple[Tensor, Metrics]:
         """`alpha L_CT + eta L_Q`; the paper's alpha is 1, and 0 online."""

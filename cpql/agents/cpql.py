@@ -18,14 +18,16 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from cpql.agents.agent import Agent, AgentConfig, Metrics, Noise
+from cpql.agents.agent import Metrics
+from cpql.agents.consistency_agent import ConsistencyAgent, ConsistencyAgentConfig
 from cpql.data.transitions import Batch
+from cpql.noise import Noise
 
 __all__ = ["CPQL", "CPQLConfig"]
 
 
 @dataclass(frozen=True)
-class CPQLConfig(AgentConfig):
+class CPQLConfig(ConsistencyAgentConfig):
     """Settings of CPQL; the published code's own are `agent=cpql_published`.
 
     Attributes:
@@ -44,7 +46,7 @@ class CPQLConfig(AgentConfig):
     expectile_q: Literal["target", "online"] = "target"
 
 
-class CPQL(Agent):
+class CPQL(ConsistencyAgent):
     """CPQL (Chen et al. 2024, Algorithm 1), or CPIQL with `critic="expectile"`."""
 
     config_class = CPQLConfig
@@ -62,23 +64,20 @@ class CPQL(Agent):
 
     def critic_loss(self, critic: Tensor, batch: Batch, noise: Noise) -> tuple[Tensor, Metrics]:
         """Squared Bellman error of both critics, and CPIQL's expectile loss."""
-        q = self.critic(critic, "q", batch.observations, batch.actions)
         if self.config.critic == "q":
-            target = self.bellman_target(batch, noise)
-            metrics = {"critic/q": q.mean((-2, -1)), "critic/target": target.mean(-1)}
-            return (q - target.unsqueeze(-2)).square().mean(-1).sum(-1), metrics
+            return self.q_error(critic, batch, self.bellman_target(batch, self.next_q(batch, noise)))
 
-        next_v = self.critic(critic, "v", batch.next_observations).detach()
-        target = batch.rewards + self.config.discount * batch.discounts * next_v
-        of = self.state["critic_target"] if self.config.expectile_q == "target" else critic
+        state, action, online = batch.observations, batch.actions, self.critic(critic)
+        next_v = online.v(batch.next_observations).detach()
+        q_loss, metrics = self.q_error(critic, batch, self.bellman_target(batch, next_v))
+        judge = self.critic(self.state["critic_target"] if self.config.expectile_q == "target" else critic)
         with torch.no_grad():
-            best = self.critic(of, "q", batch.observations, batch.actions).amin(-2).detach()
-        advantage = best - self.critic(critic, "v", batch.observations)
+            q = judge.q(state, action).amin(-2).detach()
+        advantage = q - online.v(state)
         weight = torch.abs(self.config.expectile - (advantage < 0).float())
         v_loss = (weight * advantage.square()).mean(-1)
-        q_loss = (q - target.unsqueeze(-2)).square().mean(-1).sum(-1)
-        metrics = {"critic/q": q.mean((-2, -1)), "critic/v": next_v.mean(-1), "critic/v_loss": v_loss}
-        return q_loss + v_loss, metrics
+        q_mean = metrics["critic/q"]
+        return q_loss + v_loss, {"critic/q": q_mean, "critic/v": next_v.mean(-1), "critic/v_loss": v_loss}
 
     def actor_loss(self, actor: Tensor, batch: Batch, noise: Noise) -> tuple[Tensor, Metrics]:
         """`alpha L_RC + eta L_Q`."""

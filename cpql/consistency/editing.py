@@ -1,20 +1,20 @@
-"""Editing without training for it: part of a sample is given, the consistency function makes the rest.
+"""Zero-shot editing: part of a sample is fixed, the consistency function generates the rest.
 
-    y        what is given, in some coordinates A y of it
-    mask     True for the coordinates that are kept as given, False for those that are made
+    y        the sample whose coordinates A y are fixed in part
+    mask     True for the coordinates that keep their value, False for those that are generated
 
-    x = A^-1 [A y where kept, 0 where made]
-    for each level t:  x = f(x + noise of level t, t),  x = A^-1 [A y where kept, A x where made]
+    x = A^-1 [A y where fixed, 0 elsewhere]
+    for each level t:  x = f(x + noise of level t, t),  x = A^-1 [A y where fixed, A x elsewhere]
 
-Source: Song et al. 2023 (Consistency Models), Algorithm 4, whose Omega is 1 where this mask is False. Tasks
-differ in A and the mask alone:
+Source: Song et al. 2023 (Consistency Models), Algorithm 4, whose Omega is 1 where this mask is False. The
+tasks differ only in A and the mask:
 
-    inpainting          A = 1; the mask is all but the hole. An action with a joint held is such a one, too.
-    colourisation       A turns a pixel's channels so that the first is its brightness, which is kept
-    super-resolution    A turns a patch's pixels so that the first is their mean, which is kept
-    stroke              nothing is kept, and a drawing is what the first noise is added to
+    inpainting          A = 1; the mask is everything but the hole. An action with one joint fixed is a case.
+    colourisation       A rotates a pixel's channels so that the first is its brightness, which is fixed
+    super-resolution    A rotates a patch's pixels so that the first is their mean, which is fixed
+    stroke              nothing is fixed; the first noise is added to a drawing
 
-Images lie flat in the last axis, row by row, channels last: [*shape, H W C].
+Images are flat in the last axis, row by row, channels last: [*shape, H W C].
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ __all__ = [
 ]
 
 LUMA = (0.2989, 0.5870, 0.1140)
-"""How bright red, green and blue are (ITU-R BT.601)."""
+"""Weights of red, green and blue in the brightness of a pixel (ITU-R BT.601)."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class Coordinates:
         return flat[..., self.groups.flatten().argsort()]
 
 
-def _turned(first: Tensor) -> Tensor:
+def _rotation_onto(first: Tensor) -> Tensor:
     """An orthogonal matrix [G, G] whose first row points along `first` [G]."""
     basis = torch.eye(len(first), dtype=torch.float64)
     basis[:, 0] = first
@@ -83,11 +83,11 @@ def colour_coordinates(pixels: int, weights: Sequence[float] = LUMA) -> Coordina
 
     Args:
         pixels: H W.
-        weights: how much each channel counts, [C].
+        weights: of the channels in the brightness, [C].
     """
     channels = len(weights)
     groups = torch.arange(pixels * channels).view(pixels, channels)
-    return Coordinates(_turned(torch.tensor(weights, dtype=torch.float64)), groups)
+    return Coordinates(_rotation_onto(torch.tensor(weights, dtype=torch.float64)), groups)
 
 
 def patch_coordinates(height: int, width: int, patch: int, channels: int = 1) -> Coordinates:
@@ -101,7 +101,7 @@ def patch_coordinates(height: int, width: int, patch: int, channels: int = 1) ->
     places = torch.arange(height * width * channels)
     grid = places.view(height // patch, patch, width // patch, patch, channels)
     groups = grid.permute(0, 2, 4, 1, 3).reshape(-1, patch * patch)
-    return Coordinates(_turned(torch.ones(patch * patch, dtype=torch.float64)), groups)
+    return Coordinates(_rotation_onto(torch.ones(patch * patch, dtype=torch.float64)), groups)
 
 
 def edit(
@@ -118,21 +118,21 @@ def edit(
     high: Tensor | float | None = None,
     tanh: bool = False,
 ) -> Tensor:
-    """Keep a part of y and make the rest, differentiable from end to end.
+    """Fix a part of y and generate the rest, differentiable from end to end.
 
     Args:
         f: consistency function on [*shape, D], [*shape].
-        y: [*shape, D]; what it holds where the mask is False doesn't matter.
-        mask: True where it is kept, bool, of the coordinates' shape or what broadcasts against that:
-            [*shape, D], or [*shape, D / G, G] with `coordinates`.
+        y: [*shape, D]; its values where the mask is False are ignored.
+        mask: True where y is fixed, bool, broadcastable to the coordinates' shape: [*shape, D], or
+            [*shape, D / G, G] with `coordinates`.
         z: standard normal noise [len(times), *shape, D].
         levels: gives t_min and t_max.
-        times: noise levels, descending, within [t_min, t_max]. What is kept tells the rest what to be at
-            every level after the first, so that several are better than one.
-        coordinates: A; y itself where None.
-        start: [*shape, D], what the first noise is added to in the place of what is kept.
-        low: bounds that every result is put into, smallest first; for what is made, as what is kept stays.
-        high: the upper ones.
+        times: noise levels, descending, within [t_min, t_max]. The fixed part conditions the rest at every
+            level after the first, so several levels are better than one.
+        coordinates: A; the identity by default.
+        start: [*shape, D], what the first noise is added to, by default the fixed part with zeros elsewhere.
+        low: lower bound of everything that is generated, at every level.
+        high: its upper bound.
         tanh: see `perturb`.
 
     Returns:
@@ -183,12 +183,12 @@ def colourise(
     times: Sequence[float],
     weights: Sequence[float] = LUMA,
 ) -> Tensor:
-    """Give a grey image [*shape, H W] colours [*shape, H W C]: `weights` of a pixel's channels are kept.
+    """Colour a grey image, [*shape, H W] to [*shape, H W C], keeping the brightness of each pixel.
 
     Args:
         f, z, levels, times: see `edit`.
         brightness: `sum of weights x channels` of each pixel.
-        weights: how much each of the C channels counts.
+        weights: of the C channels in the brightness.
     """
     coordinates = colour_coordinates(brightness.shape[-1], weights)
     along = torch.tensor(weights, dtype=brightness.dtype, device=brightness.device)
@@ -210,7 +210,7 @@ def super_resolve(
     patch: int,
     channels: int = 1,
 ) -> Tensor:
-    """Make an image [*shape, H W C] whose patches have the means of `small` [*shape, H W C / patch^2].
+    """Generate an image [*shape, H W C] whose patches have the means in `small` [*shape, H W C / patch^2].
 
     Args:
         f, z, levels, times: see `edit`.
@@ -229,21 +229,21 @@ def super_resolve(
 
 
 def stroke(f: Function, drawing: Tensor, z: Tensor, levels: Levels, times: Sequence[float]) -> Tensor:
-    """Make a sample that resembles a drawing [*shape, D]: the lower the first level, the more so."""
+    """Generate a sample that resembles a drawing [*shape, D]: the lower the first level, the closer."""
     mask = torch.zeros((), dtype=torch.bool, device=drawing.device)
     return edit(f, drawing, mask, z, levels, times, start=drawing)
 
 
 def slerp(a: Tensor, b: Tensor, weight: Tensor) -> Tensor:
-    """Go from a to b [*shape, D] along a great circle, each sample along its own.
+    """Interpolate on a great circle between a and b [*shape, D], separately for each sample.
 
-    `sin((1 - w) angle) / sin(angle) a + sin(w angle) / sin(angle) b` (Shoemake 1985), and along a line where
-    the two nearly agree. A mean of two normal noises is too small to be one; this isn't.
+    `sin((1 - w) angle) / sin(angle) a + sin(w angle) / sin(angle) b` (Shoemake 1985), and linearly where the
+    two nearly agree. Unlike a linear interpolation of normal noise it keeps the norm of normal noise.
 
     Args:
         a: noise.
         b: noise.
-        weight: 0 gives a, 1 gives b; what broadcasts against [*shape, 1].
+        weight: 0 gives a, 1 gives b; broadcastable to [*shape, 1].
     """
     cosine = torch.cosine_similarity(a, b, -1).clamp(-1.0, 1.0).unsqueeze(-1)
     angle = torch.arccos(cosine)
@@ -255,7 +255,7 @@ def slerp(a: Tensor, b: Tensor, weight: Tensor) -> Tensor:
 
 
 def interpolate(f: Function, a: Tensor, b: Tensor, weights: Tensor, levels: Levels) -> Tensor:
-    """Samples on the way from the one that noise a gives to the one that noise b gives, in one step each.
+    """One-step samples between the sample of noise a and the sample of noise b.
 
     Args:
         f: see `edit`.

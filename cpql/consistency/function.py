@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -23,9 +23,12 @@ __all__ = [
     "PARAMETERISATIONS",
     "ConsistencyFunction",
     "Function",
+    "Kind",
     "Network",
     "Parameterisation",
     "consistency_function",
+    "derivative",
+    "network_of",
     "perturb",
 ]
 
@@ -33,9 +36,10 @@ Function = Callable[[Tensor, Tensor], Tensor]
 """`f(x, t)`: x of shape [*shape, D], t of shape [*shape]; a condition is bound into it by its maker."""
 
 Network = Callable[..., Tensor]
-"""`F(x, time)`, or `F(x, time, span)` with the parameterisation `average`."""
+"""The network F as a call: `F(x, time)`, or `F(x, time, span)` with the parameterisation `average`."""
 
-PARAMETERISATIONS = ("edm", "unscaled", "trig", "flow", "average")
+Kind = Literal["edm", "unscaled", "trig", "flow", "average"]
+PARAMETERISATIONS: tuple[Kind, ...] = get_args(Kind)
 
 
 @dataclass(frozen=True)
@@ -55,7 +59,7 @@ class Parameterisation:
         t_min: the smallest level, where f is the identity with `edm` and `unscaled`. The others are it at 0.
     """
 
-    kind: Literal["edm", "unscaled", "trig", "flow", "average"] = "edm"
+    kind: Kind = "edm"
     sigma_data: float = 0.5
     t_min: float = 0.002
 
@@ -155,3 +159,22 @@ def perturb(x: Tensor, t: Tensor, z: Tensor, *, tanh: bool = False) -> Tensor:
     if tanh:
         return torch.tanh(torch.atanh(x.clamp(-0.999, 0.999)) + t * z)
     return x + t * z
+
+
+def network_of(f: Function, kind: Kind) -> ConsistencyFunction:
+    """f, whose network an objective trains.
+
+    Raises:
+        ValueError: f has another parameterisation.
+    """
+    if not isinstance(f, ConsistencyFunction) or f.parameterisation.kind != kind:
+        raise ValueError(
+            f"this wants a function made by consistency_function with the parameterisation {kind}"
+        )
+    return f
+
+
+def derivative(network: Network, at: tuple[Tensor, ...], along: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+    """A network's value, and its derivative along a direction, without gradient."""
+    value, tangent = torch.func.jvp(network, at, along)  # type: ignore[misc]
+    return value, tangent.detach()

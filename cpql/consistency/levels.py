@@ -2,7 +2,7 @@
 
 The number of levels N may be a tensor: a level is a formula on (index, N), never an array of length N, so a
 curriculum over N changes no shape and a compiled update is compiled once. Schedules take `progress`, the
-share of the whole training that is done, in [0, 1]. (Consistency-AC's code restarts its schedule at every
+fraction of the whole training that is done, in [0, 1]. (Consistency-AC's code restarts its schedule at every
 logging interval, so that its N sweeps 2..150 forty times a run; the agent's `curriculum_restarts` has that.)
 """
 
@@ -33,7 +33,7 @@ class Levels:
     Attributes:
         t_min: smallest level, greater than 0.
         t_max: largest level; 80 is the papers' habit from images, a few units fit actions better.
-        rho: how much the levels crowd towards t_min.
+        rho: the larger, the more levels are near t_min.
     """
 
     t_min: float = 0.002
@@ -112,7 +112,7 @@ def lognormal_level(u: Tensor, levels: Levels, mean: float, std: float) -> Tenso
 
 
 def easy_ratio(t: Tensor, progress: Tensor, stages: int, q: float, k: float, b: float) -> Tensor:
-    """The share r / t of easy consistency tuning, which nears 1 in equal stages of the training.
+    """The ratio r / t of easy consistency tuning, which nears 1 in equal stages of the training.
 
     `max(0, 1 - q^-(stage + 1) (1 + k sigmoid(-b t)))`, stage = 0, 1, ... (Geng et al. 2024, section 3.3). The
     official code counts a stage's length in images; here `stages` of them share the training.

@@ -71,20 +71,20 @@ def greedy_refinements(
 ) -> tuple[float, ...]:
     """Good levels to refine at, found one after the other by ternary search.
 
-    Song et al. 2023 choose each level so, with FID as the distance. It takes the distance to fall and then
-    rise along the level, which nothing promises: so a grid is asked first, and the search goes on around its
-    best level. Both run along the level's logarithm. The same noise at every trial makes the search
-    deterministic.
+    Song et al. 2023 choose each level so, with FID as the distance. Ternary search assumes that the distance
+    falls and then rises along the level, which isn't guaranteed, so the levels of a grid are tried first, and
+    the search goes on around the best of them. Both run along the level's logarithm. The same noise at every
+    trial makes the search deterministic.
 
     Args:
         f, tanh, clamp: as for `sample`.
-        z: standard normal noise [1 + number of levels wanted, *shape, D], of enough samples for the distance.
+        z: standard normal noise [1 + number of levels to find, *shape, D], enough samples for the distance.
         levels: gives t_min and t_max.
-        distance: how far samples [*shape, D] are from what they should be.
-        grid: how many levels are asked first; 0 leaves that out, as the paper does.
-        iterations: of the search for each level; each asks twice and leaves two thirds of the interval.
-        sweeps: how often all levels are then searched for anew, each with the others as they are: a level
-            that is the best one to end at may not be the best to go on from. The paper has none.
+        distance: of samples [*shape, D] from the data.
+        grid: how many levels are tried first; 0 skips the grid, as in the paper.
+        iterations: of the search for each level; each tries two levels and keeps two thirds of the interval.
+        sweeps: how often all levels are then searched for again, each with the others fixed: the best level
+            to end at may not be the best one to continue from. The paper has none.
         tanh: squash the noisy inputs.
 
     Returns:

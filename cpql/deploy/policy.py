@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from safetensors.torch import save as packed
 from torch import Tensor, nn
 
-from cpql.actors.consistency import ActorConfig, ConsistencyActor, choose
+from cpql.actors import ActorConfig, ConsistencyActor, choose
 from cpql.critics import TwinCritic
 from cpql.deploy.export import fold, fold_critic
 from cpql.deploy.folded import LARGEST, FoldedActor, FoldedCritic

@@ -44,7 +44,11 @@ class _ConsistencyActor(Actor):
 
     def _predict(self, observation: PyTorchObs, deterministic: bool = False) -> Tensor:
         state = self.extract_features(observation, self.features_extractor)
-        noise = torch.zeros(self.mu.noise_shape(state), device=state.device) if deterministic else None
+        noise = (
+            torch.zeros(self.mu.noise_shape(*state.shape[:-1]), device=state.device)
+            if deterministic
+            else None
+        )
         return self.mu.sample(state, noise=noise)
 
 

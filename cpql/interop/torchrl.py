@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from cpql.actors.consistency import ConsistencyActor
 from cpql.errors import ConfigError
+from cpql.noise import draw
 
 try:
     from tensordict import TensorDict, TensorDictBase, TensorDictParams
@@ -43,7 +44,10 @@ class _Acting(nn.Module):
         if exploration_type() in (None, ExplorationType.RANDOM):
             return self.actor.sample(state)
         return self.actor.sample(
-            state, noise=torch.zeros(self.actor.noise_shape(state), device=state.device, dtype=state.dtype)
+            state,
+            noise=torch.zeros(
+                self.actor.noise_shape(*state.shape[:-1]), device=state.device, dtype=state.dtype
+            ),
         )
 
 
@@ -118,15 +122,11 @@ class ConsistencyLoss(LossModule):  # type: ignore[misc]
         actor: ConsistencyActor = self.actor_network.module.actor
         state = tensordict.get(self.actor_network.in_keys[0])
         action = tensordict.get(self.tensor_keys.action)
-        drop = None
-        if actor.config.dropout:
-            drop = torch.rand(
-                *state.shape[:-1], sum(actor.config.hidden), device=state.device, dtype=state.dtype
-            )
+        noise = draw(actor.loss_noise(*state.shape[:-1]), device=state.device, dtype=state.dtype)
 
         def network(x: Tensor, *times: Tensor) -> Tensor:
             with self.target_actor_network_params.to_module(self.actor_network):
-                return actor.predict(state, x, *times, drop=drop)
+                return actor.predict(state, x, *times, drop=noise.get("drop"))
 
         with self.actor_network_params.to_module(self.actor_network):
             loss, metrics = actor.loss(
@@ -134,7 +134,7 @@ class ConsistencyLoss(LossModule):  # type: ignore[misc]
                 action,
                 teacher=actor.config.function(network) if self.delay_actor else None,
                 progress=self.progress,
-                drop=drop,
+                noise=noise,
             )
         means = {name: value.detach().mean() for name, value in metrics.items()}
         return TensorDict({"loss_imitation": self._reduce_loss(loss, tensordict), **means})

@@ -19,8 +19,7 @@ from rich.console import Console
 from torch import Tensor
 
 import cpql.data
-from cpql.agents import AGENTS, BY_MEMBER, Agent, AgentConfig
-from cpql.critics import TwinCritic
+from cpql.agents import AGENTS, Agent, AgentConfig
 from cpql.data import transforms
 from cpql.data.embedded import cache_folder
 from cpql.data.transitions import Batch, Provenance, Transitions
@@ -146,8 +145,7 @@ def make_policy(agent: Agent, config: TrainConfig, data: Source, bounds: Bounds,
     c = agent.config
     mean, std = ((), ()) if data.normalisation is None else (tuple(x.tolist()) for x in data.normalisation)
     step = int(agent.state["step"])
-    actor: Any = agent.module("actor", member)
-    critic: TwinCritic = agent.module("critic_target", member).twin  # type: ignore[assignment]
+    actor, critic = agent.deployed(member)
     origin = {
         "agent": config.configuration or agent.name,
         "algorithm": agent.name,
@@ -170,7 +168,7 @@ def make_policy(agent: Agent, config: TrainConfig, data: Source, bounds: Bounds,
         mean,
         std,
     )
-    return Policy(actor, critic, described)
+    return Policy(actor, critic, described)  # type: ignore[arg-type]
 
 
 class Means:
@@ -320,7 +318,7 @@ def train_group(
 
     Args:
         members: configuration of each run, and the same as plain values. They may differ in seed, folder and
-            `BY_MEMBER`.
+            `by_member`.
         console: where people look.
 
     Returns:
@@ -363,8 +361,10 @@ def _set_up(runs: Sequence[Run], console: Console) -> _Training:
     seeds = [run.config.seed for run in runs]
     task, source = load_source(config, seeds, device, console, settings.discount)
     seed: int | list[int] = seeds if len(seeds) > 1 else seeds[0]
-    product = torch.bfloat16 if config.precision == "bf16" else None
-    agent = kind(source.state_dim, source.action_dim, settings, seed=seed, device=device, product=product)
+    matmul_dtype = torch.bfloat16 if config.precision == "bf16" else None
+    agent = kind(
+        source.state_dim, source.action_dim, settings, seed=seed, device=device, matmul_dtype=matmul_dtype
+    )
     return _Training(runs, task, agent, source, console)
 
 
@@ -378,16 +378,16 @@ def _settings_of_all(configs: Sequence[TrainConfig]) -> tuple[type[Agent], Agent
     kind, first = chosen[0]
     rest = {name: getattr(configs[0], name) for name in vars(configs[0]) if name not in OWN}
     for config, (other, settings) in zip(configs, chosen, strict=True):
-        same = {name: getattr(first, name) for name in BY_MEMBER}
+        same = {name: getattr(first, name) for name in kind.by_member}
         if other is not kind or replace(settings, **same) != first:
             raise ConfigError(
-                f"members may differ in {', '.join(BY_MEMBER)}, not in other settings of the agent"
+                f"members may differ in {', '.join(kind.by_member)}, not in other settings of the agent"
             )
         if any(getattr(config, name) != value for name, value in rest.items()):
             raise ConfigError(
                 "members may differ in seed, run_dir and the agent's rates, not in other settings"
             )
-    every = {name: tuple(getattr(settings, name) for _, settings in chosen) for name in BY_MEMBER}
+    every = {name: tuple(getattr(settings, name) for _, settings in chosen) for name in kind.by_member}
     differing: dict[str, Any] = {name: values for name, values in every.items() if len(set(values)) > 1}
     return kind, replace(first, **differing)
 

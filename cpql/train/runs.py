@@ -24,7 +24,7 @@ from typing import Any
 import yaml
 from torch import Tensor
 
-from cpql.agents import AGENTS, BY_MEMBER
+from cpql.agents import AGENTS
 from cpql.data.transitions import Provenance
 from cpql.deploy.policy import Policy
 from cpql.errors import CheckpointError, ConfigError, brief
@@ -403,7 +403,9 @@ def group_summary(results: Sequence[dict[str, Any]], configs: Sequence[TrainConf
     values: dict[str, list[float]] = {}
     for result, config in zip(results, configs, strict=True):
         setting = ", ".join(
-            f"agent.{name}={config.agent[name]}" for name in BY_MEMBER if name in config.agent
+            f"agent.{name}={config.agent[name]}"
+            for name in AGENTS[config.agent["name"]].by_member
+            if name in config.agent
         )
         values.setdefault(setting, []).append(result["return_mean" if of == "return" else "score"])
     for setting, seeds in values.items():

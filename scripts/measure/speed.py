@@ -61,7 +61,7 @@ def updater(cell: Cell, data: Transitions, width: int = 256, batch: int = 256) -
     config = dataclasses.replace(config, actor=actor, critic_hidden=widths, batch_size=batch)
     seed: int | range = range(cell.members) if cell.members > 1 else 0
     product = torch.bfloat16 if cell.precision == "bf16" else None
-    agent = maker(STATE_DIM, ACTION_DIM, config, seed=seed, device=data.device, product=product)
+    agent = maker(STATE_DIM, ACTION_DIM, config, seed=seed, device=data.device, matmul_dtype=product)
     each = [torch.Generator(data.device).manual_seed(k) for k in range(cell.members)]
     draws = each if cell.members > 1 else each[0]
     torch._dynamo.config.recompile_limit = 64  # a table has many rows; a training has one program
