@@ -235,7 +235,8 @@ def write(transitions: Transitions, path: Where, *, id: str, task: Task | None =
         folder.parent.mkdir(parents=True, exist_ok=True)
         with aside(folder) as temporary:
             temporary.mkdir()
-            storage = MinariStorage.new(temporary / "data", *spaces, spec, jpeg_encoding=False)
+            # The package gets the size of relative paths wrong.
+            storage = MinariStorage.new(temporary.absolute() / "data", *spaces, spec, jpeg_encoding=False)
             storage.update_metadata(about)
             storage.update_episodes(episodes)
     except (OSError, RuntimeError) as error:
