@@ -25,7 +25,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import cpql.data
-from cpql import tasks as config
+from cpql import data_cli
 from cpql.data import d4rl, files, minari
 from cpql.data.transitions import Transitions
 from cpql.data_cli import main
@@ -100,7 +100,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
         d4rl = {"d4rl": task.datasets["d4rl"] | {"rows": 60}} if task.datasets else {}
         return dataclasses.replace(task, datasets=task.datasets | d4rl)
 
-    monkeypatch.setattr(config, "load_task", load)
+    monkeypatch.setattr(data_cli, "load_task", load)
 
 
 def content(path: Path) -> dict[str, Any]:
