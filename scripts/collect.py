@@ -1,15 +1,15 @@
-"""Make embedded datasets, and the behaviours that they are collected with.
+"""Collect embedded datasets, and make the behaviours that they are collected with.
 
     python scripts/collect.py dataset hopper-medium --size 1000000 --seed 0
     python scripts/collect.py dataset pen-human --policy random --size 20000 --out pen-random.hdf5
     python scripts/collect.py train Hopper-v4 --out runs/hopper_s0 --steps 1000000
     python scripts/collect.py card runs/hopper_s0 --out cpql/data/behaviours/hopper
 
-`dataset` is what training does by itself where D4RL can't be had; here it can go to a file of your own. With
-`--policy random` it takes uniform random actions, in any task's environment, and the file says so: something
-to try a task with (`train.py env=pen-human dataset.path=pen-random.hdf5`), and never D4RL's data.
-`train` and `card` made the behaviours that cpql ships: SAC by sbx (pip install 'cpql[behaviours]'), with a
-snapshot every 5,000 steps; the expert is the best, medium the one at a third of the expert's return.
+`dataset` does what training does by itself where D4RL's data can't be had, into a file of your own if you name
+one. With `--policy random` it takes uniform random actions in any task's environment, and the file is marked
+accordingly: data to try a task with (`train.py env=pen-human dataset.path=pen-random.hdf5`), never D4RL's.
+`train` and `card` made the behaviours that cpql ships: SAC by sbx (pip install 'cpql[behaviours]') with a
+snapshot every 5,000 steps; the expert is the best one, medium the one at a third of the expert's return.
 """
 
 from __future__ import annotations
@@ -19,24 +19,19 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from cpql.errors import ConfigError, CpqlError, DataError
+from cpql.errors import ConfigError, DataError, errors_in_one_line
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run the command line; 0 when it went well, 1 after an error the user can mend, 130 after Ctrl-C."""
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line; an error ends it with `SystemExit`."""
     options = parser().parse_args(arguments)
-    try:
-        options.run(options)
-    except CpqlError as error:
-        if options.traceback:
+    with errors_in_one_line(options.traceback):
+        try:
+            options.run(options)
+        except KeyboardInterrupt:
+            if sys.stderr.isatty():  # the cursor is behind the progress
+                print(file=sys.stderr)
             raise
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        # On a terminal the cursor is behind the progress.
-        print("\ninterrupted" if sys.stderr.isatty() else "interrupted", file=sys.stderr)
-        return 130
-    return 0
 
 
 def parser() -> argparse.ArgumentParser:
@@ -193,4 +188,4 @@ def card(options: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

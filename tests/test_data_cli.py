@@ -127,7 +127,7 @@ def test_round_trips_between_all_forms_are_exact(data: Any, tmp_path: Path) -> N
         assert said.code == 0 and said.err == ""
         assert "60 transitions, read back the same to the bit\n" in said.out
     assert same(content(Path("out.hdf5")), arrays())
-    assert minari.metadata("mine/first-v0").cpql_cut_episodes == (5,)
+    assert minari.metadata("mine/first-v0").cpql_cut_episodes == {5}
     # after a Minari folder a file still says where its rows came from
     assert files.read("out.hdf5").provenance.source == "minari"
     assert {path.name for path in tmp_path.iterdir()} == {
@@ -292,7 +292,8 @@ def test_a_replacement_that_fails_leaves_the_old_one(data: Any, monkeypatch: pyt
         ),
         (
             ["show", "hopper-medium", "--source", "minari"],
-            "hopper-medium: no minari data on this disk: `cpql-data download hopper-medium` downloads D4RL's, "
+            "hopper-medium: no minari data on this disk: `cpql-data download hopper-medium` downloads "
+            "D4RL's, "
             "`python scripts/collect.py dataset hopper-medium` collects a stand-in, "
             "`cpql-data download hopper-medium --source minari` downloads Minari's",
         ),

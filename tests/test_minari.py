@@ -283,7 +283,7 @@ def test_what_is_written_is_what_minari_loads(root: Path) -> None:
         assert episode.truncations.tolist() == [False] * (stop - start - 1) + [start != 0]
         assert f"total_steps={stop - start}" in repr(episode)
     steps = [episode["total_steps"] for episode in loaded.storage.get_episode_metadata([0, 3])]
-    assert steps == [2, 2] and minari.metadata(folder).cpql_cut_episodes == (2, 3)
+    assert steps == [2, 2] and minari.metadata(folder).cpql_cut_episodes == {2, 3}
     # Actions are in [-1, 1] and the pendulum's in ±2: the environment comes back rescaled.
     environment = loaded.recover_environment()
     assert environment.action_space == Box(-1, 1, (1,)) and environment.spec.id == "Pendulum-v1"

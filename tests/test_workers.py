@@ -217,13 +217,13 @@ def test_what_goes_wrong_is_said_in_one_line(mine: Any) -> None:
         in_workers(rollout, [(discrete, None, 3, np.random.SeedSequence(0))], 1)
     spec = gymnasium.registry["Mine-v0"]
     spec.kwargs = {"error": object()}
-    with pytest.raises(ConfigError, match="'Mine-v0' can't be registered in worker processes"):
+    with pytest.raises(ConfigError, match=r"'Mine-v0' can't be made in worker processes .*plain kwargs"):
         in_workers(rollout, [(mine(), None, 3, np.random.SeedSequence(0))], 1)
     spec.entry_point = "__main__:Mine"
     refused(
         ConfigError,
-        "environment 'Mine-v0' is made by Mine of the program itself: expected it in a module, "
-        "which worker processes can import",
+        "environment 'Mine-v0' can't be made in worker processes (__main__:Mine is the program itself): "
+        "expected a class in a module that they can import, and plain kwargs",
         mine(),
     )
 

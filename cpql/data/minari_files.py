@@ -117,7 +117,7 @@ class Metadata:
     eval_env_spec: Json[Environment] | None = None
     ref_min_score: Reference = None
     ref_max_score: Reference = None
-    cpql_cut_episodes: tuple[Annotated[int, Field(strict=True, ge=0)], ...] = ()
+    cpql_cut_episodes: frozenset[Annotated[int, Field(strict=True, ge=0)]] = frozenset()
     cpql_origin: Any = None
     cpql_task: Json[TaskOptions] | None = None
 

@@ -172,17 +172,16 @@ def _registration(id: str | None) -> str | None:
         return None
     maker = spec.entry_point
     if callable(maker):
-        maker = f"{maker.__module__}:{getattr(maker, '__qualname__', type(maker).__qualname__)}"
-    if str(maker).startswith("__main__:"):
-        raise ConfigError(
-            f"environment '{id}' is made by {str(maker).removeprefix('__main__:')} of the program itself: "
-            "expected it in a module, which worker processes can import"
-        )
+        name = getattr(maker, "__qualname__", type(maker).__qualname__)
+        maker = f"{maker.__module__}:{name}"
     try:
+        if str(maker).startswith("__main__:"):
+            raise ValueError(f"{maker} is the program itself")
         return dataclasses.replace(spec, entry_point=maker, vector_entry_point=None).to_json()
     except (TypeError, ValueError) as error:
         raise ConfigError(
-            f"environment '{id}' can't be registered in worker processes ({error}): expected plain kwargs"
+            f"environment '{id}' can't be made in worker processes ({error}): expected a class in a module "
+            "that they can import, and plain kwargs"
         ) from error
 
 
