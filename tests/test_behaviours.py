@@ -17,6 +17,7 @@ from test_embedded import behaviour, task
 from cpql.data import embedded
 from cpql.data.behaviour import Behaviour
 from cpql.errors import ConfigError, DataError
+from cpql.tasks import Task
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 import behaviours
@@ -54,7 +55,7 @@ def test_flax_names_and_our_own_make_the_same_policy() -> None:
 
 
 def test_whole_episodes_are_played() -> None:
-    short = embedded.Task("pendulum", "Pendulum-v1", env_options={"max_episode_steps": 7})
+    short = Task("pendulum", "Pendulum-v1", env_options={"max_episode_steps": 7})
     for sampled in (True, False):
         policy = behaviour(0, states=3, actions=1)
         played = behaviours.play(short, policy, 3, np.random.SeedSequence(0), sampled)

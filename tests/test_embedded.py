@@ -207,7 +207,7 @@ def test_auto_falls_back_loudly_and_says_why(calls: list[int]) -> None:
 def test_rows_at_a_time_limit_may_be_dropped(calls: list[int], source: str) -> None:
     short = task("random", max_episode_steps=5)
     kept, dropped = (
-        data.load(short, size=20, source=source, time_limits=rule, say=lambda _: None)[1]  # type: ignore[arg-type]
+        data.load(short, size=20, source=source, time_limits=rule, say=lambda _: None)[1]
         for rule in ("keep", "drop")
     )
     assert len(kept) == 20 and kept.truncated.sum() == 4 and calls == [1]
