@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from cpql.data.sources import check_source
 from cpql.settings import Candidates, Count, Natural, Positive, Seed, Share, Threads
 from cpql.tasks import Task
 
@@ -18,8 +19,8 @@ class DatasetConfig:
     """Which data to learn from, and what to make of them.
 
     Attributes:
-        source: `d4rl`, `minari` and `embedded` are strict; `auto` tries D4RL's cache folder, a download, then
-            embedded.
+        source: a name of `cpql.data.sources.SOURCES`, strictly; `auto` tries D4RL's cache folder, a download,
+            then embedded.
         path: local data instead, strictly: HDF5 or NPZ in D4RL's layout, or a Minari folder.
         id: a D4RL or Minari id instead of the task's own.
         size: transitions to collect where the embedded source is used.
@@ -33,7 +34,7 @@ class DatasetConfig:
             learns from it like from any other.
     """
 
-    source: Literal["auto", "d4rl", "minari", "embedded"] = "auto"
+    source: str = "auto"
     path: str | None = None
     id: str | None = None
     size: Count = 1_000_000
@@ -42,6 +43,9 @@ class DatasetConfig:
     normalise_observations: bool = False
     n_step: Annotated[int, Field(ge=1, le=1_000)] = 1
     time_limits: Literal["keep", "drop"] = "keep"
+
+    def __post_init__(self) -> None:
+        check_source(self.source)
 
 
 @dataclass(frozen=True)
