@@ -17,13 +17,12 @@ import numpy as np
 import safetensors.numpy
 from numpy.typing import NDArray
 
-from cpql.data import d4rl
 from cpql.data.behaviour import Behaviour, steps
-from cpql.data.embedded import ACTION_RULE, versions
+from cpql.data.embedded import ACTION_RULE
 from cpql.data.workers import Arrays, in_workers
 from cpql.environments import make_environment, make_task_environment
 from cpql.errors import ConfigError, DataError
-from cpql.io import Progress
+from cpql.io import Progress, aside, versions, write_text
 from cpql.tasks import Task
 
 __all__ = ["HYPERPARAMETERS", "from_flax", "make_card", "play", "train_behaviour"]
@@ -86,7 +85,7 @@ def train_behaviour(
         "seed": seed,
         "versions": versions("gymnasium", "mujoco", "numpy", "sbx-rl", "stable-baselines3", "jax"),
     }
-    _write_json(out / "training.json", training)
+    write_text(out / "training.json", json.dumps(training, indent=2) + "\n")
     model = sac("MlpPolicy", made, seed=seed, **HYPERPARAMETERS)
 
     def snapshot(_locals: dict[str, Any], _globals: dict[str, Any]) -> bool:
@@ -282,7 +281,7 @@ def make_card(
         "d4rl": D4RL_RETURNS.get(out.name, {}),
         "falls_short": _falls_short(out.name, entries),
     }
-    _write_json(out / "card.json", card)
+    write_text(out / "card.json", json.dumps(card, indent=2) + "\n")
     return card
 
 
@@ -349,11 +348,6 @@ def _make_folder(path: Path) -> None:
 def _write_behaviour(path: Path, behaviour: Behaviour) -> str:
     """Write a behaviour's file; return its SHA-256."""
     content = safetensors.numpy.save(behaviour.to_tensors())
-    with d4rl.replacing(path) as aside:
-        aside.write_bytes(content)
+    with aside(path) as temporary:
+        temporary.write_bytes(content)
     return hashlib.sha256(content).hexdigest()
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    with d4rl.replacing(path) as aside:
-        aside.write_text(json.dumps(content, indent=2) + "\n", "utf-8")

@@ -7,7 +7,7 @@
 
 `dataset` does what training does by itself where D4RL's data can't be had, into a file of your own if you
 name one. With `--policy random` it takes uniform random actions in any task's environment, and the file is
-marked accordingly: data to try a task with (`train.py env=pen-human dataset.path=pen-random.hdf5`), never D4RL's.
+marked as such: data to try a task with (`train.py env=pen-human dataset.path=pen-random.hdf5`), not D4RL's.
 `train` and `card` made the behaviours that cpql ships: SAC by sbx (pip install 'cpql[behaviours]') with a
 snapshot every 5,000 steps; the expert is the best one, medium the one at a third of the expert's return.
 """

@@ -256,14 +256,14 @@ def test_nothing_is_overwritten_without_force(data: Any, tmp_path: Path) -> None
 def test_a_replacement_that_fails_leaves_the_old_one(data: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     made = Transitions.from_dict(arrays())
     files.write(made, ".", id="a-v0")
-    rename = os.rename
+    replace = os.replace
 
     def fails(source: Path, target: Path) -> None:
-        if str(target) == "a-v0" and "new" in str(source):
+        if str(target) == "a-v0" and Path(source).name != "old":
             raise OSError("no more")
-        rename(source, target)
+        replace(source, target)
 
-    monkeypatch.setattr(os, "rename", fails)
+    monkeypatch.setattr(os, "replace", fails)
     with pytest.raises(DataError, match=r"a-v0: can't be written in .*no more"):
         files.write(made, ".", id="a-v0", replace=True)
     assert len(files.read("a-v0")) == 60

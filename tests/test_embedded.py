@@ -26,6 +26,7 @@ import torch
 from cpql import data
 from cpql.data import d4rl, embedded
 from cpql.data.behaviour import Behaviour, rollout
+from cpql.data.request import Request
 from cpql.data.transitions import Transitions
 from cpql.errors import ConfigError, CpqlError, DataError
 from cpql.tasks import Task
@@ -350,11 +351,11 @@ def test_what_cannot_be_written_is_an_error_before_anything_is_collected(
 
 def test_what_killed_processes_left_is_cleared_but_not_what_lives(calls: list[int], tmp_path: Path) -> None:
     path = embedded.prepare(task(), 60, 0).path()
-    left = path.with_name(f".{path.name}.00c0ffee.part")
-    other = path.with_name(f".other-{path.name}.00c0ffee.part")
-    path.parent.mkdir()
-    for file in (left, other, path.with_name(f".{path.name}.lock")):
-        file.touch()
+    left = path.with_name(f".{path.name}.00c0ffee.aside")
+    other = path.with_name(f".other-{path.name}.00c0ffee.aside")
+    for folder in (left, other):
+        folder.mkdir(parents=True)
+    path.with_name(f".{path.name}.lock").touch()
     said: list[str] = []
     waits = threading.Event()
 
@@ -374,7 +375,7 @@ def test_what_killed_processes_left_is_cleared_but_not_what_lives(calls: list[in
 
     out = tmp_path / "out" / "mine.hdf5"
     out.parent.mkdir()
-    out.with_name(".mine.hdf5.00c0ffee.part").touch()
+    out.with_name(".mine.hdf5.00c0ffee.aside").mkdir()
     embedded.collect(task(), 60, 0, out)
     assert list(out.parent.iterdir()) == [out]
 
@@ -449,14 +450,14 @@ def test_data_are_had_without_a_home(calls: list[int], home: str) -> None:
     assert line.startswith("warning: ") and "CPQL_CACHE" in line and "collect it again" in line
     if home == "none":
         with pytest.raises(DataError) as caught:
-            d4rl.find("hopper-medium-v2")
+            d4rl.D4RL().locate(Request(task()))
         assert str(caught.value) == (
             "there is no home folder for ~/.d4rl/datasets: expected D4RL_DATASET_DIR to name a folder"
         )
         _, made = data.load(task("random"), size=20, say=said.append)
         assert len(made) == 20 and len(said) == 3 and "D4RL_DATASET_DIR" in said[1]
     else:
-        assert d4rl.find("hopper-medium-v2") is None
+        assert d4rl.D4RL().locate(Request(task())) is None
 
 
 def test_training_warns_where_verify_does(

@@ -23,7 +23,7 @@ from minari.dataset._storages.hdf5_storage import HDF5Storage  # type: ignore[im
 from numpy.typing import NDArray
 from test_npz import assert_same, datasets
 
-from cpql.data import minari, npz
+from cpql.data import files, minari
 from cpql.data.request import Request
 from cpql.data.transitions import Transitions
 from cpql.environments import make_task_environment
@@ -360,7 +360,7 @@ def test_what_is_not_minaris_says_where_it_came_from(root: Path, source: str) ->
 
 def test_minaris_data_do_not_pass_for_d4rls_as_npz(make: Callable[..., Path], tmp_path: Path) -> None:
     data = minari.read(make())
-    found = npz.read(npz.write(data, tmp_path / "x.npz"), "hopper-medium-v2").provenance
+    found = files.read(files.write(data, tmp_path / "x.npz"), "hopper-medium-v2").provenance
     assert (found.source, found.id) == ("minari", ID)
 
 

@@ -9,7 +9,7 @@ import torch
 
 from cpql.data import files, minari
 from cpql.data.transitions import Transitions
-from cpql.environments import facts
+from cpql.environments import spec_of
 from cpql.errors import DataError
 from cpql.tasks import Task
 
@@ -81,7 +81,7 @@ def _bounds(source: Path, target: Path, task: Task | None) -> dict[str, Any]:
                 f"{source}: its environment's actions aren't in [-1, 1]: expected --env with the environment "
                 f"whose bounds they are to have in {target.name}"
             )
-    return {} if task is None else dict(zip(("action_low", "action_high"), facts(task)[1:3], strict=True))
+    return {} if task is None else dict(zip(("action_low", "action_high"), spec_of(task)[1:3], strict=True))
 
 
 def _compare(data: Transitions, again: Transitions, made: Path) -> str:

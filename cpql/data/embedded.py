@@ -15,27 +15,26 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import importlib.metadata
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from cpql.data import d4rl, download
+from cpql.data import d4rl
 from cpql.data.behaviour import Behaviour, rollout
 from cpql.data.request import Request, Source
 from cpql.data.transitions import TimeLimits, Transitions
 from cpql.data.workers import Arrays, in_workers
-from cpql.environments import ROBOTICS, facts, make_task_environment
+from cpql.environments import ROBOTICS, make_task_environment, spec_of
 from cpql.errors import ConfigError, DataError, did_you_mean
-from cpql.io import Progress
+from cpql.io import Progress, alone, user_folder, versions
 from cpql.tasks import Task
 
-__all__ = ["ACTION_RULE", "Embedded", "cache_folder", "collect", "collected", "prepare", "versions"]
+__all__ = ["ACTION_RULE", "Embedded", "cache_folder", "collect", "collected", "prepare"]
 
 RECIPES: dict[str, tuple[str, ...]] = {
     "random": ("random",),
@@ -79,7 +78,7 @@ class Embedded(Source):
         with contextlib.ExitStack() as stack:
             try:
                 path = plan.path()
-                stack.enter_context(_only_process(path, request.say))
+                stack.enter_context(alone(path, "collecting", request.say))
                 if os.path.exists(path):
                     return _read(plan, path, request.time_limits)
             except DataError as error:
@@ -148,7 +147,7 @@ def cache_folder() -> Path:
     Raises:
         DataError: there is no home folder.
     """
-    return d4rl.user_folder("CPQL_CACHE", "~/.cache/cpql")
+    return user_folder("CPQL_CACHE", "~/.cache/cpql")
 
 
 def collected(task: Task) -> list[Path]:
@@ -191,17 +190,9 @@ def collect(
     plan = prepare(task, size, seed, policy)
     if path is None:
         return _transitions(plan, _gather(plan, progress, workers), "keep")
-    with _only_process(path, say):
+    with alone(path, "collecting", say):
         _write(plan, _gather(plan, progress, workers), path)
         return _read(plan, path, "keep")
-
-
-@contextlib.contextmanager
-def _only_process(path: Path, say: Callable[[str], None]) -> Iterator[None]:
-    """Wait until no other process collects into a file, and remove what killed processes left of theirs."""
-    with download.alone(path, "collecting", say):
-        d4rl.clear(path)
-        yield
 
 
 def _transitions(plan: Plan, arrays: Arrays, time_limits: TimeLimits) -> Transitions:
@@ -211,14 +202,14 @@ def _transitions(plan: Plan, arrays: Arrays, time_limits: TimeLimits) -> Transit
 
 def _write(plan: Plan, arrays: Arrays, path: Path) -> None:
     origin = json.dumps({"source": "embedded", "id": plan.id, "details": plan.details})
-    _, low, high, _ = facts(plan.task)
+    _, low, high, _ = spec_of(plan.task)
     if (low != -1).any() or (high != 1).any():
         arrays = arrays | {"actions": low + (arrays["actions"] + 1) * ((high - low) / 2)}
     d4rl.write(path, arrays, {d4rl.ORIGIN: origin})
 
 
 def _read(plan: Plan, path: Path, time_limits: TimeLimits) -> Transitions:
-    _, low, high, _ = facts(plan.task)
+    _, low, high, _ = spec_of(plan.task)
     data = d4rl.read(path, plan.id, action_low=low, action_high=high, time_limits=time_limits)
     if data.provenance.source != "embedded" or (time_limits == "keep" and len(data) != plan.size):
         raise DataError(f"{path.name}: holds other data: expected {plan.size} embedded transitions")
@@ -328,12 +319,3 @@ def _gather(plan: Plan, progress: Progress | None, workers: int | None) -> Array
 
     parts = in_workers(rollout, arguments, workers, report)
     return {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
-
-
-def versions(*packages: str) -> dict[str, str]:
-    """The versions of those of the packages that are installed."""
-    found = {}
-    for package in packages:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[package] = importlib.metadata.version(package)
-    return found

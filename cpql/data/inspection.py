@@ -14,9 +14,9 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from cpql.data.d4rl import replacing
 from cpql.data.transitions import Transitions
 from cpql.errors import DataError
+from cpql.io import aside
 from cpql.tasks import Task
 
 __all__ = ["Inspection", "Spread", "describe", "picture"]
@@ -260,8 +260,8 @@ def picture(inspection: Inspection, path: str | os.PathLike[str], task: Task | N
     actions.legend(fontsize=8)
     figure.suptitle(f"{p.id or 'dataset'} ({p.source}), {p.transitions:,} transitions", fontsize=11)
     try:
-        with replacing(path) as aside:
-            figure.savefig(aside, format="png", dpi=110)
+        with aside(path) as temporary:
+            figure.savefig(temporary, format="png", dpi=110)
     except OSError as error:
         raise DataError(f"{path.name}: can't be written in {path.absolute().parent} ({error})") from error
     return path

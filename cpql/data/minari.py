@@ -25,13 +25,13 @@ import gymnasium
 import numpy as np
 from gymnasium.spaces import Box
 
-from cpql.data.d4rl import ORIGIN, origin_of, user_folder
+from cpql.data.d4rl import ORIGIN, origin_of
 from cpql.data.minari_files import ARRAYS, METADATA, NAME, TaskOptions, Where, metadata, read
 from cpql.data.request import Request, Source
 from cpql.data.transitions import Transitions
 from cpql.environments import make_environment
 from cpql.errors import DataError
-from cpql.io import aside
+from cpql.io import aside, user_folder
 from cpql.tasks import Task
 
 __all__ = ["ARRAYS", "ID", "Minari", "find", "metadata", "read", "root", "task", "write"]
@@ -169,7 +169,9 @@ def task(task: Task | None, where: Where) -> Task:
     )
 
 
-def write(transitions: Transitions, path: Where, *, id: str, task: Task | None = None) -> Path:
+def write(
+    transitions: Transitions, path: Where, *, id: str, task: Task | None = None, replace: bool = False
+) -> Path:
     """Write transitions as a Minari dataset, completely or not at all.
 
     In Minari every episode ends terminated or truncated, and step t + 1 starts where step t led. So a row
@@ -182,6 +184,7 @@ def write(transitions: Transitions, path: Where, *, id: str, task: Task | None =
         id: the dataset's id, `mine/hopper/mixed-v0`.
         task: whose environment and options are named for `recover_environment`, within `RescaleAction` if
             its actions have other bounds than [-1, 1].
+        replace: whether an existing dataset may be replaced.
 
     Returns:
         The dataset's folder, `path/ID`.
@@ -195,7 +198,9 @@ def write(transitions: Transitions, path: Where, *, id: str, task: Task | None =
     from minari.dataset.minari_storage import MinariStorage  # type: ignore[import-untyped]
 
     folder = Path(path) / _checked(id)
-    if folder.exists():
+    if folder.exists() and replace:
+        metadata(folder)  # whatever else is there isn't ours to remove
+    elif folder.exists():
         raise DataError(f"{id}: there is one in {path} already: expected a new id, or that one removed")
     rows = transitions.to_dict()
     observations, following = rows["observations"], rows["next_observations"]
@@ -232,7 +237,6 @@ def write(transitions: Transitions, path: Where, *, id: str, task: Task | None =
         for start, stop in itertools.pairwise([0, *stops.tolist()])
     )
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
         with aside(folder) as temporary:
             temporary.mkdir()
             # The package gets the size of relative paths wrong.

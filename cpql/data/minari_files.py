@@ -32,7 +32,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import AfterValidator, Field, Json, TypeAdapter, ValidationError
 
-from cpql.data.d4rl import MOST_EXPANSION, UNSUSPICIOUS_BYTES, origin
+from cpql.data.d4rl import Origin, is_bomb, origin
 from cpql.data.transitions import TimeLimits, Transitions
 from cpql.environments import action_bounds, make_environment
 from cpql.errors import ConfigError, DataError
@@ -208,11 +208,18 @@ def read(where: Where, task: Task | None = None, *, time_limits: TimeLimits = "k
         raise DataError(f"{name}: damaged, can't be read ({reason}): expected whole HDF5") from error
     low, high = _bounds(about, arrays["actions"].shape[1])
     environment = about.environment
-    source, id, details = "minari", about.dataset_id, {"environment": environment and environment.id}
+    known = Origin("minari", about.dataset_id, {"environment": environment and environment.id})
     if about.cpql_origin is not None:
-        source, id, details = origin(about.cpql_origin, f"{_name(path.with_name(METADATA))}:")
-    known: dict[str, Any] = {"source": source, "id": id, "file": ARRAYS, "sha256": sha256, "details": details}
-    return Transitions.from_dict(arrays, **known, time_limits=time_limits, action_low=low, action_high=high)
+        known = origin(about.cpql_origin, f"{_name(path.with_name(METADATA))}:")
+    return Transitions.from_dict(
+        arrays,
+        **known._asdict(),
+        file=ARRAYS,
+        sha256=sha256,
+        time_limits=time_limits,
+        action_low=low,
+        action_high=high,
+    )
 
 
 def _bounds(about: Metadata, width: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
@@ -246,7 +253,7 @@ def _arrays(
     parts = {path: slice(*ends[k : k + 2]) for k, path in enumerate(paths)}
     width = _width(first, "actions")
     declared = 4 * steps * (ends[-1] + width + 1)
-    if declared > UNSUSPICIOUS_BYTES and declared > MOST_EXPANSION * size:
+    if is_bomb(declared, size):
         raise DataError(
             f"{steps:,} steps declared, {declared / 2**30:,.1f} GiB, in a file of {size / 2**20:,.2f} MiB: "
             "expected arrays that are written"
