@@ -498,19 +498,19 @@ def test_what_is_absent_is_fetched_by_the_package(
         make()
 
     monkeypatch.setattr("minari.download_dataset", download_dataset)
-    said: list[str] = []
-    assert len(fetched(ID, said.append)) == 4
+    lines: list[str] = []
+    assert len(fetched(ID, lines.append)) == 4
     assert asked == [(ID, True)] and capsys.readouterr().out == ""
-    assert said == [
+    assert lines == [
         f"downloading {ID} from Minari into {root}",
         "warning: We recommend you install a higher dataset version",
     ]
     # What is here isn't fetched again; what a cut download has left is.
-    assert len(fetched(ID, said.append)) == 4 and len(asked) == 1
+    assert len(fetched(ID, lines.append)) == 4 and len(asked) == 1
     (root / ID / "data" / "main_data.hdf5").unlink()
-    assert len(fetched(ID, said.append)) == 4 and len(asked) == 2
+    assert len(fetched(ID, lines.append)) == 4 and len(asked) == 2
     with pytest.raises(DataError) as caught:
-        fetched("D4RL/pen/human-v2", said.append)
+        fetched("D4RL/pen/human-v2", lines.append)
     assert str(caught.value) == (
         f"D4RL/pen/human-v2: no such dataset in {root}: `minari download D4RL/pen/human-v2`, or put it into "
         f"{root}/D4RL/pen/human-v2/data (the download failed: [Errno -2] Name or service not known)"
@@ -533,13 +533,13 @@ def test_the_package_itself_fetches_what_is_asked_for(
     )
     monkeypatch.setitem(remotes._registry, "here", lambda: lambda name, token: storage)
     monkeypatch.setenv("MINARI_REMOTE", "here://x")
-    said: list[str] = []
-    assert_same(fetched(ID, said.append).to_dict(), data.to_dict())
-    assert said == [f"downloading {ID} from Minari into {root}"]
+    lines: list[str] = []
+    assert_same(fetched(ID, lines.append).to_dict(), data.to_dict())
+    assert lines == [f"downloading {ID} from Minari into {root}"]
     with pytest.raises(
         DataError, match=r"other-v0: no such dataset .*Couldn't find any version for dataset other"
     ):
-        fetched("other-v0", said.append)
+        fetched("other-v0", lines.append)
 
 
 @pytest.mark.parametrize(

@@ -100,11 +100,11 @@ def test_workers_end_with_the_program(number: signal.Signals, group: bool, when:
             assert process.stdout is not None and process.stdout.readline()
         began = time.monotonic()
         (os.killpg if group else os.kill)(process.pid, number)
-        _, said = process.communicate(timeout=60)
+        _, printed = process.communicate(timeout=60)
         while any(map(alive, workers)) and time.monotonic() - began < 60:
             time.sleep(0.01)
         assert time.monotonic() - began < SECONDS
-    assert said == ""
+    assert printed == ""
     assert process.returncode == (130 if number == signal.SIGINT else -number)
 
 
@@ -114,9 +114,9 @@ def test_the_command_leaves_nothing_behind(tmp_path: Path) -> None:
     words = (str(script), "dataset", "hopper-random", "--size", "2000000", "--out", str(out))
     with started(1, *words) as (process, workers):
         process.send_signal(signal.SIGINT)
-        said = process.communicate(timeout=60)
+        printed = process.communicate(timeout=60)
         assert not any(map(alive, workers))
-    assert (process.returncode, *said) == (130, "", "interrupted\n")
+    assert (process.returncode, *printed) == (130, "", "interrupted\n")
     assert not out.parent.exists()
 
 

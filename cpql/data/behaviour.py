@@ -81,41 +81,36 @@ class Behaviour:
             tensors = safetensors.numpy.load(content)
         except (OSError, safetensors.SafetensorError) as error:
             raise DataError(
-                f"{path.name}: can't be read ({error}): expected safetensors of a behaviour"
+                f"{path.name}: can't be read ({error}): expected a behaviour's weights"
             ) from error
-        return cls.from_tensors(tensors, where=path.name, sha256=hashlib.sha256(content).hexdigest())
+        return cls.from_tensors(tensors, path.name, hashlib.sha256(content).hexdigest())
 
     @classmethod
     def from_tensors(
-        cls, tensors: Mapping[str, Any], *, where: str = "behaviour", sha256: str = ""
+        cls, tensors: Mapping[str, Any], where: str = "behaviour", sha256: str = ""
     ) -> Behaviour:
         """Build a behaviour from named arrays; `where` names them in an error.
 
         Raises:
-            DataError: a name is missing, or the shapes don't fit together.
+            DataError: a name is missing, the shapes don't fit together, or a weight isn't finite.
         """
-
-        def layer(name: str) -> Layer:
-            weight, bias = tensors.get(f"{name}.weight"), tensors.get(f"{name}.bias")
-            if weight is None or bias is None:
-                found = ", ".join(sorted(tensors)) or "nothing"
-                raise DataError(f"{where}: {found}: expected {name}.weight and {name}.bias among them")
-            if weight.ndim != 2 or bias.shape != weight.shape[1:]:
-                raise DataError(
-                    f"{where}: '{name}' has weight {list(weight.shape)} and bias {list(bias.shape)}: "
-                    "expected [in, out] and [out]"
-                )
-            if not (np.isfinite(weight).all() and np.isfinite(bias).all()):
-                raise DataError(f"{where}: '{name}' holds NaN or infinity: expected finite weights")
-            return np.ascontiguousarray(weight, np.float32), np.ascontiguousarray(bias, np.float32)
-
         count = sum(key.startswith("layers.") and key.endswith(".weight") for key in tensors)
-        layers = tuple(layer(f"layers.{k}") for k in range(count))
-        mean, log_std = layer("mean"), layer("log_std")
-        shapes = [list(weight.shape) for weight, _ in (*layers, mean)]
-        if list(log_std[0].shape) != shapes[-1] or any(a[1] != b[0] for a, b in itertools.pairwise(shapes)):
-            raise DataError(f"{where}: weights of {shapes}: expected each to take what the one before gives")
-        return cls(layers, mean, log_std, sha256)
+        names = [*(f"layers.{k}" for k in range(count)), "mean", "log_std"]
+        expected = [f"{name}.{part}" for name in names for part in ("weight", "bias")]
+        if missing := [key for key in expected if key not in tensors]:
+            raise DataError(f"{where}: no {missing[0]}: expected it among {', '.join(tensors) or 'nothing'}")
+        arrays = [np.ascontiguousarray(tensors[key], np.float32) for key in expected]
+        layers = list(zip(arrays[::2], arrays[1::2], strict=True))
+        (*hidden, mean, log_std), shapes = layers, [[*array.shape] for array in arrays]
+        fit = all(weight.ndim == 2 and bias.shape == weight.shape[1:] for weight, bias in layers)
+        chain = itertools.pairwise(weight for weight, _ in (*hidden, mean))
+        if not fit or log_std[0].shape != mean[0].shape or any(len(b) != len(a.T) for a, b in chain):
+            raise DataError(
+                f"{where}: shapes {shapes}: expected each layer to take what the one before gives"
+            )
+        if not all(np.isfinite(array).all() for array in arrays):
+            raise DataError(f"{where}: holds NaN or infinity: expected finite weights")
+        return cls(tuple(hidden), mean, log_std, sha256)
 
     def to_tensors(self) -> dict[str, Array]:
         """The weights by their names in a file."""
