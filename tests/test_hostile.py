@@ -1,4 +1,4 @@
-"""Files that mean harm, or look like it, are refused quickly and in little memory: D4RL's form and Minari's."""
+"""Files that mean harm, or look like it, are refused quickly and in little memory, in both HDF5 layouts."""
 
 from __future__ import annotations
 
