@@ -36,7 +36,10 @@ from hypothesis import strategies as st
 
 from cpql.data import d4rl, download
 from cpql.data.download import fetch, recorded, verify_recorded
+from cpql.data.request import Request
 from cpql.errors import DataError
+from cpql.io import Progress
+from cpql.tasks import Task
 
 BODY = random.Random(0).randbytes(300_000)
 SHA256 = hashlib.sha256(BODY).hexdigest()
@@ -904,23 +907,26 @@ def test_a_d4rl_file_arrives_from_its_urls(
     place = "elsewhere/hopper_full-v2.hdf5"
     server[f"/host/{place}"] = Page(content, length=length)
     seen: list[tuple[str, int, int]] = []
-    path = d4rl.download("hopper-full-replay-v2", lambda *report: seen.append(report), path=place)
+    path = get("hopper-full-replay-v2", lambda *report: seen.append(report), path=place)
     assert [asked.path for asked in server.asked] == [f"/mirror/{path.name}", f"/host/{place}"]
     assert path == cache / "hopper_full-v2.hdf5" and path.read_bytes() == content
     size = len(content)
     assert seen[-1] == ("download hopper_full-v2.hdf5", size, size if length else 0)
     # Without a path D4RL's host is asked for the id's name.
     server[f"/host/gym_mujoco_v2/{NAME}"] = Page(content)
-    assert d4rl.download("hopper-medium-v2") == cache / NAME
+    assert get("hopper-medium-v2") == cache / NAME
     assert names(cache) == [path.name, f"{path.name}.sha256", NAME, f"{NAME}.sha256"]
-    with pytest.raises(DataError, match=r"x-v2: '.*/host/a/b/' names no file"):
-        d4rl.download("x-v2", path="a/b/")
     with pytest.raises(DataError, match="isn't a D4RL id"):
-        d4rl.download("hopper")
+        get("hopper")
 
 
 def test_d4rls_places_are_asked_by_https_first() -> None:
-    assert [url.partition(":")[0] for url in d4rl.urls("hopper-medium-v2")] == ["https", "http"]
+    assert d4rl.MIRROR.startswith("https:") and d4rl.HOST.startswith("http:")
+
+
+def get(id: str, progress: Progress | None = None, **entry: Any) -> Path:
+    task = Task("task", None, datasets={"d4rl": {"id": id, **entry}})
+    return d4rl.D4RL().fetch(Request(task, progress=progress))
 
 
 def test_an_own_mirror_is_asked_first(
@@ -933,7 +939,7 @@ def test_an_own_mirror_is_asked_first(
     for place in (f"/d4rl/gym_mujoco_v2/{NAME}", *reversed(asked)):
         server[place] = Page(content)
         server.asked.clear()
-        path = d4rl.download("hopper-medium-v2")
+        path = get("hopper-medium-v2")
         expected = [*asked, f"/d4rl/gym_mujoco_v2/{NAME}"]
         assert [request.path for request in server.asked] == expected[: expected.index(place) + 1]
         path.unlink()
@@ -986,19 +992,19 @@ def test_what_is_no_d4rl_file_is_never_taken_for_one(
     said = {"Content-Length": "100000000"} if kind == "huge" else {}
     server[f"/{NAME}"] = Page(bodies[kind], headers=said, length=not said)
     with pytest.raises(DataError) as caught:
-        d4rl.download("hopper-medium-v2", rows=4000)
+        get("hopper-medium-v2", rows=4000)
     message = str(caught.value)
     assert message.startswith(f"{NAME} can't be downloaded from {url} ({reason}")
     assert message.endswith(f": put {NAME} into {cache} by hand") and "\n" not in message
     assert not cache.exists()
     # What fits is taken, and where nobody knows how many rows there are, any number fits.
     server[f"/{NAME}"] = Page(content)
-    d4rl.download("hopper-medium-v2", rows=4000)
+    get("hopper-medium-v2", rows=4000)
     if kind == "long":
         (cache / NAME).unlink()
         (cache / f"{NAME}.sha256").unlink()
         server[f"/{NAME}"] = Page(bodies[kind])
-        d4rl.download("hopper-medium-v2")
+        get("hopper-medium-v2")
 
 
 @pytest.mark.parametrize("folder", ["http://127.0.0.1:9/", "nonsense", "http://no.such.host.invalid/"])
@@ -1008,7 +1014,7 @@ def test_an_unreachable_own_mirror_is_one_line(
     monkeypatch.setenv("CPQL_D4RL_MIRROR", folder)
     place = folder.rstrip("/")
     with pytest.raises(DataError, match=rf"^{NAME} can't be downloaded from {place}/.*{NAME} \(.*put {NAME}"):
-        d4rl.download("hopper-medium-v2")
+        get("hopper-medium-v2")
     assert not cache.exists()
 
 

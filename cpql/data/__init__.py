@@ -90,7 +90,7 @@ def load(
         data.validate_for(*request.facts.widths)
     if data.provenance.source != "embedded":
         where = data.provenance.file or data.provenance.id
-        for finding in inspection.inspect(data).findings:
+        for finding in inspection.Inspection(data).findings:
             say(f"warning: {where}: {finding}")
     return without_foreign_references(request.task, data), data
 

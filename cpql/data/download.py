@@ -24,9 +24,9 @@ from pathlib import Path
 from typing import Any
 
 from cpql.errors import DataError, printable
-from cpql.io import Progress, flush_folder, held, sha256_of, write_text
+from cpql.io import Progress, alone, flush_folder, sha256_of, write_text
 
-__all__ = ["MOST", "alone", "fetch", "recorded", "verify_recorded"]
+__all__ = ["MOST", "fetch", "recorded", "verify_recorded"]
 
 MOST = 8 << 30
 """Bytes that a file may have unless the caller says otherwise."""
@@ -127,30 +127,6 @@ def verify_recorded(path: Path, found: str | None = None) -> None:
             f"{path.name}: changed since it was downloaded: SHA-256 found {found}, expected {expected} as in "
             f"{_record(path).name}: remove both to download it again"
         )
-
-
-@contextlib.contextmanager
-def alone(path: Path, doing: str, say: Callable[[str], None]) -> Iterator[None]:
-    """Be the only process that makes a file.
-
-    Args:
-        path: the file.
-        doing: how it is made, "downloading", for the line that another process is waited for.
-        say: takes that line.
-
-    Raises:
-        DataError: the file's folder can't be written to.
-    """
-
-    def busy(holder: str) -> None:
-        say(f"{path.name}: {holder} is {doing} it: waiting until that has ended")
-
-    with contextlib.ExitStack() as stack:
-        try:
-            stack.enter_context(held(path.with_name(f".{path.name}.lock"), busy))
-        except OSError as error:
-            raise _unwritable(path, error) from error
-        yield
 
 
 class _Refused(Exception):
@@ -333,7 +309,8 @@ class _Download:
             yield
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-                raise _unwritable(self.path, error) from error
+                name, where = self.path.name, self.path.parent
+                raise DataError(f"{name}: can't be written in {where} ({_reason(error)})") from error
             # A full disk hinders everything else: what has come gives way.
             self.part.unlink(missing_ok=True)
             raise self.no_room(total) from error
@@ -391,10 +368,6 @@ def _open(url: str, headers: dict[str, str], timeout: float) -> http.client.HTTP
 
 def _record(path: Path) -> Path:
     return path.with_name(f"{path.name}.sha256")
-
-
-def _unwritable(path: Path, error: OSError) -> DataError:
-    return DataError(f"{path.name}: can't be written in {path.absolute().parent} ({_reason(error)})")
 
 
 def _reason(error: Exception) -> str:
