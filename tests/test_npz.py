@@ -181,7 +181,7 @@ def test_bad_arrays_are_refused_by_their_key(tmp_path: Path) -> None:
         ),
         ({"actions": member(ROWS["actions"], table % "-4, -1")}, "'actions' declares [-4, -1]"),
         ({"rewards": member(ROWS["rewards"][:3])}, "'rewards' has 3 rows: expected 4, as 'observations' has"),
-        ({"rewards": member(np.array(3, np.float32))}, "'rewards' has shape []: expected a row"),
+        ({"rewards": member(np.array(3, np.float32))}, "'rewards' has shape []: expected [rows]"),
         ({"timeout": good["timeouts"]}, "'timeout' is none of D4RL's keys: did you mean timeouts"),
         ({"cpql_origin": member(np.array("{"))}, "'cpql_origin' is damaged"),
         ({"cpql_origin": member(np.zeros(4))}, "'cpql_origin' holds float64: expected text"),
