@@ -89,9 +89,8 @@ def load(
     if request.facts is not None:
         data.validate_for(*request.facts.widths)
     if data.provenance.source != "embedded":
-        where = data.provenance.file or data.provenance.id
         for finding in inspection.inspect(data).findings:
-            say(f"warning: {where}: {finding}")
+            say(f"warning: {data.provenance.name}: {finding}")
     return without_foreign_references(request.task, data), data
 
 

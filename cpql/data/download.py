@@ -14,12 +14,10 @@ import http.client
 import os
 import re
 import shutil
-import threading
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, InvalidStateError
 from pathlib import Path
 from typing import Any
 
@@ -61,8 +59,8 @@ def fetch(
         progress: called with bytes, about ten times a second.
         say: takes the line that another process is waited for.
         most: bytes that the file may have, whatever a server says or doesn't say.
-        timeout: seconds for a connection, and again for all that comes before the file; after that, seconds
-            of silence that end a connection. So does less than 1 KiB a second for as long.
+        timeout: seconds without an answer that end a connection; so does less than 1 KiB of the file a
+            second for as long.
 
     Returns:
         `path`.
@@ -266,7 +264,9 @@ class _Download:
         if start:
             headers["Range"] = f"bytes={start}-"
         try:
-            response = _open(url, headers, self.timeout)
+            opener = urllib.request.build_opener(_Redirections)
+            request = urllib.request.Request(url, headers=headers)
+            response: http.client.HTTPResponse = opener.open(request, timeout=self.timeout)
         except urllib.error.HTTPError as error:
             error.close()
             if start and error.code == 416:
@@ -334,36 +334,6 @@ class _Redirections(urllib.request.HTTPRedirectHandler, urllib.request.FTPHandle
 
     def ftp_open(self, req: Any) -> Any:
         raise urllib.error.URLError("a redirection to ftp is not allowed")
-
-
-def _open(url: str, headers: dict[str, str], timeout: float) -> http.client.HTTPResponse:
-    """Open a URL: a connection has `timeout` seconds, and so has all else that comes before the file.
-
-    A socket's timeout is for single reads, and headers may come a byte at a time. So a thread reads them,
-    which is left to itself where that takes too long.
-    """
-    future: Future[http.client.HTTPResponse] = Future()
-
-    def read() -> None:
-        try:
-            request = urllib.request.Request(url, headers=headers)
-            response = urllib.request.build_opener(_Redirections).open(request, timeout=timeout)
-        except Exception as error:
-            with contextlib.suppress(InvalidStateError):
-                future.set_exception(error)
-        else:
-            try:
-                future.set_result(response)
-            except InvalidStateError:  # nobody waits for it any more
-                response.close()
-
-    threading.Thread(target=read, daemon=True).start()
-    try:
-        return future.result(2 * timeout)
-    except TimeoutError:
-        if future.cancel():
-            raise
-        return future.result()
 
 
 def _record(path: Path) -> Path:

@@ -49,7 +49,7 @@ from cpql.data.rows import (
 )
 from cpql.errors import DataError
 
-__all__ = ["Batch", "Provenance", "Reading", "TimeLimits", "Transitions", "draw_rows", "split"]
+__all__ = ["Batch", "Provenance", "Reading", "TimeLimits", "Transitions", "draw_rows", "join", "split"]
 
 TimeLimits = Literal["keep", "drop"]
 
@@ -94,6 +94,12 @@ def split(rows: Tensor, state_dim: int, action_dim: int) -> Batch:
     return Batch(observations, actions, scalars[..., 0], next_observations, scalars[..., 1])
 
 
+def join(batch: Batch) -> Tensor:
+    """Rows [..., S + A + S + 2] of a batch: the inverse of `split`."""
+    scalars = torch.stack([batch.rewards, batch.discounts], -1)
+    return torch.cat([batch.observations, batch.actions, batch.next_observations, scalars], -1)
+
+
 def draw_rows(table: Tensor, length: int, count: int, generator: torch.Generator) -> Tensor:
     """Draw rows uniformly, with replacement, from the first `length` of a table: [count, ...]."""
     drawn = torch.randint(length, (count,), generator=generator, device=table.device)
@@ -132,6 +138,11 @@ class Provenance:
     return_max: float | None
     length_mean: float | None
     details: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """What an error calls the data: the file, or else the id, or else the source."""
+        return self.file or self.id or self.source
 
     def to_dict(self) -> dict[str, Any]:
         """Give all of it as JSON-able values, without NaN."""
@@ -246,13 +257,13 @@ class Transitions:
         Raises:
             DataError: one of them differs.
         """
-        where = self.provenance.file or self.provenance.id or self.provenance.source
         for key, found, expected in (
             ("observations", self.state_dim, state_dim),
             ("actions", self.action_dim, action_dim),
         ):
             if found != expected:
-                raise DataError(f"{where}: '{key}' is {found} wide: the environment has {expected}")
+                name = self.provenance.name
+                raise DataError(f"{name}: '{key}' is {found} wide: the environment has {expected}")
 
     def to_dict(self) -> dict[str, NDArray[Any]]:
         """Give D4RL's six arrays back, as numpy: what `from_dict` takes.
