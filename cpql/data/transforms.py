@@ -60,11 +60,12 @@ def reward_rule(data: Transitions, rule: str) -> Callable[[Tensor], Tensor]:
             )
         return lambda r: (r - mean) / std
     if rule == "iql_locomotion":
-        low, high = data.provenance.return_min, data.provenance.return_max
+        p = data.provenance
+        low, high = p.return_min, p.return_max
         if low is None or high is None or low == high:
             raise DataError(
-                f"{data.provenance.name}: {data.provenance.episodes} complete episodes, returns from {low} to "
-                f"{high}: reward=iql_locomotion expects two with different returns"
+                f"{p.name}: {p.episodes} complete episodes, returns from {low} to {high}: "
+                "reward=iql_locomotion expects two with different returns"
             )
         scale = 1000.0 / (high - low)
         return lambda r: r * scale
