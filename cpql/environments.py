@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import replace
 from importlib.metadata import version
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import gymnasium
 import numpy as np
@@ -22,22 +22,28 @@ from cpql.errors import ActingError, ConfigError, brief, did_you_mean
 from cpql.tasks import Task
 
 __all__ = [
-    "Facts",
+    "EnvironmentSpec",
     "TaskEnvironment",
     "action_bounds",
-    "facts",
     "import_environment",
     "make_environment",
     "make_task_environment",
+    "spec_of",
     "widths",
 ]
 
-# From 3.12 on, Gymnasium-Robotics' kitchen fails an assertion over MuJoCo's enumerations.
-KITCHEN_BELOW = (3, 12)
-# dm_control 1.0 asks mujoco 4 for what it no longer has.
-CONTROL_BELOW = (4,)
 CONTROL = "dm_control/"
 ROBOTICS = ("AdroitHand", "AntMaze", "Fetch", "FrankaKitchen", "PointMaze")
+
+# Prefixes of ids, the module that registers them, and the extra of cpql that installs it.
+PACKAGES = ((ROBOTICS, "gymnasium_robotics", "robotics"), ((CONTROL,), "shimmy", "dmc"))
+
+# MuJoCo's versions that break environments: from 3.12 on, Gymnasium-Robotics' kitchen fails an assertion over
+# MuJoCo's enumerations; dm_control 1.0 asks mujoco 4 for what it no longer has.
+MUJOCO_BELOW = (
+    ("FrankaKitchen", (3, 12), ", or train without an environment (env.id=null)"),
+    (CONTROL, (4,), ""),
+)
 
 
 def import_environment(id: str) -> str:
@@ -86,46 +92,44 @@ def make_environment(id: str, /, **options: Any) -> gymnasium.Env[Any, Any]:
     """
     if not id:
         raise ConfigError("no environment id given: expected one such as 'Hopper-v4'")
+    words = "env_id={0} (evaluate) or env.id={0} (train)"
     if ":" in id:
         raise ConfigError(
             f"environment {id!r}: an id with a module runs the module's code, and is taken from the command "
-            f"line alone: {_on_the_command_line(id)}"
+            f"line alone: {words.format(id)}"
         )
-    if id.startswith(ROBOTICS) and id not in gymnasium.registry:
-        _register_robotics(id)
-    _refuse_new_mujoco(id)
-    if id.startswith(CONTROL) and id not in gymnasium.registry:
-        _register_control(id)
+    _register(id)
     try:
         with warnings.catch_warnings(), _without_advice_on_models():
             warnings.filterwarnings("ignore", ".*The environment .* is out of date")
             return gymnasium.make(id, **options)
     except gymnasium.error.UnregisteredEnv as error:
-        hint = did_you_mean(id, gymnasium.registry)
         raise ConfigError(
-            f"no environment {id!r} in Gymnasium: {hint}; one that a module registers: "
-            f"{_on_the_command_line(f'MODULE:{id}')}"
+            f"no environment {id!r} in Gymnasium: {did_you_mean(id, gymnasium.registry)}; one that a module "
+            f"registers: {words.format(f'MODULE:{id}')}"
         ) from error
     except Exception as error:  # whatever an environment raises at options that it can't have
         raise ConfigError(f"environment {id!r} can't be made: {brief(error)}") from error
 
 
-def _on_the_command_line(id: str) -> str:
-    return f"env_id={id} (evaluate) or env.id={id} (train)"
-
-
-def _refuse_new_mujoco(id: str) -> None:
-    found = version("mujoco")
-    for start, below, instead in (
-        ("FrankaKitchen", KITCHEN_BELOW, ", or train without an environment (env.id=null)"),
-        (CONTROL, CONTROL_BELOW, ""),
-    ):
-        if id.startswith(start) and tuple(map(int, found.split(".")[:2])) >= below:
-            limit = ".".join(map(str, below))
+def _register(id: str) -> None:
+    """Register the environments of the package that an id belongs to, where that isn't Gymnasium."""
+    for prefix, below, instead in MUJOCO_BELOW:
+        found, limit = version("mujoco"), ".".join(map(str, below))
+        if id.startswith(prefix) and tuple(map(int, found.split(".")[:2])) >= below:
             raise ConfigError(
                 f"environment '{id}' needs mujoco below {limit}, found {found}: "
                 f"pip install 'mujoco<{limit}'{instead}"
             )
+    for prefixes, module, extra in PACKAGES:
+        if id.startswith(prefixes) and id not in gymnasium.registry:
+            need = f"environment '{id}' needs a package: pip install 'cpql[{extra}]'"
+            try:
+                # Gymnasium-Robotics prints which rewards have changed; the tasks' notes say so, once.
+                with contextlib.redirect_stderr(io.StringIO()):
+                    gymnasium.register_envs(importlib.import_module(module))
+            except ImportError:
+                raise ConfigError(need) from None
 
 
 @contextlib.contextmanager
@@ -145,24 +149,6 @@ def _without_advice_on_models() -> Iterator[None]:
         mujoco.set_mju_user_warning(before)
 
 
-def _register_robotics(id: str) -> None:
-    try:
-        # It prints what has changed in some environments' rewards; the tasks' notes say so, once.
-        with contextlib.redirect_stderr(io.StringIO()):
-            import gymnasium_robotics  # type: ignore[import-untyped]
-    except ImportError:
-        raise ConfigError(f"environment '{id}' needs a package: pip install 'cpql[robotics]'") from None
-    gymnasium.register_envs(gymnasium_robotics)
-
-
-def _register_control(id: str) -> None:
-    try:
-        import shimmy  # type: ignore[import-not-found]
-    except ImportError:
-        raise ConfigError(f"environment '{id}' needs packages: pip install 'cpql[dmc]'") from None
-    gymnasium.register_envs(shimmy)
-
-
 class TaskEnvironment(gymnasium.Wrapper[Any, Any, Any, Any]):
     """An environment as a task describes it: flat observations [S], and resets with the task's options.
 
@@ -178,17 +164,11 @@ class TaskEnvironment(gymnasium.Wrapper[Any, Any, Any, Any]):
 
     def __init__(self, environment: gymnasium.Env[Any, Any], task: Task) -> None:
         super().__init__(environment)
-        space = environment.observation_space
-        if (
-            isinstance(space, gymnasium.spaces.Dict)
-            and not task.observation
-            and str(task.id).startswith(CONTROL)
-        ):
-            task = replace(task, observation=tuple(space.spaces))
-        self.task = task
+        space, parts = environment.observation_space, [environment.observation_space]
         if isinstance(space, gymnasium.spaces.Dict):
-            missing = [key for key in task.observation if key not in space.spaces]
-            if missing or not task.observation:
+            if not task.observation and str(task.id).startswith(CONTROL):
+                task = replace(task, observation=tuple(space.spaces))
+            if not task.observation or not set(task.observation) <= set(space.spaces):
                 raise ConfigError(
                     f"{task.id}: its observations are dicts of {', '.join(space.spaces)}: "
                     f"expected env.observation to name some of them, found {list(task.observation)}"
@@ -198,21 +178,14 @@ class TaskEnvironment(gymnasium.Wrapper[Any, Any, Any, Any]):
             raise ConfigError(
                 f"{task.id}: its observations are {space}, not dicts: expected env.observation=[]"
             )
-        else:
-            parts = [space]
         boxes = [part for part in parts if isinstance(part, gymnasium.spaces.Box) and len(part.shape) < 2]
         if len(boxes) != len(parts):
             raise ConfigError(f"{task.id}: its observations are {space}: expected numbers in one axis")
+        self.task = task
         self.observation_space = gymnasium.spaces.Box(
             np.concatenate([box.low.ravel() for box in boxes]),
             np.concatenate([box.high.ravel() for box in boxes]),
             dtype=np.result_type(*(box.dtype for box in boxes)).type,
-        )
-
-    def _flat(self, observation: Any) -> NDArray[Any]:
-        keys = self.task.observation
-        return (
-            np.concatenate([np.ravel(observation[key]) for key in keys]) if keys else np.asarray(observation)
         )
 
     def reset(
@@ -226,9 +199,9 @@ class TaskEnvironment(gymnasium.Wrapper[Any, Any, Any, Any]):
         # Some environments keep the dict they are given, so each gets one of its own.
         both = {key: np.array(value) if isinstance(value, list | tuple) else value
                 for key, value in (self.task.reset_options | (options or {})).items()}  # fmt: skip
-        with self._named("reset"):
+        with self._failure_in("reset"):
             observation, info = self.env.reset(seed=seed, options=both or None)
-        return self._finite(self._flat(observation)), info
+        return self._flat(observation), info
 
     def step(self, action: Any) -> tuple[NDArray[Any], Any, bool, bool, dict[str, Any]]:
         """Act once.
@@ -236,29 +209,32 @@ class TaskEnvironment(gymnasium.Wrapper[Any, Any, Any, Any]):
         Raises:
             ActingError: the environment failed, or gave an observation or a reward that isn't finite.
         """
-        with self._named("step"):
+        with self._failure_in("step"):
             observation, reward, terminated, truncated, info = self.env.step(action)
         if not math.isfinite(reward):
             raise ActingError(
                 f"environment '{self.task.id}' gave a reward of {reward}: expected a finite number"
             )
-        return self._finite(self._flat(observation)), reward, terminated, truncated, info
+        return self._flat(observation), reward, terminated, truncated, info
 
-    def _finite(self, observation: NDArray[Any]) -> NDArray[Any]:
-        if not np.isfinite(observation).all():
-            k = int(np.isfinite(observation).argmin())
+    def _flat(self, observation: Any) -> NDArray[Any]:
+        """The observation in one axis [S], checked."""
+        keys = self.task.observation
+        flat = np.concatenate([np.ravel(observation[k]) for k in keys]) if keys else np.asarray(observation)
+        if not np.isfinite(flat).all():
+            k = int(np.isfinite(flat).argmin())
             raise ActingError(
-                f"environment '{self.task.id}' gave an observation whose number {k} is {observation[k]}: "
+                f"environment '{self.task.id}' gave an observation whose number {k} is {flat[k]}: "
                 "expected finite numbers"
             )
-        return observation
+        return flat
 
     @contextlib.contextmanager
-    def _named(self, call: str) -> Iterator[None]:
-        """Name the environment whose call fails: its exceptions are nobody else's."""
+    def _failure_in(self, call: str) -> Iterator[None]:
+        """Raise whatever the environment raises as an `ActingError` that names it."""
         try:
             yield
-        except MemoryError:  # this machine's
+        except MemoryError:  # the machine's, not the environment's
             raise
         except Exception as error:
             raise ActingError(f"environment '{self.task.id}' failed in {call}: {brief(error)}") from error
@@ -306,8 +282,8 @@ def action_bounds(environment: gymnasium.Env[Any, Any]) -> tuple[NDArray[np.floa
     return actions.low.astype(np.float32), actions.high.astype(np.float32)
 
 
-class Facts(NamedTuple):
-    """What a task's environment says about its data.
+class EnvironmentSpec(NamedTuple):
+    """What a task's environment determines about its data.
 
     Attributes:
         widths: how many numbers an observation and an action have, S and A.
@@ -322,8 +298,8 @@ class Facts(NamedTuple):
     episode_limit: int | None
 
 
-def facts(task: Task) -> Facts:
-    """Make a task's environment, and ask it.
+def spec_of(task: Task) -> EnvironmentSpec:
+    """The specification of a task's environment, which is made for it and closed.
 
     Raises:
         ConfigError: see `make_task_environment`, `widths` and `action_bounds`.
@@ -331,4 +307,9 @@ def facts(task: Task) -> Facts:
     environment = make_task_environment(task)
     environment.close()
     limit = environment.spec.max_episode_steps if environment.spec else None
-    return Facts(widths(environment), *action_bounds(environment), limit)
+    return EnvironmentSpec(widths(environment), *action_bounds(environment), limit)
+
+
+# The names before, until their last callers are renamed.
+Facts: TypeAlias = EnvironmentSpec
+facts = spec_of

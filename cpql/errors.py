@@ -6,7 +6,11 @@ The command line prints these as one line and exits with 1; from Python they are
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+import os
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import NoReturn
 
 __all__ = [
     "ActingError",
@@ -17,6 +21,8 @@ __all__ = [
     "Interrupted",
     "brief",
     "did_you_mean",
+    "errors_in_one_line",
+    "print_error",
     "printable",
 ]
 
@@ -71,3 +77,50 @@ def did_you_mean(name: str, options: Iterable[str]) -> str:
     options = sorted(options)
     near = difflib.get_close_matches(name, options, n=3, cutoff=0.5)
     return f"did you mean {' or '.join(near)}?" if near else f"choose from {', '.join(options)}"
+
+
+def print_error(error: CpqlError) -> None:
+    """Print an error on standard error as one line, `error` in red before it."""
+    from rich.console import Console
+    from rich.text import Text
+
+    line = Text(printable(" ".join(str(error).splitlines())))
+    if not isinstance(error, Interrupted):
+        line = Text.assemble(("error", "red"), " ", line)
+    Console(stderr=True, soft_wrap=True).print(line)
+
+
+@contextmanager
+def errors_in_one_line(traceback: bool = False) -> Iterator[None]:
+    """End the program with one line where the user can mend what went wrong, or has stopped it.
+
+    Args:
+        traceback: let exceptions pass instead.
+
+    Raises:
+        SystemExit: with the error's exit code, after `CpqlError`, `OSError` and `KeyboardInterrupt`.
+    """
+    if traceback:
+        yield
+        return
+    try:
+        yield
+        print(end="", flush=True)
+    except CpqlError as error:
+        _exit(error)
+    except KeyboardInterrupt:
+        _exit(Interrupted("interrupted"))
+    except OSError as error:
+        where = error.filename
+        try:
+            print(end="", flush=True)
+        except OSError:  # its reader is gone, or its disk is full: Python would report that once more
+            where = "standard output"
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        reason = error.strerror or str(error)
+        _exit(CpqlError(reason if where is None else f"{where}: {reason}"))
+
+
+def _exit(error: CpqlError) -> NoReturn:
+    print_error(error)
+    sys.exit(error.exit_code)

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import yaml
 
-from cpql import cli
+from cpql import configuration
 from cpql.data import d4rl
 
 ROOT = Path(__file__).parent.parent
@@ -84,7 +84,7 @@ def left(folder: Path) -> set[str]:
         (["mode=online"], "no environment: expected env.id, such as env.id=Pendulum-v1"),
         (["mode=online", "env=hopper", "dataset.n_step=2"], "dataset.n_step=2: there is no dataset"),
         (["env=hopper"], "hopper has no dataset: expected mode=online"),
-        (["mode=finetune"], "checkpoint=... is missing: the run to go on with"),
+        (["mode=finetune"], "checkpoint=... is missing: a run's folder"),
         (["mode=finetune", "checkpoint=nowhere"], "nowhere: does not exist"),
         (["online.start_steps=3"], "unknown setting 'online.start_steps': there are no settings in online"),
         (["agent.etaa=1"], "unknown setting 'agent.etaa': did you mean agent.eta?"),
@@ -225,7 +225,7 @@ def test_a_chosen_objective_goes_without_the_settings_that_it_hasnt() -> None:
     """Consistency-AC's are `ct`'s: `ect` has both, `meanflow` neither; what the command says stays."""
     chosen, options = "agent.actor.objective", "agent.actor.objective_options"
     own = {"weight": "interval", "scale": 100.0}
-    for told, objective, left in (
+    for overrides, objective, left in (
         ([], "meanflow", own),
         ([chosen], "ct", own),
         ([chosen], "ect", own),
@@ -234,7 +234,7 @@ def test_a_chosen_objective_goes_without_the_settings_that_it_hasnt() -> None:
         ([chosen, options], "meanflow", own),
     ):
         agent: dict[str, Any] = {"actor": {"objective": objective, "objective_options": dict(own)}}
-        cli._leave_out_anothers_options(agent, told)
+        configuration._drop_inapplicable(agent, overrides)
         assert agent["actor"]["objective_options"] == left
 
 

@@ -226,7 +226,7 @@ def test_the_control_suite_s_observations_are_laid_end_to_end(monkeypatch: pytes
         monkeypatch.setattr(environments, "version", lambda _: "4.0.0")
         make_task_environment(task)
     monkeypatch.setattr(environments, "version", lambda _: "3.17.0")
-    with pytest.raises(ConfigError, match=r"needs packages: pip install 'cpql\[dmc\]'"):
+    with pytest.raises(ConfigError, match=r"needs a package: pip install 'cpql\[dmc\]'"):
         make_task_environment(task)
     gymnasium.register("dm_control/toy-v0", lambda **_: Suite())
     try:

@@ -22,14 +22,14 @@ import yaml
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 
-from cpql import cli, data_cli
+from cpql import cli, configuration, data_cli
 from cpql.actors.consistency import ActorConfig, ConsistencyActor
 from cpql.agents import AGENTS
 from cpql.cli import EvaluateConfig, ExportConfig
 from cpql.critics import TwinCritic
 from cpql.data import d4rl
 from cpql.deploy.policy import Policy, PolicyConfig
-from cpql.errors import ConfigError
+from cpql.errors import ConfigError, errors_in_one_line
 from cpql.settings import Positive, build
 from cpql.tasks import Task, config_folder, load_task, with_own_references
 from cpql.train.config import TrainConfig
@@ -113,7 +113,7 @@ def inside(kind: Any) -> set[type[Any]]:
 def test_every_number_among_the_settings_has_a_range() -> None:
     kinds = set().union(*(inside(kind) for kind in (TrainConfig, EvaluateConfig, ExportConfig)))
     kinds |= set().union(*(inside(agent.config_class) for agent in AGENTS.values())) - {Task}
-    assert len(kinds - {Task}) == 10
+    assert len(kinds - {Task}) == 12
     without = [
         f"{kind.__name__}.{name}"
         for kind in kinds - {Task}  # returns may be anything, and its rows are ours
@@ -203,7 +203,7 @@ OUT_OF_RANGE = [
 @pytest.fixture(scope="module")
 def contents() -> dict[str, DictConfig]:
     """All settings by mode. Composing them is slow, changing one isn't."""
-    cli._register()
+    configuration.register()
     words = {"offline": ["env=hopper-medium"], "online": ["mode=online", "env=hopper"]}
     with initialize_config_dir(str(config_folder()), version_base="1.3"):
         return {mode: compose("train", [*own, "configuration=cpql"]) for mode, own in words.items()}
@@ -220,13 +220,9 @@ def test_out_of_range(
     content = contents["online" if key.startswith("online") else "offline"].copy()
     OmegaConf.update(content, key, value, force_add=True)
 
-    @cli._task
-    def load(content: DictConfig) -> None:
-        for config, _ in cli._members(content, [key]):
+    with pytest.raises(SystemExit) as end, errors_in_one_line():
+        for config, _ in configuration.members(content, [key]):
             agent_config(config)
-
-    with pytest.raises(SystemExit) as end:
-        load(content)
     done = Done(int(str(end.value)), *capsys.readouterr())
     assert done.is_one_line(message, key.rpartition(".")[2].removesuffix("seeds")), done
 
@@ -247,7 +243,7 @@ def test_out_of_range(
 def test_ends_of_ranges_are_in_them(key: str, value: Any, contents: dict[str, DictConfig]) -> None:
     content = contents["offline"].copy()
     OmegaConf.update(content, key, value)
-    for config, _ in cli._members(content, [key]):
+    for config, _ in configuration.members(content, [key]):
         assert agent_config(config)[1].updates == 2_000_000
 
 
@@ -590,13 +586,13 @@ def test_references_go_with_their_own_environment() -> None:
     ],
 )
 def test_training_elsewhere_has_no_score(words: list[str], scored: bool) -> None:
-    cli._register()
+    configuration.register()
     with initialize_config_dir(str(config_folder()), version_base="1.3"):
         content = compose("train", ["env=hopper-medium", "configuration=cpql", *words])
-    ((config, said),) = cli._members(content, [])
+    ((config, resolved),) = configuration.members(content, [])
     assert (config.env.score(0.0) is not None) == scored
     assert bool(config.env.note) != scored
-    assert said["env"]["expert_return"] == 3234.3  # what was said stays what was said
+    assert resolved["env"]["expert_return"] == 3234.3  # as it was given
 
 
 def test_evaluating_elsewhere_has_no_score(command: Command, checkpoint: str) -> None:
@@ -635,8 +631,8 @@ def test_the_name_of_an_agent_comes_from_the_run_that_it_comes_from(
     content.checkpoint = str(before)
     for said, name in (({"configuration": "recommended"}, "recommended"), ({}, "")):
         (before / "config.yaml").write_text(yaml.safe_dump(parts | said))
-        ((config, told),) = cli._members(content, [])
-        assert config.configuration == told["configuration"] == name
+        ((config, resolved),) = configuration.members(content, [])
+        assert config.configuration == resolved["configuration"] == name
         assert config.env.name == "hopper-medium"
 
 
@@ -750,7 +746,7 @@ def test_a_stop_ends_in_one_line_wherever_it_comes(
         signal.pause()
 
     for where, words in (
-        ("cpql.cli._register", ("train",)),
+        ("cpql.configuration.register", ("train",)),
         ("cpql.data.load", ("train",)),
         ("cpql.train.evaluation.evaluate", ("evaluate", f"checkpoint={checkpoint}")),
         ("cpql.deploy.export.export", ("export", f"checkpoint={checkpoint}")),

@@ -8,7 +8,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from omegaconf import DictConfig, open_dict
 
-from cpql import cli
+from cpql import configuration
 from cpql.agents import CPQLConfig
 from cpql.environments import make_environment
 from cpql.errors import ConfigError
@@ -347,21 +347,21 @@ Composed = Callable[[str, str], TrainConfig]
 
 
 def built(content: DictConfig) -> TrainConfig:
-    ((config, _),) = cli._members(content, [])
+    ((config, _),) = configuration.members(content, [])
     return config
 
 
 @pytest.fixture(scope="module")
 def composed() -> Composed:
     """A maker of configurations. Composing is slow, swapping `env` isn't: each agent is composed once."""
-    cli._register()
+    configuration.register()
     with initialize_config_dir(str(config_folder()), version_base="1.3"):
         contents = {agent: compose("train", [f"agent={agent}", "configuration=x"]) for agent in AGENTS}
 
     def make(env: str, agent: str) -> TrainConfig:
         content = contents[agent].copy()
         with open_dict(content):
-            content.env = cli._plain(load_task(env))
+            content.env = asdict(load_task(env))
         return built(content)
 
     return make
@@ -374,7 +374,7 @@ def test_swapping_the_task_is_composing_with_it(composed: Composed) -> None:
 
 
 def test_every_task_with_every_agent(composed: Composed) -> None:
-    assert sorted(AGENTS) == cli._choices("agent")
+    assert sorted(AGENTS) == configuration.choices("agent")
     for env, agent in itertools.product(task_names(), AGENTS):
         config = composed(env, agent)
         assert config.env == load_task(env)
@@ -405,7 +405,7 @@ def test_every_task_with_every_agent(composed: Composed) -> None:
 def test_what_is_published_for_learning_online(
     agent: str, settings: dict[str, Any], online: OnlineConfig
 ) -> None:
-    cli._register()
+    configuration.register()
     with initialize_config_dir(str(config_folder()), version_base="1.3"):
         config = built(compose("train", ["mode=online", "env=hopper", f"agent={agent}", "configuration=x"]))
     assert config.online == online and config.env.id == "Hopper-v4" and config.budget.updates == 1_000_000
@@ -504,7 +504,7 @@ def test_the_rest_of_a_published_agent(composed: Composed) -> None:
 
 
 def test_what_is_said_on_the_command_line_wins() -> None:
-    cli._register()
+    configuration.register()
     words = [
         "env=antmaze-umaze-v2",
         "agent=cpql",
@@ -525,7 +525,7 @@ def test_what_is_said_on_the_command_line_wins() -> None:
 
 @pytest.mark.parametrize("env", ["hopper-medium", "pen-human", "antmaze-medium-play-v2", "kitchen-partial"])
 def test_a_quick_budget_is_the_same_for_every_task(env: str) -> None:
-    cli._register()
+    configuration.register()
     with initialize_config_dir(str(config_folder()), version_base="1.3"):
         config = built(compose("train", [f"env={env}", "budget=quick", "configuration=x"]))
     _, settings = agent_config(config)
