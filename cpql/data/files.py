@@ -191,7 +191,7 @@ def write(
     path = Path(path)
     kind = ENDINGS.get(path.suffix.lower())
     if kind is None:
-        return _write_minari(transitions, path, id, task, replace)
+        return minari.write(transitions, path, id=id, task=task, replace=replace)
     if path.is_dir() or (os.path.lexists(path) and not replace):
         raise DataError(f"{path.name}: there is one in {path.absolute().parent} already: expected a new name")
     arrays = transitions.to_dict()
@@ -211,20 +211,6 @@ def write(
     except OSError as error:
         raise DataError(f"{path.name}: can't be written in {path.absolute().parent} ({error})") from error
     return path
-
-
-def _write_minari(transitions: Transitions, path: Path, id: str, task: Task | None, replace: bool) -> Path:
-    folder = path / id
-    if not (id and replace and folder.exists()):
-        return minari.write(transitions, path, id=id, task=task)
-    # Whatever else lies there isn't ours to remove.
-    minari.metadata(folder)
-    try:
-        with aside(folder) as temporary:
-            minari.write(transitions, temporary.parent / "new", id=id, task=task).rename(temporary)
-    except OSError as error:
-        raise DataError(f"{id}: can't be written in {path.absolute()} ({error})") from error
-    return folder
 
 
 def left_out(path: Where, data: Transitions, task: Task | None = None) -> list[str]:

@@ -93,7 +93,7 @@ def load(
     if request.facts is not None:
         data.validate_for(*request.facts.widths)
     if data.provenance.source != "embedded":
-        for finding in inspection.inspect(data).findings:
+        for finding in inspection.Inspection(data).findings:
             say(f"warning: {data.provenance.name}: {finding}")
     return without_foreign_references(request.task, data), data
 
