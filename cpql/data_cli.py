@@ -29,8 +29,8 @@ from typing import TYPE_CHECKING, Any, TextIO
 from cpql.errors import ConfigError, CpqlError, DataError, did_you_mean, printable
 
 if TYPE_CHECKING:
-    from cpql.data.download import Progress
     from cpql.data.transitions import Reading, Transitions
+    from cpql.io import Progress
     from cpql.tasks import Task
 
 __all__ = ["main"]

@@ -75,20 +75,19 @@ class Teacher:
     def __init__(self, policy: Policy) -> None:
         self.policy, c = policy, policy.config
         self.low, self.high = np.array(c.action_low), np.array(c.action_high)
-        self.mean, self.std = torch.tensor(c.observation_mean), torch.tensor(c.observation_std)
 
     def states(self, observations: NDArray[np.float32]) -> Tensor:
-        """What actor and critic are asked with: normalised, where the policy does that."""
-        states = torch.from_numpy(observations)
-        return (states - self.mean) / self.std if len(self.mean) else states
+        """The input of actor and critic: normalised, if the policy does that."""
+        return self.policy.normalise(torch.from_numpy(observations))
 
     @torch.no_grad()
     def acts(self, observations: NDArray[np.float32], z: Tensor) -> Tensor:
         """Actions [N, A]; from the noise z [N, A], where no candidates compete."""
         actor, states = self.policy.actor, self.states(observations)
         if self.policy.candidates == 1:
-            later = torch.randn(actor.steps - 1, *z.shape)
-            return actor.sample(states, noise=torch.cat([z[None], later]))
+            noise = torch.randn(actor.noise_shape(len(z)))
+            noise[:1] = z
+            return actor.sample(states, noise=noise)
         parts = np.array_split(observations, 1 + len(observations) // 500)  # each has many candidates
         actions = np.concatenate([self.policy.predict(part)[0] for part in parts])
         return torch.as_tensor((actions - self.low) / (self.high - self.low) * 2 - 1, dtype=torch.float32)
@@ -100,8 +99,9 @@ def distil(policy: Policy, o: argparse.Namespace) -> Policy:
     policy.seed(o.seed)
     teacher, config = Teacher(policy), policy.config
     # Of an ActorConfig's objective only the parameterisation matters here: what trains the pupil is below.
+    made = config.actor if isinstance(config.actor, ActorConfig) else ActorConfig()
     hidden = tuple(o.hidden or config.actor.hidden)
-    made = ActorConfig(t_min=config.actor.t_min, t_max=config.actor.t_max, hidden=hidden)
+    made = ActorConfig(t_min=made.t_min, t_max=made.t_max, hidden=hidden)
     pupil = ConsistencyActor(config.state_dim, config.action_dim, made)
     origin = {
         "agent": "distilled",
@@ -130,7 +130,7 @@ def distil(policy: Policy, o: argparse.Namespace) -> Policy:
             action = pupil.sample(states[rows], noise=noises[rows][None])
             error = (action - actions[rows]).square().mean()
             loss = error
-            if o.eta:
+            if o.eta and policy.critic is not None:
                 q = policy.critic(states[rows], action)
                 loss = error - o.eta * q.amin(0).mean() / q.abs().mean().detach()
             optimiser.zero_grad()

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import builtins
 import contextlib
 import errno
 import hashlib
 import http.server
+import io
 import itertools
 import json
 import os
@@ -22,10 +22,10 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import filelock
 import h5py  # type: ignore[import-untyped]
@@ -36,7 +36,7 @@ from hypothesis import strategies as st
 
 from cpql.data import d4rl, download
 from cpql.data.download import fetch, recorded, verify_recorded
-from cpql.errors import ConfigError, DataError
+from cpql.errors import DataError
 
 BODY = random.Random(0).randbytes(300_000)
 SHA256 = hashlib.sha256(BODY).hexdigest()
@@ -51,8 +51,8 @@ class Page:
     Attributes:
         stop: bytes of the body after which it ends early; None sends all of it.
         wait: set, it goes on at `stop`; None, the connection is closed there.
-        ranges: whether Range is obeyed, and `if_range` whether If-Range is.
-        said: of the whole file in Content-Range, where it lies.
+        ranges: whether Range is obeyed.
+        said: what Content-Range says instead of the truth.
         length: whether Content-Length is sent.
     """
 
@@ -62,7 +62,6 @@ class Page:
     stop: int | None = None
     wait: threading.Event | None = None
     ranges: bool = True
-    if_range: bool = True
     said: str = ""
     length: bool = True
 
@@ -72,7 +71,6 @@ class Asked(NamedTuple):
 
     path: str
     range: str | None
-    if_range: str | None
     status: int
     promised: int
 
@@ -100,14 +98,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         page = self.server.pages.get(self.path, Page(b"not here", 404))
-        span, condition = self.headers["Range"], self.headers["If-Range"]
-        status, body, headers = page.status, page.content, dict(page.headers)
-        unchanged = not page.if_range or condition in (
-            None,
-            headers.get("ETag"),
-            headers.get("Last-Modified"),
-        )
-        if status == 200 and span and page.ranges and unchanged:
+        span, status, body, headers = self.headers["Range"], page.status, page.content, dict(page.headers)
+        if status == 200 and span and page.ranges:
             start = int(span.removeprefix("bytes=").removesuffix("-"))
             if start >= len(body):
                 status, body = 416, b""
@@ -115,7 +107,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 status, total = 206, len(body)
                 body = body[start:]
                 headers["Content-Range"] = page.said or f"bytes {start}-{total - 1}/{total}"
-        self.server.asked.append(Asked(self.path, span, condition, status, len(body)))
+        self.server.asked.append(Asked(self.path, span, status, len(body)))
         self.server.came.set()
         if page.stop == -1:
             self.server.closing.wait(30)
@@ -177,17 +169,26 @@ def names(folder: Path) -> list[str]:
     return sorted(entry.name for entry in folder.iterdir()) if folder.exists() else []
 
 
-def failure(*arguments: Any, **options: Any) -> str:
+def fits(path: Path) -> None:
+    if path.read_bytes() != BODY:
+        raise DataError(f"{path.name}: not the body")
+
+
+def anything(path: Path) -> None:
+    """A check that every file passes."""
+
+
+def failure(urls: Sequence[str], path: Path, check: Callable[[Path], None] = fits, **options: Any) -> str:
     """The one line that a call ends with."""
     with pytest.raises(DataError) as caught:
-        fetch(*arguments, **options)
+        fetch(urls, path, check, **options)
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
 
-def fits(path: Path) -> None:
-    if path.read_bytes() != BODY:
-        raise DataError(f"{path.name}: not the body")
+def record(path: Path, sha256: str = SHA256) -> None:
+    path.parent.mkdir(exist_ok=True)
+    path.with_name("file.bin.sha256").write_text(f"{sha256}  file.bin\n")
 
 
 def lies_whole(path: Path) -> None:
@@ -196,208 +197,87 @@ def lies_whole(path: Path) -> None:
     assert names(path.parent) == ["file.bin", "file.bin.sha256"]
 
 
-def test_a_file_arrives_whole_and_is_fetched_once(server: Server, path: Path) -> None:
+def test_a_file_arrives_whole_and_is_fetched_once(server: Server, path: Path, dead: str) -> None:
     server["/file.bin"] = Page(BODY)
     seen: list[tuple[str, int, int]] = []
-    url = f"{server.url}/file.bin"
-    assert fetch(url, str(path), progress=lambda *report: seen.append(report)) == path
+    urls = [dead, f"{server.url}/file.bin"]
+    assert fetch(urls, str(path), fits, progress=lambda *report: seen.append(report)) == path
     lies_whole(path)
     assert seen[-1] == ("download file.bin", 300_000, 300_000)
     assert all(first[1] <= second[1] for first, second in itertools.pairwise(seen))
-    assert fetch([url], path, sha256=SHA256.upper(), check=fits) == path
+    assert fetch(urls, path, fits) == path
     assert len(server.asked) == 1
-
-
-def test_its_checksum_is_what_sha256sum_reads(server: Server, path: Path) -> None:
-    server["/file.bin"] = Page(BODY)
-    fetch([f"{server.url}/file.bin"], path)
-    if shutil.which("sha256sum") is None:
-        pytest.skip("no sha256sum here")
-    command = ["sha256sum", "--check", "--strict", "file.bin.sha256"]
-    assert subprocess.run(command, cwd=path.parent, capture_output=True, text=True).stdout == "file.bin: OK\n"
+    if shutil.which("sha256sum"):
+        command = ["sha256sum", "--check", "--strict", "file.bin.sha256"]
+        done = subprocess.run(command, cwd=path.parent, capture_output=True, text=True)
+        assert done.stdout == "file.bin: OK\n"
 
 
 def test_a_length_that_nobody_says(server: Server, path: Path) -> None:
+    server["/file.bin"] = Page(BODY, length=False, stop=200_000)
+    assert "not the body" in failure([f"{server.url}/file.bin"], path)
+    assert names(path.parent) == []
     server["/file.bin"] = Page(BODY, length=False)
     seen: list[tuple[str, int, int]] = []
-    fetch([f"{server.url}/file.bin"], path, progress=lambda *report: seen.append(report))
+    fetch([f"{server.url}/file.bin"], path, fits, progress=lambda *report: seen.append(report))
     lies_whole(path)
-    assert seen[-1] == ("download file.bin", 300_000, 0)
-    path.unlink()
-    path.with_name("file.bin.sha256").unlink()
-    server["/file.bin"] = Page(BODY, length=False, stop=200_000)
-    assert "not the body" in failure([f"{server.url}/file.bin"], path, check=fits)
-    assert names(path.parent) == []
-
-
-def test_the_first_mirror_is_dead_and_the_second_alive(server: Server, path: Path, dead: str) -> None:
-    server["/file.bin"] = Page(BODY)
-    fetch([dead, f"{server.url}/file.bin"], path)
-    lies_whole(path)
-
-
-@pytest.mark.parametrize(
-    ("headers", "condition"),
-    [
-        ({"ETag": '"one"'}, '"one"'),
-        ({"Last-Modified": "Mon, 23 Nov 2026 05:00:00 GMT"}, "Mon, 23 Nov 2026 05:00:00 GMT"),
-        (
-            {"ETag": 'W/"one"', "Last-Modified": "Mon, 23 Nov 2026 05:00:00 GMT"},
-            "Mon, 23 Nov 2026 05:00:00 GMT",
-        ),
-        ({}, None),
-    ],
-    ids=["etag", "date", "weak", "nothing"],
-)
-def test_a_cut_download_goes_on_where_it_was(
-    server: Server, path: Path, headers: dict[str, str], condition: str | None
-) -> None:
-    url = f"{server.url}/file.bin"
-    # Where the server names no version, only something to check the whole with makes going on safe.
-    check = None if condition else fits
-    server["/file.bin"] = Page(BODY, headers=headers, stop=200_000)
-    message = failure([url], path, check=check)
-    assert message == (
-        f"file.bin can't be downloaded from {url} (cut off after 200,000 of 300,000 bytes) (200,000 of "
-        f"300,000 bytes are kept, another call goes on from there): put file.bin into {path.parent} by hand"
-    )
-    assert names(path.parent) == [".file.bin.part", ".file.bin.part.json"]
-    server["/file.bin"] = Page(BODY, headers=headers)
-    seen: list[tuple[str, int, int]] = []
-    fetch([url], path, check=check, progress=lambda *report: seen.append(report))
-    lies_whole(path)
-    start = 200_000 - OVERLAP
-    assert server.asked[1] == Asked("/file.bin", f"bytes={start}-", condition, 206, 300_000 - start)
-    assert seen[0][1] > 200_000
-
-
-def test_without_anything_to_check_with_it_starts_anew(server: Server, path: Path) -> None:
-    url = f"{server.url}/file.bin"
-    server["/file.bin"] = Page(BODY, stop=200_000)
-    assert "are kept" not in failure([url], path)
-    assert names(path.parent.parent) == []
-    server["/file.bin"] = Page(BODY)
-    fetch([url], path)
-    lies_whole(path)
-    assert server.asked[1].range is None
-
-
-@pytest.mark.parametrize(
-    "options", [{"sha256": SHA256}, {"check": fits}, {}], ids=["sha256", "check", "neither"]
-)
-def test_another_mirror_goes_on_where_that_is_safe(
-    server: Server, path: Path, options: dict[str, Any]
-) -> None:
-    server["/a"] = Page(BODY, headers={"ETag": '"a"'}, stop=200_000)
-    server["/b"] = Page(BODY, headers={"ETag": '"b"'})
-    fetch([f"{server.url}/a", f"{server.url}/b"], path, **options)
-    lies_whole(path)
-    start = 200_000 - OVERLAP
-    if options:
-        assert server.asked[1:] == [Asked("/b", f"bytes={start}-", None, 206, 300_000 - start)]
-    else:
-        assert server.asked[1:] == [Asked("/b", None, None, 200, 300_000)]
-
-
-def test_a_part_from_two_mirrors_has_no_version(server: Server, path: Path) -> None:
-    # 200,000 bytes from a, then all that lies there again and 20,000 more from b.
-    server["/a"] = Page(BODY, headers={"ETag": '"a"'}, stop=200_000)
-    server["/b"] = Page(BODY, headers={"ETag": '"b"'}, stop=OVERLAP + 20_000)
-    assert "220,000 of 300,000 bytes are kept" in failure(
-        [f"{server.url}/a", f"{server.url}/b"], path, sha256=SHA256
-    )
-    # That a's file is still the same says nothing about what b sent.
-    server["/a"] = Page(BODY, headers={"ETag": '"a"'})
-    fetch([f"{server.url}/a"], path)
-    lies_whole(path)
-    assert server.asked[-1] == Asked("/a", None, None, 200, 300_000)
-
-
-@pytest.mark.parametrize(
-    ("content", "statuses"),
-    [
-        (BODY + b"longer", [206, 200]),
-        (BODY[:100_000], [416, 200]),
-        (OTHER, [206, 200]),
-        # Only what isn't asked for again differs: the checksum of the whole finds it.
-        (b"?" + BODY[1:], [206, 200]),
-    ],
-    ids=["longer", "shorter", "other", "other-start"],
-)
-def test_another_mirror_with_another_file_starts_anew(
-    server: Server, path: Path, content: bytes, statuses: list[int]
-) -> None:
-    server["/a"] = Page(BODY, stop=200_000)
-    server["/b"] = Page(content)
-    sha256 = hashlib.sha256(content).hexdigest()
-    fetch([f"{server.url}/a", f"{server.url}/b"], path, sha256=sha256)
-    assert path.read_bytes() == content
-    assert [asked.status for asked in server.asked[1:]] == statuses
+    assert seen[-1][::2] == ("download file.bin", 0)
 
 
 @pytest.mark.parametrize(
     ("page", "statuses"),
     [
-        (Page(OTHER, headers={"ETag": '"two"'}), [200]),
-        (Page(b"?" + BODY[1:], headers={"ETag": '"two"'}, if_range=False), [206, 200]),
-        (Page(BODY[:150_000] + OTHER[150_000:], headers={"ETag": '"one"'}), [206, 200]),
-        (Page(OTHER[:9], headers={"ETag": '"one"'}), [416, 200]),
-        (Page(OTHER, headers={"ETag": '"one"'}, ranges=False), [200]),
-        (Page(OTHER, headers={"ETag": '"one"'}, said="bytes 0-299999/300000"), [206, 200]),
-        (Page(OTHER, headers={"ETag": '"one"'}, said="nonsense"), [206, 200]),
+        (Page(BODY), [206]),
+        (Page(BODY + b"longer"), [206]),
+        (Page(BODY[:100_000]), [416, 200]),
+        (Page(OTHER), [206, 200]),
+        # Only what isn't asked for again differs: the check of the whole finds it.
+        (Page(b"?" + BODY[1:]), [206, 200]),
+        (Page(BODY[:150_000] + OTHER[150_000:]), [206, 200]),
+        (Page(OTHER, ranges=False), [200]),
+        (Page(OTHER, said="bytes 0-299999/300000"), [206, 200]),
+        (Page(OTHER, said="nonsense"), [206, 200]),
     ],
-    ids=["changed", "changed-unsaid", "changed-secretly", "shrunk", "no-ranges", "other-range", "no-range"],
+    ids=["same", "longer", "shorter", "other", "start", "end", "no-ranges", "other-range", "no-range"],
 )
-def test_a_changed_file_or_a_server_without_ranges_starts_anew(
-    server: Server, path: Path, page: Page, statuses: list[int]
+@pytest.mark.parametrize("second", ["file.bin", "another"])
+def test_a_cut_download_goes_on_where_it_was(
+    server: Server, path: Path, page: Page, statuses: list[int], second: str
 ) -> None:
     url = f"{server.url}/file.bin"
-    server["/file.bin"] = Page(BODY, headers={"ETag": '"one"'}, stop=200_000)
-    failure([url], path)
-    server["/file.bin"] = page
-    fetch([url], path)
-    assert path.read_bytes() == page.content
+    server["/file.bin"] = Page(BODY, stop=200_000)
+    assert failure([url], path) == (
+        f"file.bin can't be downloaded from {url} (cut off after 200,000 of 300,000 bytes) (200,000 bytes "
+        f"are kept, another call goes on from there): put file.bin into {path.parent} by hand"
+    )
+    assert names(path.parent) == [".file.bin.part"]
+    server[f"/{second}"] = page
+
+    def whole(path: Path) -> None:
+        if path.read_bytes() != page.content:
+            raise DataError(f"{path.name}: not the content")
+
+    seen: list[tuple[str, int, int]] = []
+    fetch([f"{server.url}/{second}"], path, whole, progress=lambda *report: seen.append(report))
+    assert path.read_bytes() == page.content and recorded(path) == hashlib.sha256(page.content).hexdigest()
     assert names(path.parent) == ["file.bin", "file.bin.sha256"]
     assert [asked.status for asked in server.asked[1:]] == statuses
+    assert server.asked[1].range == f"bytes={START}-"
+    assert statuses != [206] or seen[0][1] > 200_000
 
 
-@pytest.mark.parametrize("note", ["", "[]", "{}", '{"url": 1, "validator": 1, "total": "many"}', "missing"])
-def test_a_part_of_which_nothing_is_known_is_of_no_use(server: Server, path: Path, note: str) -> None:
-    path.parent.mkdir()
-    path.with_name(".file.bin.part").write_bytes(OTHER[:200_000])
-    if note != "missing":
-        path.with_name(".file.bin.part.json").write_text(note)
+@pytest.mark.parametrize(
+    ("part", "statuses"),
+    [(BODY, [206]), (BODY + b"?", [206]), (BODY[:100], [200]), (OTHER[:200_000], [206, 200]), (b"", [200])],
+    ids=["whole", "too long", "short", "other", "empty"],
+)
+def test_any_part_that_lies_there(server: Server, path: Path, part: bytes, statuses: list[int]) -> None:
     server["/file.bin"] = Page(BODY)
-    fetch([f"{server.url}/file.bin"], path, check=fits)
+    path.parent.mkdir()
+    path.with_name(".file.bin.part").write_bytes(part)
+    fetch([f"{server.url}/file.bin"], path, fits)
     lies_whole(path)
-    assert server.asked[0].range is None
-
-
-def test_a_part_that_is_complete_or_too_long(server: Server, path: Path) -> None:
-    url = f"{server.url}/file.bin"
-    server["/file.bin"] = Page(BODY, headers={"ETag": '"one"'})
-    for part, asked in {BODY: f"bytes={300_000 - OVERLAP}-", BODY + b"?": None}.items():
-        path.parent.mkdir(exist_ok=True)
-        path.with_name(".file.bin.part").write_bytes(part)
-        note = {"url": url, "validator": '"one"', "total": 300_000}
-        path.with_name(".file.bin.part.json").write_text(json.dumps(note))
-        fetch([url], path)
-        lies_whole(path)
-        assert server.asked[-1].range == asked
-        path.unlink()
-
-
-def test_a_wrong_checksum(server: Server, path: Path) -> None:
-    server["/wrong"] = Page(OTHER, headers={"ETag": '"one"'})
-    server["/right"] = Page(BODY)
-    found = hashlib.sha256(OTHER).hexdigest()
-    message = failure([f"{server.url}/wrong"], path, sha256=SHA256)
-    assert f"(SHA-256 found {found}, expected {SHA256}): put" in message
-    assert names(path.parent.parent) == []
-    fetch([f"{server.url}/wrong", f"{server.url}/right"], path, sha256=SHA256)
-    lies_whole(path)
-    with pytest.raises(ConfigError, match=r"sha256 of file.bin: found 'abc': expected 64 hexadecimal digits"):
-        fetch([], path, sha256="abc")
+    assert [asked.status for asked in server.asked] == statuses
 
 
 @pytest.mark.parametrize(
@@ -408,52 +288,56 @@ def test_a_wrong_checksum(server: Server, path: Path) -> None:
             "a web page, not",
         ),
         (Page(b"<html>Sorry</html>"), "not the body"),
-        (Page(BODY, headers={"Content-Encoding": "gzip"}), "encoded as gzip: expected the plain file"),
+        (Page(OTHER), "not the body"),
         (Page(b""), "an empty file"),
         (Page(b"", 404), "HTTP 404 Not Found"),
         (Page(b"", 403), "HTTP 403 Forbidden"),
         (Page(b"", 500), "HTTP 500 Internal Server Error"),
         (Page(b"", 204), "HTTP 204 No Content"),
-        (Page(BODY, 206), "HTTP 206 without being asked"),
+        (Page(BODY, 206), "HTTP 206 Partial Content"),
         (Page(BODY, stop=100), "cut off after 100 of 300,000 bytes"),
         (Page(b"zz\r\n", length=False, headers={"Transfer-Encoding": "chunked"}), "at 0 bytes"),
         (Page(b"", 302, headers={"Location": "file:///etc/hostname"}), "HTTP 302"),
-        (Page(b"", 302, headers={"Location": "ftp://127.0.0.1/file.bin"}), "unknown url type: ftp"),
+        (Page(b"", 302, headers={"Location": "ftp://127.0.0.1/file.bin"}), "is not allowed"),
     ],
     ids=lambda value: None if isinstance(value, Page) else value,
 )
 def test_what_is_no_file_is_never_taken_for_one(server: Server, path: Path, page: Page, reason: str) -> None:
     server["/bad"] = page
-    server["/file.bin"] = Page(BODY)
-    message = failure([f"{server.url}/bad"], path, check=fits)
+    message = failure([f"{server.url}/bad"], path)
     assert message.startswith(f"file.bin can't be downloaded from {server.url}/bad (") and reason in message
     assert message.endswith(f": put file.bin into {path.parent} by hand")
     assert names(path.parent.parent) == []
-    fetch([f"{server.url}/bad", f"{server.url}/file.bin"], path, check=fits)
+    # Nor does it harm what has come before, unless it claims to be the file.
+    server["/file.bin"] = Page(BODY, stop=200_000)
+    failure([f"{server.url}/file.bin"], path)
+    server["/file.bin"] = Page(BODY)
+    fetch([f"{server.url}/bad", f"{server.url}/file.bin"], path, fits)
     lies_whole(path)
 
 
-def test_a_bad_answer_leaves_the_part_alone(server: Server, path: Path) -> None:
-    server["/file.bin"] = Page(BODY, headers={"ETag": '"one"'}, stop=200_000)
-    failure([f"{server.url}/file.bin"], path, check=fits)
-    server["/page"] = Page(b"<html>Sorry</html>", headers={"Content-Type": "text/html"})
-    server["/file.bin"] = Page(BODY, headers={"ETag": '"one"'})
-    fetch([f"{server.url}/gone", f"{server.url}/page", f"{server.url}/file.bin"], path, check=fits)
-    lies_whole(path)
-    assert server.asked[-1].status == 206
-
-
-def test_a_redirection_is_followed_range_and_all(server: Server, path: Path) -> None:
+def test_redirections_and_proxies_are_followed(
+    server: Server, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     server["/here"] = Page(b"", 302, headers={"Location": "/there"})
-    server["/there"] = Page(BODY, headers={"ETag": '"one"'}, stop=200_000)
+    server["/there"] = Page(BODY, stop=200_000)
     failure([f"{server.url}/here"], path)
-    server["/there"] = Page(BODY, headers={"ETag": '"one"'})
-    fetch([f"{server.url}/here"], path)
+    server["/there"] = Page(BODY)
+    fetch([f"{server.url}/here"], path, fits)
     lies_whole(path)
-    assert server.asked[-1] == Asked("/there", f"bytes={200_000 - OVERLAP}-", '"one"', 206, 100_000 + OVERLAP)
+    assert server.asked[-1] == Asked("/there", f"bytes={START}-", 206, 100_000 + OVERLAP)
+    path.unlink()
+    url = "http://no.such.host.invalid/file.bin"
+    monkeypatch.setenv("http_proxy", server.url)
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    server[url] = Page(BODY)
+    fetch([url], path, fits)
+    lies_whole(path)
+    assert server.asked[-1].path == url
 
 
-def test_all_mirrors_and_their_reasons_are_named(server: Server, path: Path, dead: str) -> None:
+def test_all_urls_and_their_reasons_are_named(server: Server, path: Path, dead: str) -> None:
     mirrors = [dead, "file:///etc/hostname", "nonsense", f"{server.url}/gone"]
     assert failure(mirrors, path) == (
         f"file.bin can't be downloaded from {dead} (Connection refused), "
@@ -470,74 +354,6 @@ def test_all_mirrors_and_their_reasons_are_named(server: Server, path: Path, dea
     assert "http://[/f (" in failure(["http://[/f"], path)
 
 
-def test_the_next_of_one_place_is_asked_after_a_404_only(server: Server, path: Path, dead: str) -> None:
-    server["/forbidden"] = Page(b"", 403)
-    server["/file.bin"] = Page(BODY)
-    first, second = f"{server.url}/forbidden", f"{server.url}/file.bin"
-    assert second not in failure([(first, second)], path)
-    assert second not in failure([(dead, second)], path)
-    fetch([(f"{server.url}/gone", second)], path)
-    lies_whole(path)
-    assert [asked.path for asked in server.asked] == ["/forbidden", "/gone", "/file.bin"]
-
-
-def within(seconds: float, *arguments: Any, **options: Any) -> str:
-    begun = time.monotonic()
-    message = failure(*arguments, **options)
-    assert time.monotonic() - begun < seconds
-    return message
-
-
-def test_a_server_that_never_answers(server: Server, path: Path) -> None:
-    server["/silent"] = Page(stop=-1)
-    server["/file.bin"] = Page(BODY)
-    mirrors = [f"{server.url}/silent", f"{server.url}/file.bin"]
-    message = within(10, mirrors[:1], path, read_timeout=0.3)
-    assert f"{server.url}/silent (no answer within 0.3 s)" in message
-    assert names(path.parent.parent) == []
-    # The second one has all the time it needs.
-    begun = time.monotonic()
-    fetch(mirrors, path, read_timeout=1.0)
-    assert 1.0 <= time.monotonic() - begun < 15
-    lies_whole(path)
-
-
-def test_a_server_that_stalls(server: Server, path: Path) -> None:
-    server["/file.bin"] = Page(BODY, stop=200_000, wait=server.closing, headers={"ETag": '"one"'})
-    message = within(10, [f"{server.url}/file.bin"], path, read_timeout=0.3)
-    assert "stalled for 0.3 s at 200,000 bytes" in message and "200,000 of 300,000 bytes are kept" in message
-    assert names(path.parent) == [".file.bin.part", ".file.bin.part.json"]
-    # Within the bytes that are asked for again, too.
-    server["/file.bin"] = Page(BODY, stop=1_000, wait=server.closing, headers={"ETag": '"one"'})
-    assert "stalled for" in within(10, [f"{server.url}/file.bin"], path, read_timeout=0.3)
-    server["/file.bin"] = Page(BODY, headers={"ETag": '"one"'})
-    fetch([f"{server.url}/file.bin"], path)
-    lies_whole(path)
-    assert [asked.status for asked in server.asked] == [200, 206, 206]
-
-
-def test_a_server_that_trickles(server: Server, path: Path) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as listening:
-
-        def trickle() -> None:
-            connection, _ = listening.accept()
-            with connection:
-                connection.sendall(b"HTTP/1.0 200 OK\r\nContent-Length: 300000\r\n\r\n")
-                try:
-                    while True:
-                        connection.sendall(b"x")
-                        time.sleep(0.05)
-                except OSError:
-                    return
-
-        thread = threading.Thread(target=trickle, daemon=True)
-        thread.start()
-        url = f"http://127.0.0.1:{listening.getsockname()[1]}/file.bin"
-        assert "less than 1024 bytes a second" in within(15, [url], path, read_timeout=1.0)
-        thread.join(10)
-    assert names(path.parent.parent) == []
-
-
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems refuse at once what Linux lets wait")
 def test_a_host_that_does_not_take_connections(server: Server, path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0), backlog=0) as listening:
@@ -545,34 +361,43 @@ def test_a_host_that_does_not_take_connections(server: Server, path: Path) -> No
         for one in crowd:
             one.setblocking(False)
             one.connect_ex(listening.getsockname())
+        server["/file.bin"] = Page(BODY)
         url = f"http://127.0.0.1:{listening.getsockname()[1]}/file.bin"
-        message = within(10, [url], path, connect_timeout=0.3, read_timeout=60)
+        begun = time.monotonic()
+        assert f"{url} (no answer within 0.3 s)" in failure([url], path, timeout=0.3)
+        assert time.monotonic() - begun < 10
+        # The second one has all the time it needs.
+        fetch([url, f"{server.url}/file.bin"], path, fits, timeout=0.3)
         for one in crowd:
             one.close()
-    assert f"{url} (no connection within 0.3 s)" in message
+    lies_whole(path)
 
 
 def test_a_disk_without_room_is_said_before_anything_is_written(
     server: Server, path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     url = f"{server.url}/file.bin"
-    server["/file.bin"] = Page(BODY, headers={"ETag": '"one"'})
     usage = shutil.disk_usage(path.parent.parent)
-    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage._replace(free=299_999))
+
+    def free(count: int) -> None:
+        monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage._replace(free=count))
+
+    server["/file.bin"] = Page(BODY)
+    free(299_999)
     assert failure([url, f"{server.url}/never-asked"], path) == (
         f"file.bin: the disk is full: the download needs 300,000 bytes in {path.parent}, "
         "299,999 bytes are free there"
     )
     assert names(path.parent.parent) == []
     # With 200,000 bytes here already, only the rest needs room.
-    server["/file.bin"] = Page(BODY, headers={"ETag": '"one"'}, stop=200_000)
-    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage._replace(free=300_000))
+    server["/file.bin"] = Page(BODY, stop=200_000)
+    free(300_000)
     failure([url], path)
-    server["/file.bin"] = Page(BODY, headers={"ETag": '"one"'})
-    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage._replace(free=99_999))
+    server["/file.bin"] = Page(BODY)
+    free(99_999)
     assert "needs 100,000 bytes" in failure([url], path)
-    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage._replace(free=100_000))
-    fetch([url], path)
+    free(100_000)
+    fetch([url], path, fits)
     lies_whole(path)
 
 
@@ -587,37 +412,25 @@ def test_a_disk_without_room_is_said_before_anything_is_written(
 def test_a_disk_that_fills_up_or_fails(
     server: Server, path: Path, monkeypatch: pytest.MonkeyPatch, code: int, text: str
 ) -> None:
-    class Full:
+    class Full(io.FileIO):
         """A file that takes 100,000 bytes."""
 
-        def __init__(self, file: IO[bytes]) -> None:
-            self.file = file
-
-        def __enter__(self) -> Full:
-            return self
-
-        def __exit__(self, *_: object) -> None:
-            self.file.close()
-
-        def write(self, block: memoryview) -> int:
-            left = 100_000 - self.file.tell()
+        def write(self, block: Any) -> int:
+            left = 100_000 - self.tell()
             if left <= 0:
                 raise OSError(code, os.strerror(code))
-            return self.file.write(block[:left])
-
-    def full(path: Path, *arguments: Any, **options: Any) -> Full:
-        return Full(builtins.open(path, *arguments, **options))
+            return super().write(block[:left])
 
     server["/file.bin"] = Page(BODY)
-    monkeypatch.setattr(download, "open", full, raising=False)
-    message = failure([f"{server.url}/file.bin", f"{server.url}/never-asked"], path, check=fits)
+    monkeypatch.setattr(download, "open", lambda path, mode, buffering: Full(path, mode), raising=False)
+    message = failure([f"{server.url}/file.bin", f"{server.url}/never-asked"], path)
     assert message.startswith("file.bin: ") and text in message
     assert not path.exists() and len(server.asked) == 1
     if code != errno.EIO:
         assert names(path.parent.parent) == []
         assert re.search(r"[\d,]+ bytes are free there$", message)
     monkeypatch.delattr(download, "open")
-    fetch([f"{server.url}/file.bin"], path, check=fits)
+    fetch([f"{server.url}/file.bin"], path, fits)
     lies_whole(path)
 
 
@@ -631,7 +444,7 @@ def test_a_folder_that_cannot_be(server: Server, tmp_path: Path) -> None:
 CHILD = """
 import sys
 from cpql.data.download import fetch
-fetch([sys.argv[1]], sys.argv[2], say=lambda line: print(line, flush=True))
+fetch([sys.argv[1]], sys.argv[2], lambda path: None, say=lambda line: print(line, flush=True))
 print("done", flush=True)
 """
 
@@ -656,7 +469,7 @@ def test_of_two_processes_one_downloads(server: Server, path: Path) -> None:
             gate.set()
             assert (first.stdout.read(), second.stdout.read()) == ("done\n", "done\n")
     assert (first.returncode, second.returncode) == (0, 0)
-    assert server.asked == [Asked("/file.bin", None, None, 200, 300_000)]
+    assert server.asked == [Asked("/file.bin", None, 200, 300_000)]
     lies_whole(path)
 
 
@@ -676,8 +489,7 @@ def test_a_process_that_waits_outlives_the_folder(server: Server, path: Path) ->
 
 
 def test_a_killed_process_is_taken_over_from(server: Server, path: Path) -> None:
-    headers = {"ETag": '"one"'}
-    server["/file.bin"] = Page(BODY, headers=headers, stop=200_000, wait=server.closing)
+    server["/file.bin"] = Page(BODY, stop=200_000, wait=server.closing)
     part = path.with_name(".file.bin.part")
     with child(f"{server.url}/file.bin", path) as process:
         deadline = time.monotonic() + 60
@@ -686,9 +498,9 @@ def test_a_killed_process_is_taken_over_from(server: Server, path: Path) -> None
             time.sleep(0.01)
         process.send_signal(signal.SIGKILL)
     assert process.returncode == -signal.SIGKILL and not path.exists()
-    server["/file.bin"] = Page(BODY, headers=headers)
+    server["/file.bin"] = Page(BODY)
     said: list[str] = []
-    fetch([f"{server.url}/file.bin"], path, say=said.append)
+    fetch([f"{server.url}/file.bin"], path, fits, say=said.append)
     lies_whole(path)
     assert said == [] and server.asked[-1].range == f"bytes={200_000 - OVERLAP}-"
 
@@ -698,23 +510,31 @@ def test_an_interrupted_call_is_taken_over_from(server: Server, path: Path) -> N
         if done == total:
             raise KeyboardInterrupt
 
-    server["/file.bin"] = Page(BODY, headers={"ETag": '"one"'})
+    server["/file.bin"] = Page(BODY)
     with pytest.raises(KeyboardInterrupt):
-        fetch([f"{server.url}/file.bin"], path, progress=stop)
-    assert names(path.parent) == [".file.bin.part", ".file.bin.part.json"]
-    fetch([f"{server.url}/file.bin"], path)
+        fetch([f"{server.url}/file.bin"], path, fits, progress=stop)
+    assert names(path.parent) == [".file.bin.part"]
+    fetch([f"{server.url}/file.bin"], path, fits)
     lies_whole(path)
+    assert server.asked[-1].status == 206
 
 
 def test_a_file_that_changed_since(server: Server, path: Path) -> None:
     url = f"{server.url}/file.bin"
     server["/file.bin"] = Page(BODY)
-    assert recorded(path) is None and verify_recorded(path) is False
-    fetch([url], path)
-    assert recorded(path) == SHA256 and verify_recorded(path) is True and verify_recorded(path, SHA256)
+    assert recorded(path) is None
+    verify_recorded(path)
+    fetch([url], path, anything)
+    assert recorded(path) == SHA256
+    verify_recorded(path)
+    verify_recorded(path, SHA256)
     path.write_bytes(OTHER)
     found = hashlib.sha256(OTHER).hexdigest()
-    for look in (verify_recorded, lambda path: verify_recorded(path, found), lambda path: fetch([url], path)):
+    for look in (
+        verify_recorded,
+        lambda path: verify_recorded(path, found),
+        lambda path: fetch([url], path, anything),
+    ):
         with pytest.raises(DataError) as caught:
             look(path)
         assert str(caught.value) == (
@@ -724,10 +544,14 @@ def test_a_file_that_changed_since(server: Server, path: Path) -> None:
     assert path.read_bytes() == OTHER
     # What was recorded holds for another download too, until it is removed.
     path.unlink()
-    server["/file.bin"] = Page(OTHER)
-    assert f"SHA-256 found {found}, expected {SHA256}" in failure([url], path)
+    server["/other"] = Page(OTHER)
+    message = failure([f"{server.url}/other"], path, anything)
+    assert f"(SHA-256 found {found}, expected {SHA256}): put" in message
+    fetch([f"{server.url}/other", url], path, anything)
+    lies_whole(path)
+    path.unlink()
     path.with_name("file.bin.sha256").unlink()
-    fetch([url], path)
+    fetch([f"{server.url}/other", url], path, anything)
     assert recorded(path) == found
 
 
@@ -735,7 +559,7 @@ def test_a_file_that_changed_since(server: Server, path: Path) -> None:
 def test_a_damaged_record(server: Server, path: Path, text: str) -> None:
     path.parent.mkdir()
     path.with_name("file.bin.sha256").write_text(text)
-    for call in (recorded, verify_recorded, lambda path: fetch([f"{server.url}/file.bin"], path)):
+    for call in (recorded, verify_recorded, lambda path: fetch([f"{server.url}/file.bin"], path, fits)):
         with pytest.raises(DataError, match=r"^file.bin.sha256: found '.*': expected sha256sum's line for"):
             call(path)
     path.with_name("file.bin.sha256").write_text(f"{SHA256.upper()} *file.bin")
@@ -747,13 +571,8 @@ def test_a_damaged_record(server: Server, path: Path, text: str) -> None:
 def test_what_lies_there_is_the_users(server: Server, path: Path) -> None:
     path.parent.mkdir()
     path.write_bytes(OTHER)
-    assert fetch([], path) == path
-    found = hashlib.sha256(OTHER).hexdigest()
-    assert failure([], path, sha256=SHA256) == (
-        f"file.bin: another file lies in {path.parent}: SHA-256 found {found}, expected {SHA256}: "
-        "remove it to download it"
-    )
-    assert failure([], path, check=fits) == "file.bin: not the body"
+    assert fetch([], path, anything) == path
+    assert failure([], path) == "file.bin: not the body"
     assert names(path.parent) == ["file.bin"]
     path.unlink()
     path.mkdir()
@@ -763,19 +582,6 @@ def test_what_lies_there_is_the_users(server: Server, path: Path) -> None:
     assert failure([], path).startswith("file.bin: not a file in")
 
 
-def test_a_proxy_of_the_environment_is_asked(
-    server: Server, path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    url = "http://no.such.host.invalid/file.bin"
-    monkeypatch.setenv("http_proxy", server.url)
-    monkeypatch.delenv("no_proxy", raising=False)
-    monkeypatch.delenv("NO_PROXY", raising=False)
-    server[url] = Page(BODY)
-    fetch([url], path)
-    lies_whole(path)
-    assert [asked.path for asked in server.asked] == [url]
-
-
 # What a stranger's server does: bytes that it sends and seconds that it waits, then it hangs up.
 Script = Iterable[bytes | float]
 
@@ -783,15 +589,13 @@ RESET = b"reset"
 HOLD = itertools.repeat(0.02)
 PLAIN = b"HTTP/1.1 200 OK\r\nContent-Length: 300000\r\n"
 HEAD = PLAIN + b"\r\n"
-TAGGED = PLAIN + b'ETag: "one"\r\n\r\n'
 CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 START = 200_000 - OVERLAP
-REST = b"HTTP/1.1 206 Partial Content\r\nContent-Range: bytes %d-299999/300000\r\n" % START
+REST = b"HTTP/1.1 206 Partial Content\r\nContent-Range: bytes %d-299999/300000\r\n"
 SLOW = "less than 1024 bytes a second"
 NO_ANSWER = "no answer within 0.3 s"
 TOO_MUCH = "no end within 3,000,000 bytes"
-NO_FILE = "no file within 262,144 bytes"
 NO_HTTP = "expected an answer in HTTP/1, found '"
 
 
@@ -840,9 +644,9 @@ def stranger(server: Server) -> Iterator[Stranger]:
 def honest(head: bytes) -> Script:
     span = re.search(rb"Range: bytes=(\d+)-", head)
     if not span:
-        return [TAGGED, BODY]
+        return [HEAD, BODY]
     start = int(span[1])
-    return [REST + b'ETag: "one"\r\nContent-Length: %d\r\n\r\n' % (300_000 - start), BODY[start:]]
+    return [REST % start + b"Content-Length: %d\r\n\r\n" % (300_000 - start), BODY[start:]]
 
 
 def drip(text: bytes, pause: float = 0.02) -> Script:
@@ -895,30 +699,20 @@ STRANGERS: dict[str, tuple[Callable[[bytes], Script], str | None]] = {
     "hangs up": (then(), "Remote end closed connection without response"),
     "resets": (then(RESET), "Connection reset by peer"),
     "says nothing": (then(HOLD), NO_ANSWER),
-    "stops within the status": (then(b"HTTP/1.1", HOLD), NO_ANSWER),
     "stops within the headers": (then(PLAIN, HOLD), NO_ANSWER),
     "drips its status": (then(drip(HEAD), BODY), NO_ANSWER),
-    "drips its headers": (then(PLAIN, drip(b"X: y\r\n" * 99)), NO_ANSWER),
-    "drips whole headers without end": (then(PLAIN, over_and_over(b"X: y\r\n", 0.02)), NO_ANSWER),
+    "drips headers without end": (then(PLAIN, over_and_over(b"X: y\r\n", 0.02)), NO_ANSWER),
     "a status without end": (then(over_and_over(b"HTTP/1.1 " * 999)), "more than 65536 bytes"),
     "a header without end": (then(PLAIN, over_and_over(b"X" * 9999)), "more than 65536 bytes"),
     "headers without end": (then(PLAIN, over_and_over(b"X: y\r\n" * 999)), "more than 100 headers"),
-    "long headers without end": (then(PLAIN, over_and_over(b"X: %b\r\n" % (b"y" * 60_000))), NO_FILE),
-    "continues without end": (then(over_and_over(CONTINUE * 99)), NO_FILE),
     "drips continues": (then(over_and_over(CONTINUE, 0.02)), NO_ANSWER),
-    "continues with headers without end": (
-        then(CONTINUE[:-2], over_and_over(b"X: y\r\n")),
-        "more than 100 headers",
-    ),
-    "continues once": (then(CONTINUE, TAGGED, BODY), WHOLE),
+    "continues once": (then(CONTINUE, HEAD, BODY), WHOLE),
     "switches protocols": (then(status("101 Switching Protocols"), HOLD), "HTTP 101"),
-    "hints early": (then(status("103 Early Hints"), HEAD, BODY), "HTTP 103"),
     "garbage": (then(OTHER), NO_HTTP),
     "a file without a head": (then(BODY), NO_HTTP),
     "an alert of TLS": (then(b"\x15\x03\x01\x00\x02\x02\x28"), NO_HTTP + "\\x15\\x03"),
     "another protocol": (then(HEAD.replace(b"HTTP/1.1", b"HTTP/7.0"), BODY), NO_HTTP + "HTTP/7.0"),
     "a status that is no number": (then(HEAD.replace(b"200", b"2oo"), BODY), NO_HTTP + "HTTP/1.1 2oo OK"),
-    "a status that is none": (then(HEAD.replace(b"200", b"999"), BODY), "HTTP 999 OK"),
     "colours the terminal": (then(status("500 \x1b[31mred\x07\x9b")), "HTTP 500 \\x1b[31mred\\x07\\x9b"),
     "a reason without end": (then(status("500 " + "because " * 8000)), "HTTP 500 because"),
     "redirects to itself": (elsewhere("/file.bin"), "infinite loop"),
@@ -934,17 +728,12 @@ STRANGERS: dict[str, tuple[Callable[[bytes], Script], str | None]] = {
     "redirects to other data": (elsewhere("data:,x"), "is not allowed"),
     "redirects with a page without end": (elsewhere("/x", over_and_over(b"page" * 999)), WHOLE),
     "not found, without end": (then(status("404 Not Found"), over_and_over(b"gone" * 999)), "HTTP 404"),
-    "forbidden, in riddles": (
-        then(status("401 Unauthorized", "WWW-Authenticate: x" + "=" * 999)),
-        "HTTP 401 Unauthorized",
-    ),
     "not modified": (then(status("304 Not Modified"), BODY), "HTTP 304 Not Modified"),
-    "a part that nobody asked for": (then(REST, b"\r\n", BODY[START:]), "HTTP 206 without being asked"),
+    "a part that nobody asked for": (then(REST % 9, b"\r\n", BODY[9:]), "HTTP 206 Partial Content"),
     "a page without end": (
         then(status("200 OK", "Content-Type: text/html"), over_and_over(b"page" * 999)),
         "a web page, not the file",
     ),
-    "a packed file": (then(PLAIN, b"Content-Encoding: br\r\n\r\n", BODY), "encoded as br"),
     "declares what no disk holds": (
         then(status("200 OK", f"Content-Length: {10**18}"), BODY),
         "declares 1,000,000,000,000,000,000 bytes: expected at most 3,000,000",
@@ -964,25 +753,12 @@ STRANGERS: dict[str, tuple[Callable[[bytes], Script], str | None]] = {
     "a chunk of less than nothing": (then(CHUNKED, b"-5\r\n", BODY), "at 300,000 bytes"),
     "a chunk of more than it sends": (then(CHUNKED, b"f" * 99, b"\r\n", BODY), "at 300,000 bytes"),
     "a chunk's size without end": (then(CHUNKED, over_and_over(b"1" * 999)), "more than 65536 bytes"),
-    "drips a chunk's size": (then(CHUNKED, over_and_over(b"1", 0.02)), SLOW),
-    "trailers without end": (
-        then(CHUNKED, chunks(BODY, 99_999), b"0\r\n", over_and_over(b"X: y\r\n" * 999)),
-        TOO_MUCH,
-    ),
-    "drips trailers": (then(CHUNKED, chunks(b"x", 1), b"0\r\n", over_and_over(b"X: y\r\n", 0.02)), SLOW),
-    "lines of another system": (then(TAGGED.replace(b"\r\n", b"\n"), BODY), WHOLE),
+    "lines of another system": (then(HEAD.replace(b"\r\n", b"\n"), BODY), WHOLE),
     "a header that is none": (then(PLAIN, b"nonsense\r\n\r\n", BODY), WHOLE),
-    "drips the file": (then(TAGGED, over_and_over(b"x", 0.02)), SLOW),
-    "stops within the file": (then(TAGGED, BODY[:200_000], HOLD), "stalled for 0.3 s at 200,000 bytes"),
-    "resets within the file": (then(TAGGED, BODY[:200_000], 0.1, RESET), "Connection reset by peer at"),
-    "a version in two lines": (
-        then(PLAIN, b'ETag: "a\r\n b"\r\n\r\n', BODY[:200_000]),
-        "cut off after 200,000 of 300,000 bytes",
-    ),
+    "drips the file": (then(HEAD, over_and_over(b"x", 0.02)), SLOW),
+    "stops within the file": (then(HEAD, BODY[:200_000], HOLD), "stalled for 0.3 s at 200,000 bytes"),
+    "resets within the file": (then(HEAD, BODY[:200_000], 0.1, RESET), "Connection reset by peer at"),
 }
-
-
-SOON: dict[str, Any] = {"connect_timeout": 0.5, "read_timeout": 0.3}
 
 
 def meet(url: str, path: Path, reason: str | None) -> None:
@@ -990,13 +766,16 @@ def meet(url: str, path: Path, reason: str | None) -> None:
 
     Only what ends by a clock has a quick one: the others mustn't need it, nor fail on a busy machine.
     """
-    options: dict[str, Any] = {"check": fits, "most": 3_000_000}
+    options: dict[str, Any] = {"most": 3_000_000}
     if reason is WHOLE:
-        fetch([url], path, **options)
+        fetch([url], path, fits, **options)
         lies_whole(path)
         return
-    clock = SOON if re.match(rf"no (answer|connection) within|stalled|{SLOW}", reason) else {}
-    message = within(8, [url], path, **options, **clock)
+    if re.match(rf"no answer within|stalled|{SLOW}", reason):
+        options["timeout"] = 0.3
+    begun = time.monotonic()
+    message = failure([url], path, **options)
+    assert time.monotonic() - begun < 8
     assert reason in message and message.isprintable() and len(message) < 700
     assert not path.exists()
 
@@ -1010,26 +789,19 @@ def test_a_stranger_sends_the_right_file_or_is_refused(stranger: Stranger, path:
     meet(url, path, WHOLE)
 
 
-def rest(*acts: Script | bytes | float, after: Callable[[bytes], Script]) -> Callable[[bytes], Script]:
+def rest(*acts: Script | bytes | float) -> Callable[[bytes], Script]:
     """Answers so if a part is asked for."""
     scripted = then(*acts)
-    return lambda head: scripted(head) if b"Range:" in head else after(head)
+    return lambda head: scripted(head) if b"Range:" in head else honest(head)
 
 
-PART = REST + b'ETag: "one"\r\n\r\n'
+PART = REST % START + b"\r\n"
 # What it does when it is asked for the rest of 200,000 bytes, the reason, and how many bytes are kept.
 WITHIN: dict[str, tuple[Callable[[bytes], Script], str | None, int]] = {
     "hangs up": (then(), "Remote end closed connection", 200_000),
     "says nothing": (then(HOLD), NO_ANSWER, 200_000),
-    "continues without end": (then(over_and_over(CONTINUE * 99)), NO_FILE, 200_000),
     "not found": (then(status("404 Not Found")), "HTTP 404", 200_000),
-    "drips its headers": (then(PART[:-2], over_and_over(b"X: y\r\n", 0.02)), NO_ANSWER, 200_000),
     "drips what lies here": (then(PART, drip(BODY[START:])), SLOW, 200_000),
-    "drips chunks of what lies here": (
-        then(PART[:-2], b"Transfer-Encoding: chunked\r\n\r\n", drip(chunks(BODY[START:], 1))),
-        SLOW,
-        200_000,
-    ),
     "stops within what lies here": (then(PART, BODY[START:150_000], HOLD), "stalled for 0.3 s", 200_000),
     "resets within what lies here": (
         then(PART, BODY[START:150_000], 0.1, RESET),
@@ -1039,26 +811,20 @@ WITHIN: dict[str, tuple[Callable[[bytes], Script], str | None, int]] = {
     "ends within what lies here": (then(PART, BODY[START:150_000]), "cut off after 150,000", 200_000),
     "drips what is new": (then(PART, BODY[START:220_000], drip(BODY[220_000:])), SLOW, 220_000),
     "sends more than there is": (then(PART, over_and_over(BODY[START:])), WHOLE, 0),
-    "sends another file": (rest(PART, OTHER[START:], after=honest), WHOLE, 0),
-    "sends another file's end": (rest(PART, BODY[START:200_000], OTHER[200_000:], after=honest), WHOLE, 0),
+    "sends another file": (rest(PART, OTHER[START:]), WHOLE, 0),
+    "sends another file's end": (rest(PART, BODY[START:200_000], OTHER[200_000:]), WHOLE, 0),
     "names a place that no number holds": (
-        rest(REST.replace(b"300000", b"9" * 5000), b"\r\n", BODY[START:], after=honest),
+        rest((REST % START).replace(b"300000", b"9" * 5000), b"\r\n", BODY[START:]),
         WHOLE,
         0,
     ),
-    "names no place": (rest(status("206 Partial Content"), BODY[START:], after=honest), WHOLE, 0),
+    "names no place": (rest(status("206 Partial Content"), BODY[START:]), WHOLE, 0),
     "sends several parts": (
-        rest(status("206 Partial Content", "Content-Type: multipart/byteranges"), after=honest),
+        rest(status("206 Partial Content", "Content-Type: multipart/byteranges")),
         WHOLE,
         0,
     ),
     "has no such part of anything": (then(status("416 Range Not Satisfiable")), "HTTP 416", 200_000),
-    "has no such part of a longer file": (
-        rest(status("416 Range Not Satisfiable"), after=then(HEAD.replace(b"300000", b"999999"), BODY)),
-        "cut off after 300,000 of 999,999 bytes",
-        300_000,
-    ),
-    "redirects without end": (further(0.0), "infinite loop", 200_000),
 }
 
 
@@ -1066,9 +832,8 @@ WITHIN: dict[str, tuple[Callable[[bytes], Script], str | None, int]] = {
 def test_what_lies_here_survives_a_stranger(stranger: Stranger, path: Path, name: str) -> None:
     url = f"http://{stranger.place}/file.bin"
     path.parent.mkdir()
-    part, note = path.with_name(".file.bin.part"), path.with_name(".file.bin.part.json")
+    part = path.with_name(".file.bin.part")
     part.write_bytes(BODY[:200_000])
-    note.write_text(json.dumps({"url": url, "validator": '"one"', "total": 300_000}))
     stranger.script, reason, kept = WITHIN[name]
     meet(url, path, reason)
     assert part.stat().st_size >= kept if kept else not part.exists()
@@ -1079,23 +844,17 @@ def test_what_lies_here_survives_a_stranger(stranger: Stranger, path: Path, name
 TUNNEL = b"HTTP/1.1 200 Connection established\r\n"
 # What it does when TLS is expected, at once or through a proxy, and the reason.
 BEFORE: dict[str, tuple[Callable[[bytes], Script], str, bool]] = {
-    "no handshake": (then(HOLD), "no connection within 0.5 s", False),
-    "a dripped handshake": (
-        then(over_and_over(b"\x16\x03\x03\x40\x00" + b"\x02\x00\x3f\xfc", 0.02)),
-        "no connection within 0.5 s",
-        False,
-    ),
+    "no handshake": (then(HOLD), NO_ANSWER, False),
     "no TLS": (then(HEAD, BODY), "SSL", False),
     "a proxy that hangs up": (then(), "Remote end closed connection", True),
     "a proxy that says nothing": (then(HOLD), NO_ANSWER, True),
     "a proxy that drips": (then(TUNNEL, over_and_over(b"X: y\r\n", 0.02)), NO_ANSWER, True),
-    "a proxy without end": (then(TUNNEL, over_and_over(b"X: y\r\n" * 999)), "no file within", True),
     "a proxy that refuses": (
         then(status("407 Proxy Authentication Required")),
         "Tunnel connection failed: 407",
         True,
     ),
-    "a proxy to nowhere": (then(TUNNEL, b"\r\n", HOLD), "no connection within", True),
+    "a proxy to nowhere": (then(TUNNEL, b"\r\n", HOLD), NO_ANSWER, True),
     "a proxy to no TLS": (then(TUNNEL, b"\r\n", HEAD, BODY), "SSL", True),
 }
 
@@ -1112,10 +871,6 @@ def test_a_stranger_where_tls_is_expected(
     place = "no.such.host.invalid" if proxy else stranger.place
     meet(f"https://{place}/file.bin", path, reason)
     assert not proxy or stranger.asked[0].startswith(b"CONNECT no.such.host.invalid:443 ")
-
-
-def test_these_are_ninety_six_strangers() -> None:
-    assert (len(STRANGERS), len(WITHIN), len(BEFORE)) == (66, 20, 10)
 
 
 NAME = "hopper_medium-v2.hdf5"
@@ -1261,10 +1016,8 @@ PAGES = st.builds(
     Page,
     content=st.sampled_from([BODY, BODY, BODY, OTHER, BODY[:250_000], b"<html>"]),
     status=st.sampled_from([200, 200, 200, 200, 404, 500]),
-    headers=st.sampled_from([{}, {"ETag": '"one"'}, {"ETag": '"two"'}, {"ETag": 'W/"one"'}]),
     stop=st.none() | st.integers(0, 300_000),
     ranges=st.booleans(),
-    if_range=st.booleans(),
     length=st.sampled_from([True, True, True, False]),
 )
 
@@ -1274,21 +1027,23 @@ PAGES = st.builds(
 def test_whatever_mirrors_do_it_is_the_right_file_or_none(
     server: Server, calls: list[tuple[Page, Page]], checksum: bool
 ) -> None:
-    options: dict[str, Any] = {"sha256": SHA256} if checksum else {"check": fits}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "data" / "file.bin"
+        if checksum:
+            record(path)
+        check = anything if checksum else fits
         for pages in calls:
             server["/a"], server["/b"] = pages
             whole = any(
                 page.content == BODY and page.status == 200 and page.stop in (None, 300_000) for page in pages
             )
             try:
-                fetch([f"{server.url}/a", f"{server.url}/b"], path, **options)
+                fetch([f"{server.url}/a", f"{server.url}/b"], path, check)
             except DataError:
                 assert not whole and not path.exists()
-                assert names(path.parent) in ([], [".file.bin.part", ".file.bin.part.json"])
+                assert set(names(path.parent)) <= {".file.bin.part", "file.bin.sha256"}
             else:
                 break
         server["/a"] = Page(BODY)
-        fetch([f"{server.url}/a"], path, **options)
+        fetch([f"{server.url}/a"], path, check)
         lies_whole(path)

@@ -32,6 +32,7 @@ def policy() -> Policy:
 
 def test_the_best_candidates_score_as_the_modules_do_one_by_one(policy: Policy) -> None:
     task, returns = policy.config.task, []
+    assert policy.critic is not None
     noise = torch.randn((1, 1, CANDIDATES, 3), generator=torch.Generator().manual_seed(0))
     for episode in range(3):
         environment = make_task_environment(task)

@@ -96,6 +96,7 @@ def test_td3_actor_and_its_distillation(
     # by the candidates' rule and DDPG's term, its own values are higher
     options = ["--checkpoint", str(folder), *few, "--updates", "100", "--hidden", "32", "32"]
     by_value = [module.main([*options, "--candidates", "8", "--eta", eta]) for eta in ("0", "30")]
+    assert policy.critic is not None
     values = [policy.critic(states, p.actor.sample(states, noise=z[None])).mean() for p in by_value]
     assert values[1] > values[0]
     assert "8 candidates ranked by Q" in capsys.readouterr().out

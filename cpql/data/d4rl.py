@@ -24,11 +24,11 @@ import h5py  # type: ignore[import-untyped]
 import numpy as np
 from numpy.typing import NDArray
 
-from cpql.data.download import MOST, Progress, fetch, verify_recorded
+from cpql.data.download import MOST, fetch, verify_recorded
 from cpql.data.request import AnotherDatasetError, Request, Source
 from cpql.data.transitions import Provenance, Reading, Transitions
 from cpql.errors import DataError
-from cpql.io import sha256_of
+from cpql.io import Progress, sha256_of
 
 __all__ = [
     "D4RL",
@@ -377,7 +377,7 @@ def download(
     """Fetch a dataset into the cache folder, unless it lies there already; see `download.fetch`.
 
     An own mirror is asked first: each folder in `$CPQL_D4RL_MIRROR` (URLs with spaces between) for the last
-    two parts of D4RL's URL, `FOLDER/gym_mujoco_v2/hopper_medium-v2.hdf5`, and where that is a 404 for
+    two parts of D4RL's URL, `FOLDER/gym_mujoco_v2/hopper_medium-v2.hdf5`, then for
     `FOLDER/hopper_medium-v2.hdf5`.
 
     Args:
@@ -397,11 +397,11 @@ def download(
     if not re.fullmatch(r"\w[\w.-]*", name):
         raise DataError(f"{id}: '{places[-1]}' names no file: expected one at its end, such as x.hdf5")
     folders = [folder.rstrip("/") for folder in os.environ.get("CPQL_D4RL_MIRROR", "").split()]
-    own = [(f"{folder}/{path}", f"{folder}/{name}") for folder in folders]
+    own = [f"{folder}/{place}" for folder in folders for place in (path, name)]
 
     def check(file: Path) -> None:
         if reason := misfit(file, id, rows):
             raise DataError(reason)
 
     most = MOST if rows is None else min(MOST, UNSUSPICIOUS_BYTES + rows * MOST_ROW_BYTES)
-    return fetch([*own, *places], cache_folder() / name, check=check, progress=progress, say=say, most=most)
+    return fetch([*own, *places], cache_folder() / name, check, progress=progress, say=say, most=most)

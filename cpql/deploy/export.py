@@ -1,32 +1,29 @@
-"""A policy outside of its modules: folded into a few products, and written for what isn't cpql.
+"""A policy as one file for other programs: ONNX, a torch program, or numpy arrays.
 
-`cpql.deploy.folded` says how, and is all that a policy needs to act without torch.
+What is written is the folded policy, see `cpql.deploy.folded`.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-import math
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from cpql.deploy.folded import FoldedActor, FoldedCritic, FoldedPolicy, Layer, Step, load
+from cpql.deploy.folded import FoldedPolicy, load
+from cpql.deploy.policy import Policy
 from cpql.errors import ConfigError, CpqlError
-from cpql.networks import LayerNorm, Linear
+from cpql.io import aside
 
-if TYPE_CHECKING:
-    from cpql.deploy.policy import Policy, PolicyConfig
-
-__all__ = ["Exported", "export", "fold", "fold_critic", "fold_policy"]
+__all__ = ["Exported", "export"]
 
 SUFFIXES = {"onnx": "onnx", "torch": "pt2", "numpy": "npz"}
 STATES = 10_000
@@ -36,97 +33,16 @@ Arrays = dict[str, Any]
 Run = Callable[[Arrays], Arrays]
 
 
-@torch.no_grad()
-def fold(policy: Policy) -> FoldedActor:
-    """Fold a policy's actor into numpy arrays of float32. Its critic and candidates aren't part of it."""
-    actor, config = policy.actor, policy.config
-    linear = [layer for layer in actor.mlp.layers if isinstance(layer, Linear)]
-    first = linear[0].weight.double().cpu()
-    p, levels = actor.parameterisation, actor.levels
-    times = p.times * config.actor.time_width
-    x_part, time_part, state_part = torch.split(first, [config.action_dim, times, config.state_dim], -1)
-    bias = linear[0].bias.double().cpu()
-    state_part, bias = _unnormalised(state_part, bias, config)
-    steps = []
-    for k, level in enumerate((levels.t_max, *config.actor.refinements)):
-        t = torch.tensor(level, dtype=torch.float64)
-        embedding = actor.embed(*[p.c_time(t).float().to(policy.device)] * p.times).double().cpu()
-        spread = level if k == 0 else math.sqrt(level**2 - levels.t_min**2)
-        weight, offset = (p.c_in(t) * x_part).T, time_part @ embedding
-        steps.append(Step(spread, float(p.c_skip(t)), float(p.c_out(t)), _array(weight), _array(offset)))
-    low, high = (np.asarray(bound, np.float32) for bound in (config.action_low, config.action_high))
-    return FoldedActor(
-        state_weight=_array(state_part.T),
-        state_bias=_array(bias),
-        steps=tuple(steps),
-        layers=tuple(Layer(_array(layer.weight.T), _array(layer.bias)) for layer in linear[1:]),
-        low=low,
-        span=high - low,
-        inside=config.actor.clamp == "inside",
-        tanh=config.actor.action_norm,
-    )
-
-
-@torch.no_grad()
-def fold_critic(policy: Policy) -> FoldedCritic:
-    """Fold a policy's critic likewise, for observations as the environment gives them."""
-    config = policy.config
-    states, actions, biases, rest = [], [], [], []
-    for k in range(2):
-        norm: tuple[Any, Any] | None = None
-        layers: list[Layer] = []
-        first, *others = policy.critic.q.layers
-        assert isinstance(first, Linear)
-        weight = first.weight[k].double().cpu()
-        state_part, action_part = torch.split(weight, [config.state_dim, config.action_dim], -1)
-        state_part, bias = _unnormalised(state_part, first.bias[k].double().cpu(), config)
-        for layer in others:
-            if isinstance(layer, LayerNorm):
-                norm = _array(layer.weight[k]), _array(layer.bias[k])
-            elif isinstance(layer, Linear):
-                layers.append(Layer(_array(layer.weight[k].T), _array(layer.bias[k]), norm))
-                norm = None
-        states.append(_array(state_part.T))
-        actions.append(_array(action_part.T))
-        biases.append(_array(bias))
-        rest.append(tuple(layers))
-    return FoldedCritic(tuple(states), tuple(actions), tuple(biases), tuple(rest))
-
-
-def _unnormalised(weight: Tensor, bias: Tensor, config: PolicyConfig) -> tuple[Tensor, Tensor]:
-    """A first product's weight [H, S] and bias for observations that the policy's modules get normalised."""
-    if config.observation_mean:
-        mean, std = (torch.tensor(v).double() for v in (config.observation_mean, config.observation_std))
-        weight = weight / std
-        bias = bias - weight @ mean
-    return weight, bias
-
-
-def _array(tensor: Tensor) -> Any:
-    return np.array(tensor.cpu().float().numpy(), order="C")
-
-
-def fold_policy(policy: Policy) -> FoldedPolicy:
-    """Fold a policy with the rule that it acts by at present: its candidates and their temperature."""
-    alone = policy.candidates == 1
-    return FoldedPolicy(
-        fold(policy),
-        None if alone else fold_critic(policy),
-        policy.candidates,
-        0.0 if alone else policy.temperature,
-    )
-
-
 @dataclass(frozen=True)
 class Exported:
     """What `export` wrote.
 
     Attributes:
         path: of the file.
-        description: what the file says of itself: its inputs and outputs with their shapes, the rule of
-            acting, the bounds of actions, and the policy's provenance.
+        description: metadata in the file: its inputs and outputs with their shapes, the rule of acting, the
+            bounds of actions, and the policy's provenance.
         states: on how many random states it was compared with PyTorch.
-        difference: the largest one, as a share of half an action's range: of an action in [-1, 1].
+        difference: the largest one, as a fraction of half an action's range: of an action in [-1, 1].
     """
 
     path: Path
@@ -141,26 +57,27 @@ def export(
     format: Literal["onnx", "torch", "numpy"] = "onnx",
     noise: Literal["input", "inside"] = "input",
 ) -> Exported:
-    """Write a policy, with its rule of acting at present, as one file that acts without cpql.
+    """Write a policy, with its present rule of acting, as one file that acts without cpql.
 
-    All arrays are float32, and the batch B is free. `observation` [B, S] is as the environment gives it,
-    `action` [B, A] in the environment's bounds, `noise` standard normal (or zeros, the deterministic
-    actor): [steps, B, A], with C candidates [steps, B, C, A]. Candidates and a temperature above 0 take
-    `uniform` [B, C] too, in [0, 1) (or 0.5, which takes the best).
+    All arrays are float32, and the batch size B is free. `observation` [B, S] is as the environment gives it,
+    `action` [B, A] in the environment's bounds, `noise` standard normal (or zeros, for a deterministic
+    action): [steps, B, A], with C candidates [steps, B, C, A]. Candidates and a temperature above 0 take
+    `uniform` [B, C] in [0, 1) too (or 0.5, which takes the best). A deterministic actor has neither.
 
     Before the file is put in place, its actions on 10,000 random states (divided by the candidates) are
-    compared with those of the policy's modules on the same noise. Where two candidates are worth the same to
-    rounding, either is right.
+    compared with those of the policy's modules on the same noise. Where two candidates have the same value up
+    to rounding, either is right.
 
     Args:
         policy: what to write.
-        path: of the file, which is replaced where it exists; written whole or not at all.
+        path: of the file, which is replaced if it exists; written whole or not at all.
         format: `onnx`; `torch`, a program for `torch.export.load`; `numpy`, arrays for
-            `cpql.deploy.folded.load`, which needs numpy alone.
-        noise: `inside` draws it in the program, which then has `noise` and `uniform` as further outputs.
+            `cpql.deploy.folded.load`, which needs only numpy.
+        noise: `inside` draws the noise in the program, which then has `noise` and `uniform` as further
+            outputs.
 
     Raises:
-        ConfigError: a format or a place of the noise that isn't there, or a package that isn't installed.
+        ConfigError: there is no such format or place of the noise, or a package isn't installed.
         CpqlError: the file doesn't act as the policy does.
     """
     if format not in WRITERS:
@@ -169,23 +86,22 @@ def export(
         raise ConfigError(f"noise={noise} does not exist: choose from input, inside")
     if format == "numpy" and noise == "inside":
         raise ConfigError("noise=inside: expected input with format=numpy, whose policy.draw draws it")
-    from cpql.data.d4rl import replacing  # acting alone doesn't load h5py
-
-    path, folded = Path(path), fold_policy(policy)
-    states = max(1, STATES // policy.candidates)
+    path, inside = Path(path), noise == "inside"
+    folded = policy.folded.with_rule(policy.candidates, policy.temperature)
+    folded.head["description"] = _describe(policy, folded, inside)
+    states = STATES // folded.head["candidates"]
     random = np.random.default_rng(0)
     observation = random.standard_normal((states, policy.config.state_dim), np.float32)
     if policy.config.observation_mean:
-        c = policy.config
-        mean, std = (np.array(v, np.float32) for v in (c.observation_mean, c.observation_std))
+        mean, std = (
+            np.array(values, np.float32)
+            for values in (policy.config.observation_mean, policy.config.observation_std)
+        )
         observation = observation * std + mean
-    drawn = folded.draw(random, states)
-    folded = replace(folded, description=_describe(policy, list(drawn), noise))
-    with replacing(path) as aside:
-        run = WRITERS[format](folded, aside, noise == "inside")
-        given = {"observation": observation} if noise == "inside" else {"observation": observation, **drawn}
-        out = run(given)
-        difference = _difference(policy, folded, {**given, **out})
+    given = {"observation": observation, **({} if inside else folded.draw(random, states))}
+    with aside(path) as temporary:
+        run = WRITERS[format](folded, temporary, inside)
+        difference = _difference(policy, folded, {**given, **run(given)})
         if not difference <= LIMIT:
             raise CpqlError(
                 f"{path}: not written: its actions differ from PyTorch's by {difference:.1g} of half their "
@@ -194,20 +110,15 @@ def export(
     return Exported(path, folded.description, states, difference)
 
 
-def _describe(policy: Policy, drawn: list[str], noise: str) -> dict[str, Any]:
+def _describe(policy: Policy, folded: FoldedPolicy, inside: bool) -> dict[str, Any]:
     config = policy.config
-    candidates = [policy.candidates] if policy.candidates > 1 else []
-    shapes: dict[str, list[int | str]] = {
-        "noise": [policy.actor.steps, "batch", *candidates, config.action_dim],
-        "uniform": ["batch", *candidates],
-    }
-    extra = {name: shapes[name] for name in drawn}
+    noise = {name: list(shape) for name, shape in folded.shapes("batch").items()}
     return {
-        "inputs": {"observation": ["batch", config.state_dim]} | (extra if noise == "input" else {}),
-        "outputs": {"action": ["batch", config.action_dim]} | (extra if noise == "inside" else {}),
+        "inputs": {"observation": ["batch", config.state_dim], **({} if inside else noise)},
+        "outputs": {"action": ["batch", config.action_dim], **(noise if inside else {})},
         "steps": policy.actor.steps,
-        "candidates": policy.candidates,
-        "temperature": policy.temperature if candidates else None,
+        "candidates": folded.head["candidates"],
+        "temperature": folded.head["temperature"] if folded.head["candidates"] > 1 else None,
         "action_low": list(config.action_low),
         "action_high": list(config.action_high),
         "task": config.task.name,
@@ -218,26 +129,23 @@ def _describe(policy: Policy, drawn: list[str], noise: str) -> dict[str, Any]:
 
 @torch.no_grad()
 def _difference(policy: Policy, folded: FoldedPolicy, arrays: Arrays) -> float:
-    """How far actions are from what the policy's modules make of the same observations and noise."""
-    config = policy.config
-    state, noise, action = (
-        torch.from_numpy(arrays[name]).to(policy.device) for name in ("observation", "noise", "action")
+    """How far actions are from those of the policy's modules for the same observations and noise."""
+    given = {name: torch.from_numpy(array).to(policy.device) for name, array in arrays.items()}
+    low, span = (
+        torch.from_numpy(v).to(policy.device)
+        for v in (folded.arrays["actor.low"], folded.arrays["actor.span"])
     )
-    low, span = (torch.from_numpy(v).to(policy.device) for v in (folded.actor.low, folded.actor.span))
-    action = (action - low) / (0.5 * span) - 1.0
-    if config.observation_mean:
-        mean, std = (
-            torch.tensor(v, device=policy.device) for v in (config.observation_mean, config.observation_std)
-        )
-        state = (state - mean) / std
-    if policy.candidates == 1:
-        return float((action - policy.actor.sample(state, noise=noise)).abs().max())
+    action = (given["action"] - low) / (0.5 * span) - 1.0
+    state = policy.normalise(given["observation"])
+    count = folded.head["candidates"]
+    if count == 1:
+        return float((action - policy.actor.sample(state, noise=given.get("noise"))).abs().max())
+    assert policy.critic is not None
     state = state.unsqueeze(-2)
-    candidates = policy.actor.sample(state.expand(-1, policy.candidates, -1), noise=noise)
+    candidates = policy.actor.sample(state.expand(-1, count, -1), noise=given["noise"])
     value = policy.critic(state, candidates).amin(0)
-    if policy.temperature > 0:
-        uniform = torch.from_numpy(arrays["uniform"]).to(policy.device).clamp(1e-20, 1 - 1e-7)
-        value = value / policy.temperature - (-uniform.log()).log()
+    if "uniform" in given:
+        value = value / folded.head["temperature"] - (-given["uniform"].clamp(1e-20, 1 - 1e-7).log()).log()
     best = value >= value.amax(-1, keepdim=True) - 1e-5 * value.abs().max()
     distance = (action.unsqueeze(-2) - candidates).abs().amax(-1)
     return float(torch.where(best, distance, torch.inf).amin(-1).max())
@@ -253,22 +161,21 @@ class _Program(nn.Module):
     def forward(self, observation: Tensor, noise: Any = None, uniform: Any = None) -> Any:
         if not self.inside:
             return self.folded(observation, noise, uniform, torch)
-        shapes = self.folded.shapes(observation.shape[0])
-        drawn = {"noise": torch.randn(shapes["noise"])}
-        if "uniform" in shapes:
-            drawn["uniform"] = torch.rand(shapes["uniform"])
+        draw = {"noise": torch.randn, "uniform": torch.rand}
+        drawn = {name: draw[name](s) for name, s in self.folded.shapes(observation.shape[0]).items()}
         return self.folded(observation, **drawn, xp=torch), *drawn.values()
 
 
 def _program(folded: FoldedPolicy, inside: bool) -> torch.export.ExportedProgram:
+    shapes = {
+        "observation": (2, len(folded.arrays["actor.state_weight"])),
+        **({} if inside else folded.shapes(2)),
+    }
     batch = torch.export.Dim("batch")
-    shapes: dict[str, tuple[int, ...]] = {"observation": (2, len(folded.actor.state_weight))}
-    if not inside:
-        shapes |= folded.shapes(2)
     with _quiet():
         return torch.export.export(
             _Program(folded, inside),
-            tuple(torch.zeros(shape) for shape in shapes.values()),
+            tuple(map(torch.zeros, shapes.values())),
             dynamic_shapes=tuple({1 if name == "noise" else 0: batch} for name in shapes),
         )
 
@@ -279,12 +186,12 @@ def _to_onnx(folded: FoldedPolicy, path: Path, inside: bool) -> Run:
         import onnxscript  # noqa: F401
     except ImportError:
         raise ConfigError("format=onnx needs packages: pip install 'cpql[export]'") from None
-    drawn = list(folded.shapes())
+    inputs, outputs = (list(folded.description[way]) for way in ("inputs", "outputs"))
     with _quiet():
         program = torch.onnx.export(
             _program(folded, inside),
-            input_names=["observation", *([] if inside else drawn)],
-            output_names=["action", *(drawn if inside else [])],
+            input_names=inputs,
+            output_names=outputs,
             dynamo=True,
             verbose=False,
         )
@@ -292,8 +199,7 @@ def _to_onnx(folded: FoldedPolicy, path: Path, inside: bool) -> Run:
     program.model.metadata_props["cpql"] = json.dumps(folded.description, allow_nan=False)
     program.save(str(path), external_data=False)
     session = onnxruntime.InferenceSession(path)
-    names = [output.name for output in session.get_outputs()]
-    return lambda given: dict(zip(names, session.run(names, given), strict=True))
+    return lambda given: dict(zip(outputs, session.run(outputs, given), strict=True))
 
 
 def _to_torch(folded: FoldedPolicy, path: Path, inside: bool) -> Run:
@@ -307,9 +213,9 @@ def _to_torch(folded: FoldedPolicy, path: Path, inside: bool) -> Run:
 
     @torch.no_grad()
     def run(given: Arrays) -> Arrays:
-        out = module(*(torch.from_numpy(array) for array in given.values()))
-        names = ("action", *(folded.shapes() if inside else ()))
-        return {name: array.numpy() for name, array in zip(names, out if inside else [out], strict=True)}
+        out = module(*map(torch.from_numpy, given.values()))
+        arrays = [tensor.numpy() for tensor in (out if inside else [out])]
+        return dict(zip(folded.description["outputs"], arrays, strict=True))
 
     return run
 
@@ -329,13 +235,12 @@ WRITERS: dict[str, Callable[[FoldedPolicy, Path, bool], Run]] = {
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Drop what the exporters say of their own parts and of torchvision, no news to who exports a policy."""
-    talker = logging.getLogger("torch.onnx._internal.exporter._registration")
-    level = talker.level
-    talker.setLevel(logging.ERROR)
+    """Hide the exporters' warnings about their own parts and about torchvision, which concern no user."""
+    logger = logging.getLogger("torch.onnx._internal.exporter._registration")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with warnings.catch_warnings(action="ignore"):
             yield
     finally:
-        talker.setLevel(level)
+        logger.setLevel(level)

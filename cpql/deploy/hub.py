@@ -1,24 +1,21 @@
-"""Policies on the Hugging Face Hub: a policy's card, and its way up and down.
+"""Policies on the Hugging Face Hub: the model card, upload and download.
 
-The only place that knows huggingface_hub, which is the extra `cpql[hub]`; the card needs nothing.
+Nothing else in cpql imports huggingface_hub, the extra `cpql[hub]`; the card needs no package.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import ModuleType
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import yaml
+from pydantic_core import from_json
 
+from cpql.deploy.config import PolicyConfig
 from cpql.errors import CheckpointError, ConfigError
-
-if TYPE_CHECKING:
-    from cpql.deploy.policy import PolicyConfig
 
 __all__ = [
     "PREFIX",
@@ -28,61 +25,33 @@ __all__ = [
     "looks_like_an_id",
     "one_line",
     "read_object",
-    "read_result",
     "upload",
 ]
 
 PREFIX = "hf://"
 MOST_JSON_BYTES = 4 << 20
-MOST_NESTING = 32
 FILES = ("config.json", "model.safetensors", "result.json")
 
 T = TypeVar("T")
 
 
 def looks_like_an_id(name: str) -> bool:
-    """Whether a name could be a repository's, `owner/name`."""
+    """Whether a name has the form of a repository's, `owner/name`."""
     return re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) is not None
 
 
 def one_line(error: Exception) -> str:
-    """What an error says, where a stranger may have had a say in it: in one line of a bearable length."""
+    """An error's message in one line of at most 500 characters; it may quote a stranger's file."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= 500 else f"{text[:500]}..."
-
-
-def find_result(folder: Path, origin: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The result in a policy's folder or in that of its run; None where there is none of this very policy."""
-    folder = folder.resolve()
-    for place in (folder, *folder.parents[2:3]):  # run/checkpoints/step_00005000/policy
-        path = place / "result.json"
-        if path.is_file():
-            result = read_object(path, "result")
-            if _whose(result) == _identity(origin):
-                return result
-    return None
-
-
-def read_result(path: Path, origin: Mapping[str, Any]) -> dict[str, Any]:
-    """Read a result as a run (`result.json`) or `scripts/evaluate.py` writes it.
-
-    Raises:
-        CheckpointError: there is none, or it is another policy's.
-    """
-    result = read_object(path, "result")
-    found, expected = _whose(result), _identity(origin)
-    for key, value in expected.items():
-        if found[key] != value:
-            raise CheckpointError(f"{path}: is another policy's: expected {key} {value}, found {found[key]}")
-    return result
 
 
 def read_object(path: Path, what: str) -> dict[str, Any]:
     """Read an object from JSON, as `json.dumps(allow_nan=False)` writes it.
 
     Args:
-        path: a file of at most 4 MiB, its values nested at most 32 deep.
-        what: it is, for an error.
+        path: a file of at most 4 MiB, its values nested at most 200 deep.
+        what: the content is, for an error.
 
     Raises:
         CheckpointError: it can't be read, or is something else.
@@ -92,200 +61,181 @@ def read_object(path: Path, what: str) -> dict[str, Any]:
             text = file.read(MOST_JSON_BYTES + 1)
         if len(text) > MOST_JSON_BYTES:
             raise ValueError(f"expected at most {MOST_JSON_BYTES:,} bytes, found more")
-        found = json.loads(text, parse_float=_finite, parse_constant=_finite)
-        depth, level = 0, [found]
-        while level:
-            depth += 1
-            inner = (value.values() if isinstance(value, dict) else value
-                     for value in level if isinstance(value, dict | list))  # fmt: skip
-            level = [each for values in inner for each in values]
-        if depth > MOST_NESTING:
-            raise ValueError(f"expected values nested at most {MOST_NESTING} deep, found {depth}")
-        json.dumps(found, ensure_ascii=False).encode()  # half a character, "\\ud800", can't be printed
-    except (OSError, ValueError, RecursionError) as error:
+        found = from_json(text, allow_inf_nan=False)
+        json.dumps(found, allow_nan=False)  # fails on numbers beyond float64, 1e999
+    except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: no readable {what}: {one_line(error)}") from error
     if not isinstance(found, dict):
         raise CheckpointError(f"{path}: no readable {what}: expected an object, found {type(found).__name__}")
     return found
 
 
-def _finite(text: str) -> float:
-    number = float(text)
-    if not math.isfinite(number):
-        raise ValueError(f"expected finite numbers, found {text[:40]}")
-    return number
+def find_result(
+    origin: Mapping[str, Any], folder: Path | None, given: str | Path | None
+) -> dict[str, Any] | None:
+    """The result of a policy, as a run (`result.json`) or `scripts/evaluate.py` writes it.
+
+    Args:
+        origin: the policy's.
+        folder: the policy's, in which or in whose run's folder the result is looked for.
+        given: the result's file, where the user names one.
+
+    Returns:
+        The result; None if no file is given and there is none of this very policy.
+
+    Raises:
+        CheckpointError: the given file can't be read, or belongs to another policy.
+    """
+    near: list[Path] = []
+    if given is None and folder is not None:
+        folder = folder.resolve()
+        near = [folder, *folder.parents[2:3]]  # run/checkpoints/step_00005000/policy
+    expected = _identity(origin)
+    for path in [place / "result.json" for place in near] if given is None else [Path(given)]:
+        if given is None and not path.is_file():
+            continue
+        result = read_object(path, "result")
+        own = result.get("policy")  # of scripts/evaluate.py
+        found = _identity(own if isinstance(own, dict) else result | {"seed": result.get("training_seed")})
+        if found == expected:
+            return result
+        if given is not None:
+            key = next(key for key in expected if found[key] != expected[key])
+            raise CheckpointError(
+                f"{path}: is another policy's: expected {key} {expected[key]}, found {found[key]}"
+            )
+    return None
 
 
 def _identity(origin: Mapping[str, Any]) -> dict[str, Any]:
     """What tells one trained policy from another."""
-    found = {key: origin.get(key) for key in ("agent", "step", "seed")}
     data = origin.get("data")
-    return found | {"dataset's sha256": data.get("sha256") if isinstance(data, Mapping) else None}
+    sha256 = data.get("sha256") if isinstance(data, Mapping) else None
+    return {key: origin.get(key) for key in ("agent", "step", "seed")} | {"dataset's sha256": sha256}
 
 
-def _whose(result: dict[str, Any]) -> dict[str, Any]:
-    """The same of the policy that a result belongs to."""
-    policy = result.get("policy")
-    return _identity(
-        policy if isinstance(policy, Mapping) else result | {"seed": result.get("training_seed")}
-    )
+CARD = """\
+---
+{front}---
+
+# {agent} on {task}
+
+A {kind} policy for continuous control, trained with the Python library cpql.
+
+```python
+from cpql import Policy
+
+policy = Policy.from_pretrained({name!r})
+action, _ = policy.predict(observation)  # in the environment's bounds
+```
+
+## Evaluation
+
+{evaluation}
+
+## Where it comes from
+
+{provenance}
+
+## Files
+
+`config.json` and `model.safetensors` are all that acting needs; loading them unpickles nothing.
+"""
 
 
-def card(config: PolicyConfig, result: Mapping[str, Any] | None, name: str) -> str:
-    """A model card: what the policy is, what it was measured to do, and where it came from.
-
-    It says only what the policy's provenance and the result say.
+def card(config: PolicyConfig, steps: int, result: Mapping[str, Any] | None, name: str) -> str:
+    """A model card: what the policy is, its evaluation, and its provenance.
 
     Args:
         config: the policy's.
-        result: a result of this policy; None where there is none.
-        name: what to load it by, `owner/name` or a folder.
+        steps: network evaluations for an action.
+        result: an evaluation of this policy, or None.
+        name: by which the example loads the policy, `owner/name` or a folder.
 
     Raises:
         CheckpointError: the result lacks something, or the policy's provenance is damaged.
     """
-    task, origin = config.task, config.origin
-    agent = str(origin.get("agent", "unknown"))
-    measured = result is not None and result.get("return_mean") is not None
-    data = origin.get("data")
-    offline = not isinstance(data, Mapping) or data.get("source") != "online"
-    tags = [
-        "reinforcement-learning",
-        *(["offline-reinforcement-learning"] if offline else []),
-        "consistency-policy",
-        agent,
-        task.name,
-    ]
+    task, origin, kind = config.task, config.origin, config.actor.kind
+    agent, data = str(origin.get("agent", "unknown")), origin.get("data")
+    online = isinstance(data, Mapping) and data.get("source") == "online"
+    offline = [] if online else ["offline-reinforcement-learning"]
+    tags = ["reinforcement-learning", *offline, f"{kind}-policy", agent, task.name]
     head: dict[str, Any] = {
         "library_name": "cpql",
         "pipeline_tag": "reinforcement-learning",
         "tags": [*tags, *([task.id] if task.id else [])],
     }
-    lines = [
-        f"# {agent} on {task.name}",
-        "",
-        "A consistency policy for continuous control, trained with the Python library cpql.",
-        "",
-        "```python",
-        "from cpql import Policy",
-        "",
-        f"policy = Policy.from_pretrained({name!r})",
-        "action, _ = policy.predict(observation)  # in the environment's bounds",
-        "```",
-        "",
-        "## Evaluation",
-        "",
-    ]
-    if measured:
-        assert result is not None
-        try:
-            rows, metrics = _evaluation(result)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:  # an old cpql's, or nobody's
-            raise CheckpointError(
-                f"the result has no {one_line(error)}: give one of scripts/evaluate.py by result=..."
-            ) from error
-        environment = str(result["environment"])
-        head["model-index"] = [
-            {
-                "name": f"{agent}-{task.name}",
-                "results": [
-                    {
-                        "task": {"type": "reinforcement-learning", "name": "reinforcement-learning"},
-                        "dataset": {"name": environment, "type": environment},
-                        "metrics": metrics,
-                    }
-                ],
-            }
-        ]
-        lines += _table(rows)
-    else:
-        lines.append("Not evaluated: no result was at hand for this very checkpoint.")
+    evaluation, files, what = "Not evaluated: there is no result of this very checkpoint.", "", "origin"
     try:
-        provenance = _provenance(config)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise CheckpointError(f"the policy's origin is damaged: {one_line(error)}") from error
-    lines += ["", "## Where it comes from", "", *_table(provenance)]
-    lines += [
-        "",
-        "## Files",
-        "",
-        "`config.json` and `model.safetensors` are all that acting needs; loading them unpickles nothing.",
-    ]
-    if measured:
-        lines.append("`result.json` has the return of every episode.")
+        provenance = _table(_provenance(config, steps))
+        if result is not None and result.get("return_mean") is not None:
+            what = "result"
+            rows, entry = _evaluation(result)
+            head["model-index"] = [{"name": f"{agent}-{task.name}", "results": [entry]}]
+            evaluation, files = _table(rows), "`result.json` has the return of every episode.\n"
+    except (KeyError, TypeError, ValueError, AttributeError) as error:  # JSON of another form
+        raise CheckpointError(
+            f"the policy's {what} is damaged, or of another version of cpql: {one_line(error)}"
+        ) from error
     front = yaml.safe_dump(head, sort_keys=False, allow_unicode=True)
-    return f"---\n{front}---\n\n" + "\n".join(lines) + "\n"
+    names = {"front": front, "agent": agent, "task": task.name, "kind": kind, "name": name}
+    return CARD.format(**names, evaluation=evaluation, provenance=provenance) + files
 
 
-def _evaluation(result: Mapping[str, Any]) -> tuple[list[tuple[str, str]], list[dict[str, Any]]]:
-    """A result as rows of a table, and as the metrics of a card's front matter."""
-    low, high = result["return_interval"]
-    rows = [
-        (
-            "return",
-            f"{result['return_mean']:,.1f} ± {result['return_std']:,.1f} over {result['episodes']} episodes, "
-            f"95% interval of the mean {low:,.1f} to {high:,.1f}",
-        )
-    ]
-    metrics = [
-        {
-            "type": "mean_reward",
-            "name": "mean_reward",
-            "value": f"{result['return_mean']:.2f} +/- {result['return_std']:.2f}",
-            "verified": False,
-        }
-    ]
+def _evaluation(result: Mapping[str, Any]) -> tuple[dict[str, str], dict[str, Any]]:
+    """A result as the rows of a table, and as the Hub's index has it."""
+    mean, std, (low, high) = result["return_mean"], result["return_std"], result["return_interval"]
+    rows = {
+        "return": f"{mean:,.1f} ± {std:,.1f} over {result['episodes']} episodes, "
+        f"95% interval of the mean {low:,.1f} to {high:,.1f}"
+    }
+    metrics = [("mean_reward", "mean_reward", f"{mean:.2f} +/- {std:.2f}")]
     if result.get("score") is not None:
-        references = result["references"]
-        of = references["of"]
-        low, high = result["score_interval"]
-        rows.append(
-            (
-                f"score ({of}-normalised)",
-                f"{result['score']:.1f}, 95% interval {low:.1f} to {high:.1f} "
-                f"(0 is {references['random']:,.1f}, 100 is {references['expert']:,.1f})",
-            )
+        references, (low, high) = result["references"], result["score_interval"]
+        of, zero, hundred = (references[key] for key in ("of", "random", "expert"))
+        rows[f"score ({of}-normalised)"] = (
+            f"{result['score']:.1f}, 95% interval {low:.1f} to {high:.1f} "
+            f"(0 is {zero:,.1f}, 100 is {hundred:,.1f})"
         )
-        name = f"{of}-normalised score"
-        metrics.append(
-            {"type": "normalized_score", "name": name, "value": round(result["score"], 2), "verified": False}
-        )
-    rows += [
-        ("environment", str(result["environment"])),
-        ("acting", str(result["rule"])),
-        ("seed of the evaluation", str(result["seed"])),
-        ("evaluated with", _versions(result["versions"])),
-    ]
+        metrics.append(("normalized_score", f"{of}-normalised score", round(result["score"], 2)))
+    environment = str(result["environment"])
+    rows |= {
+        "environment": environment,
+        "acting": str(result["rule"]),
+        "seed of the evaluation": str(result["seed"]),
+        "evaluated with": _versions(result["versions"]),
+    }
     if result.get("note"):
-        rows.append(("note", str(result["note"])))
-    return rows, metrics
+        rows["note"] = str(result["note"])
+    return rows, {
+        "task": {"type": "reinforcement-learning", "name": "reinforcement-learning"},
+        "dataset": {"name": environment, "type": environment},
+        "metrics": [
+            {"type": kind, "name": name, "value": value, "verified": False} for kind, name, value in metrics
+        ],
+    }
 
 
-def _provenance(config: PolicyConfig) -> list[tuple[str, str]]:
+def _provenance(config: PolicyConfig, steps: int) -> dict[str, str]:
     origin, rule = config.origin, "the actor alone"
     if config.candidates > 1:
         rule = f"{config.candidates} candidates ranked by Q, temperature {config.temperature:g}"
-    steps = 1 + len(config.actor.refinements)
-    rows = [
-        ("agent", str(origin.get("agent", "unknown"))),
-        ("objective", config.actor.objective),
-        ("acts by", f"{rule}, {steps} step{'s' if steps > 1 else ''}"),
-        ("gradient steps", f"{origin['step']:,}" if "step" in origin else "unknown"),
-        ("training seed", str(origin.get("seed", "unknown"))),
-        ("trained with", _versions(origin["versions"]) if "versions" in origin else "unknown"),
-    ]
-    data = origin.get("data")
-    if not data:
-        return [*rows, ("data", "unknown")]
-    source = f"{data['source']} {data['id']}, {data['transitions']:,} transitions"
-    rows.append(("data", source))
-    if data["source"].startswith("embedded"):
-        rows.append(
-            ("note", "collected by cpql itself, not D4RL's: its scores belong in no table with D4RL's")
-        )
-    if data.get("return_mean") is not None:
-        rows.append(("the data's return", f"{data['return_mean']:,.1f} ± {data['return_std']:,.1f}"))
-    rows.append(("the data's SHA-256", str(data["sha256"])))
+    rows = {
+        "agent": str(origin.get("agent", "unknown")),
+        "objective": getattr(config.actor, "objective", ""),
+        "acts by": f"{rule}, {steps} step{'s' if steps > 1 else ''}",
+        "gradient steps": f"{origin['step']:,}" if "step" in origin else "unknown",
+        "training seed": str(origin.get("seed", "unknown")),
+        "trained with": _versions(origin.get("versions", {})) or "unknown",
+        "data": "unknown",
+    }
+    if data := origin.get("data"):
+        rows["data"] = f"{data['source']} {data['id']}, {data['transitions']:,} transitions"
+        if data["source"].startswith("embedded"):
+            rows["note"] = "collected by cpql itself, not D4RL's: its scores belong in no table with D4RL's"
+        if data.get("return_mean") is not None:
+            rows["the data's return"] = f"{data['return_mean']:,.1f} ± {data['return_std']:,.1f}"
+        rows["the data's SHA-256"] = str(data["sha256"])
     return rows
 
 
@@ -293,13 +243,13 @@ def _versions(versions: Mapping[str, str]) -> str:
     return ", ".join(f"{name} {version}" for name, version in versions.items())
 
 
-def _table(rows: list[tuple[str, str]]) -> list[str]:
-    escaped = ((name, " ".join(value.replace("|", "\\|").split())) for name, value in rows)
-    return ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in escaped)]
+def _table(rows: Mapping[str, str]) -> str:
+    escaped = ((name, " ".join(value.replace("|", "\\|").split())) for name, value in rows.items() if value)
+    return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in escaped)])
 
 
 def download(name: str) -> Path:
-    """Bring a policy's files here, or find them in the Hub's cache on this machine.
+    """Download a policy's files, or find them in the Hub's cache on this machine.
 
     Args:
         name: `hf://owner/name`, or `hf://owner/name@revision` for a branch, a tag or a commit.
@@ -309,20 +259,19 @@ def download(name: str) -> Path:
 
     Raises:
         ConfigError: huggingface_hub isn't installed.
-        CheckpointError: it can't be had.
+        CheckpointError: there is no such repository or revision, or the Hub can't be reached.
     """
     id, _, revision = name.removeprefix(PREFIX).partition("@")
     if not looks_like_an_id(id) or (revision and not re.fullmatch(r"(?!.*\.\.)\w[\w./-]*", revision)):
         raise CheckpointError(f"{name}: expected {PREFIX}owner/name or {PREFIX}owner/name@revision")
-    hub = _client()
-    return _asked(
-        name,
-        lambda: Path(hub.snapshot_download(id, revision=revision or None, allow_patterns=list(FILES))),
+    patterns = list(FILES)
+    return _ask(
+        name, lambda hub: Path(hub.snapshot_download(id, revision=revision or None, allow_patterns=patterns))
     )
 
 
 def upload(folder: Path, id: str, *, private: bool | None, token: str | None, message: str) -> str:
-    """Put a folder's files into a model repository, which is made where it doesn't exist, as one commit.
+    """Upload a folder's files to a model repository, as one commit; the repository is created if need be.
 
     Returns:
         The repository's URL.
@@ -331,28 +280,23 @@ def upload(folder: Path, id: str, *, private: bool | None, token: str | None, me
         ConfigError: huggingface_hub isn't installed.
         CheckpointError: the Hub can't be reached or refuses.
     """
-    hub = _client()
 
-    def act() -> str:
+    def act(hub: Any) -> str:
         api = hub.HfApi(token=token)
         url = api.create_repo(id, private=private, exist_ok=True)
         api.upload_folder(repo_id=url.repo_id, folder_path=folder, commit_message=message)
         return str(url)
 
-    return _asked(PREFIX + id, act)
+    return _ask(PREFIX + id, act)
 
 
-def _client() -> ModuleType:
+def _ask(name: str, act: Callable[[Any], T]) -> T:
+    """Call the Hub's client, which raises many kinds of errors."""
     try:
         import huggingface_hub
     except ImportError:
         raise ConfigError("the Hugging Face Hub needs a package: pip install 'cpql[hub]'") from None
-    return huggingface_hub
-
-
-def _asked(name: str, act: Callable[[], T]) -> T:
-    """Ask the Hub, whose client has many kinds of errors."""
     try:
-        return act()
+        return act(huggingface_hub)
     except Exception as error:
-        raise CheckpointError(f"{name}: {' '.join(str(error).split())}") from error
+        raise CheckpointError(f"{name}: {one_line(error)}") from error

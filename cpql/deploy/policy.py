@@ -7,7 +7,7 @@ import json
 import os
 import tempfile
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -15,113 +15,50 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
-from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load as unpacked
 from safetensors.torch import save as packed
 from torch import Tensor, nn
 
-from cpql.actors import ActorConfig, ConsistencyActor, choose
+from cpql.actors import ACTORS, Actor
 from cpql.critics import TwinCritic
-from cpql.deploy.export import fold, fold_critic
-from cpql.deploy.folded import LARGEST, FoldedActor, FoldedCritic
-from cpql.deploy.hub import (
-    PREFIX,
-    card,
-    download,
-    find_result,
-    looks_like_an_id,
-    one_line,
-    read_object,
-    read_result,
-    upload,
-)
+from cpql.deploy import hub
+from cpql.deploy.config import LARGEST, PolicyConfig
+from cpql.deploy.fold import fold
+from cpql.deploy.folded import FoldedPolicy
 from cpql.device import choose_device
 from cpql.errors import CheckpointError, ConfigError
-from cpql.io import sha256_of
-from cpql.settings import Candidates, NonNegative, Width, Widths, build
-from cpql.tasks import Task
+from cpql.io import aside
+from cpql.migration import upgrade
+from cpql.settings import build
 
 __all__ = ["Policy", "PolicyConfig", "find_policy"]
 
 FORMAT = 1
-# A policy may be a stranger's, and it says itself how large it is.
-MOST_HEADER_BYTES = 1 << 20
-SMALLEST = float(np.finfo(np.float32).tiny)
-
-
-@dataclass(frozen=True)
-class PolicyConfig:
-    """Everything but weights that acting needs, and where the policy came from.
-
-    Attributes:
-        state_dim: width of observations.
-        action_dim: width of actions.
-        action_low: the environment's lower bounds [A].
-        action_high: its upper bounds [A], above the lower ones.
-        observation_mean: subtracted from observations [S], empty where they are taken as they are.
-        observation_std: what they are divided by then [S], above 0.
-        actor: of the actor.
-        critic_hidden: widths of the critic's layers.
-        critic_layer_norm: whether the critic has LayerNorm.
-        candidates: how many actions compete by their value when acting, 1 to 10,000; 1 is the actor alone.
-        temperature: of that choice, 0 or more; 0 takes the best.
-        task: what it was trained for.
-        origin: agent, step, seed, versions and dataset: the policy's provenance.
-
-    Raises:
-        ConfigError: a number that isn't in its range, or lists that aren't as long as they have to be.
-    """
-
-    state_dim: Width
-    action_dim: Width
-    action_low: tuple[float, ...]
-    action_high: tuple[float, ...]
-    actor: ActorConfig
-    critic_hidden: Widths
-    critic_layer_norm: bool
-    candidates: Candidates
-    temperature: NonNegative
-    task: Task
-    origin: dict[str, Any] = field(default_factory=dict)
-    observation_mean: tuple[float, ...] = ()
-    observation_std: tuple[float, ...] = ()
-
-    def __post_init__(self) -> None:
-        normalised = self.state_dim if self.observation_mean or self.observation_std else 0
-        for key, width, least in (
-            ("action_low", self.action_dim, -LARGEST),
-            ("action_high", self.action_dim, -LARGEST),
-            ("observation_mean", normalised, -LARGEST),
-            ("observation_std", normalised, SMALLEST),
-        ):
-            values = getattr(self, key)
-            if len(values) != width:
-                raise ConfigError(f"{key}: expected {width:,} values, found {len(values):,}")
-            for value in values:
-                if not least <= value <= LARGEST:
-                    raise ConfigError(f"{key}: expected a number in [{least:g}, {LARGEST:g}], found {value}")
-        for low, high in zip(self.action_low, self.action_high, strict=True):
-            if not low < high:
-                raise ConfigError(
-                    f"action_low, action_high: expected the lower first, found {low} and {high}"
-                )
+MOST_HEADER_BYTES = 1 << 20  # of the weights' file, which may come from a stranger and states its own sizes
 
 
 class Policy:
     """A trained policy: `Policy.load("runs/...").predict(observation)`.
 
-    Attributes:
-        actor: the consistency actor, an ordinary module; `predict` uses its weights as they were when it was
-            first called.
-        critic: the twin critic that ranks candidates; likewise.
+    Args:
+        actor: any kind of actor, an ordinary module.
+        critic: the twin critic that ranks candidates; None where the policy has none.
         config: see `PolicyConfig`.
-        candidates: may be changed at any time, as may `temperature`.
-        folder: where it was loaded from; None where it wasn't.
+
+    Attributes:
+        actor: as given, in evaluation mode. Make a new `Policy` after changing weights: `predict` keeps what
+            it has derived from them.
+        critic: as given.
+        config: as given.
+        temperature: of the choice among candidates; may be changed at any time.
+        folder: the folder it was loaded from, or None.
+        device: the device of the actor's weights.
+        generator: of the noise.
     """
 
-    def __init__(self, actor: ConsistencyActor, critic: TwinCritic, config: PolicyConfig) -> None:
+    def __init__(self, actor: Actor, critic: TwinCritic | None, config: PolicyConfig) -> None:
         self.actor = actor.eval().requires_grad_(False)
-        self.critic = critic.eval().requires_grad_(False)
+        self.critic = None if critic is None else critic.eval().requires_grad_(False)
         self.config = config
         self.candidates, self.temperature = config.candidates, config.temperature
         self.folder: Path | None = None
@@ -129,22 +66,41 @@ class Policy:
         self.generator = torch.Generator(self.device)
         self.generator.seed()
 
+    @property
+    def candidates(self) -> int:
+        """How many actions compete by value; may be changed at any time. 1 is the actor alone.
+
+        Raises:
+            ConfigError: set above 1 where the policy has no critic.
+        """
+        return self._candidates
+
+    @candidates.setter
+    def candidates(self, count: int) -> None:
+        if count > 1 and self.critic is None:
+            raise ConfigError(f"candidates={count}: expected 1 for a policy without a critic")
+        self._candidates = count
+
     def seed(self, seed: int) -> None:
-        """Start the policy's noise anew, the same for the same seed; a policy that has none draws its own."""
+        """Seed the policy's noise; a new policy's is seeded at random."""
         self.generator.manual_seed(seed)
 
-    @cached_property
-    def folded(self) -> FoldedActor:
-        """The actor as a few products of numpy arrays, from its weights as they are when first asked for."""
-        return fold(self)
+    def normalise(self, observation: Tensor) -> Tensor:
+        """The states [..., S] that actor and critic take, of observations [..., S] of the environment."""
+        mean, std = (
+            torch.tensor(values, dtype=observation.dtype, device=observation.device)
+            for values in (self.config.observation_mean or 0.0, self.config.observation_std or 1.0)
+        )
+        return (observation - mean) / std
 
     @cached_property
-    def _program(self) -> FoldedActor:
+    def folded(self) -> FoldedPolicy:
+        """The policy as numpy arrays, see `cpql.deploy.folded`; `folded.with_rule` says how it acts."""
+        return fold(self.actor, self.critic, self.config)
+
+    @cached_property
+    def _tensors(self) -> FoldedPolicy:
         return self.folded.to(self.device)
-
-    @cached_property
-    def _ranking(self) -> FoldedCritic:
-        return fold_critic(self).to(self.device)
 
     def predict(
         self,
@@ -155,12 +111,15 @@ class Policy:
     ) -> tuple[NDArray[np.float32], None]:
         """Act, with Stable-Baselines3's contract.
 
+        The actor's module acts, except where the folded form is faster: on one observation on a CPU, where
+        numpy takes a quarter of the time, and in ranking candidates.
+
         Args:
             observation: [S] or [B, S].
             state: unused; the policy has no memory.
             episode_start: unused.
-            deterministic: the same action for the same observation: the actor alone starts from zero noise,
-                the candidates come from one fixed noise and the best wins.
+            deterministic: the same action for the same observation: from zero noise where the actor acts
+                alone, else the best of candidates from one fixed noise.
 
         Returns:
             Actions in the environment's bounds, [A] or [B, A], and None.
@@ -174,91 +133,90 @@ class Policy:
                 f"observation: expected shape [{self.config.state_dim}] or [B, {self.config.state_dim}], "
                 f"found {list(array.shape)}"
             )
-        if array.ndim == 1 and self.candidates == 1 and self.device.type == "cpu":
-            # One observation is small work, for which torch takes longer than numpy.
-            action: NDArray[np.float32] = self.folded(array, self._noise((), deterministic).numpy())
-            return action, None
+        alone = self.candidates == 1 or not self.actor.draws
+        action: NDArray[np.float32]
+        if alone and array.ndim == 1 and self.device.type == "cpu":
+            action = self.folded.sample(array, self._noise(deterministic).numpy())
+            return self.folded.scale(action), None
         with torch.inference_mode():
-            actions = self._act(torch.from_numpy(np.atleast_2d(array)).to(self.device), deterministic)
-        scaled = self.folded.scale(actions.cpu().numpy())
-        return (scaled if array.ndim == 2 else scaled[0]), None
+            observations = torch.from_numpy(np.atleast_2d(array)).to(self.device)
+            if alone:
+                noise = self._noise(deterministic, len(observations))
+                actions = self.actor.sample(self.normalise(observations), noise=noise)
+                action = self.folded.scale(actions.cpu().numpy())
+            else:
+                action = self._best(observations, deterministic).cpu().numpy()
+        return (action if array.ndim == 2 else action[0]), None
 
-    def _noise(self, shape: tuple[int, ...], deterministic: bool) -> Tensor:
-        shape = (self.actor.steps, *shape, self.config.action_dim)
+    def _noise(self, deterministic: bool, *batch: int) -> Tensor:
+        shape = self.actor.noise_shape(*batch)
         if deterministic:
             return torch.zeros(shape, device=self.device)
         return torch.randn(shape, generator=self.generator, device=self.device)
 
-    def _act(self, observations: Tensor, deterministic: bool) -> Tensor:
-        """Actions [B, A] in [-1, 1] for observations [B, S] as the environment gives them."""
-        if self.candidates == 1:
-            noise = self._noise((len(observations),), deterministic)
-            alone: Tensor = self._program.sample(observations, noise, torch)
-            return alone
-        generator, shape = self.generator, (len(observations), self.candidates)
+    def _best(self, observations: Tensor, deterministic: bool) -> Tensor:
+        """Actions [B, A] by the candidates rule, in the environment's bounds."""
+        policy, batch, generator = self._tensors, len(observations), self.generator
         if deterministic:
-            generator, shape = torch.Generator(self.device).manual_seed(0), (1, self.candidates)
-
-        def sample(_: Tensor) -> Tensor:
-            size = (self.actor.steps, *shape, self.config.action_dim)
-            noise = torch.randn(size, generator=generator, device=self.device)
-            # What all candidates of a state share is computed once.
-            actions: Tensor = self._program.sample(observations.unsqueeze(-2), noise, torch)
-            return actions
-
-        return choose(
-            sample,
-            lambda observation, action: self._ranking(observation, action, torch),
-            observations,
-            candidates=self.candidates,
-            temperature=0.0 if deterministic else self.temperature,
-            generator=generator,
-        )
+            batch, generator = 1, torch.Generator(self.device).manual_seed(0)
+        policy = policy.with_rule(self.candidates, 0.0 if deterministic else self.temperature)
+        drawn = {
+            name: (torch.rand if name == "uniform" else torch.randn)(
+                shape, generator=generator, device=self.device
+            )
+            for name, shape in policy.shapes(batch).items()
+        }
+        actions: Tensor = policy(observations, **drawn, xp=torch)
+        return actions
 
     def save(self, folder: str | Path) -> None:
-        """Write `config.json` and `model.safetensors` into a folder, which must not exist yet.
+        """Write `config.json` and `model.safetensors` into a folder, which appears whole or not at all.
 
-        `config.json` has the other's SHA-256, by which `load` notices damage.
+        `config.json` holds the SHA-256 of `model.safetensors`, by which `load` notices damage.
+
+        Args:
+            folder: a new or an empty one.
+
+        Raises:
+            CheckpointError: the folder isn't empty.
         """
-        folder = Path(folder)
-        folder.mkdir(parents=True)
-        weights = nn.ModuleDict({"actor": self.actor, "critic": self.critic}).state_dict()
-        model = packed({k: v.contiguous() for k, v in weights.items()})
+        self._write(Path(folder))
+
+    def _write(self, folder: Path, others: Mapping[str, str] | None = None) -> None:
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise CheckpointError(f"{folder}: expected a new folder or an empty one, found something in it")
+        weights = _joined(self.actor, self.critic).state_dict()
+        model = packed({name: tensor.contiguous() for name, tensor in weights.items()})
         head = {"format": FORMAT, "sha256": hashlib.sha256(model).hexdigest()}
-        text = json.dumps({**head, **asdict(self.config)}, indent=2, allow_nan=False)
-        (folder / "config.json").write_text(text + "\n", encoding="utf-8")
-        (folder / "model.safetensors").write_bytes(model)
+        text = json.dumps({**head, **asdict(self.config)}, indent=2, allow_nan=False) + "\n"
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with aside(folder) as temporary:
+            temporary.mkdir()
+            (temporary / "model.safetensors").write_bytes(model)
+            for name, content in {"config.json": text, **(others or {})}.items():
+                (temporary / name).write_text(content, encoding="utf-8")
 
     def save_pretrained(
         self, folder: str | Path, *, result: str | Path | None = None, name: str | None = None
     ) -> None:
-        """Write what the Hub gets: what `save` writes, and a model card, `README.md`.
+        """Write what the Hub gets: the files of `save`, and a model card, `README.md`.
 
         Args:
-            folder: where to; it must not exist yet, or be empty.
-            result: an evaluation of this policy for the card, a JSON file of a run or of
-                `scripts/evaluate.py`, which goes along as `result.json`. Where None, that of the run that
-                the policy was loaded from, if it is of this very checkpoint.
-            name: what the card says to load it by; the folder's own where None.
+            folder: a new or an empty one.
+            result: an evaluation of this policy for the card, the JSON file of a run or of
+                `scripts/evaluate.py`, which is copied to `result.json`. By default the result of the run
+                that the policy was loaded from, if it belongs to this checkpoint.
+            name: by which the card's example loads the policy; the folder's own by default.
 
         Raises:
-            CheckpointError: there is something in the folder, or the result is another policy's.
+            CheckpointError: the folder isn't empty, or the result belongs to another policy.
         """
-        folder, origin = Path(folder), self.config.origin
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise CheckpointError(f"{folder}: expected a new folder or an empty one, found something in it")
-        found = None
-        if result is not None:
-            found = read_result(Path(result), origin)
-        elif self.folder is not None:
-            found = find_result(self.folder, origin)
-        text = card(self.config, found, name or folder.name)
-        if folder.exists():
-            folder.rmdir()
-        self.save(folder)
-        (folder / "README.md").write_text(text, encoding="utf-8")
+        folder = Path(folder)
+        found = hub.find_result(self.config.origin, self.folder, result)
+        others = {"README.md": hub.card(self.config, self.actor.steps, found, name or folder.name)}
         if found is not None:
-            (folder / "result.json").write_text(json.dumps(found, indent=2, allow_nan=False) + "\n")
+            others["result.json"] = json.dumps(found, indent=2, allow_nan=False)
+        self._write(folder, others)
 
     def push_to_hub(
         self,
@@ -269,36 +227,36 @@ class Policy:
         token: str | None = None,
         message: str = "Upload a cpql policy",
     ) -> str:
-        """Put what `save_pretrained` writes into a model repository on the Hugging Face Hub, as one commit.
+        """Upload what `save_pretrained` writes to a model repository on the Hugging Face Hub, as one commit.
 
         Args:
-            id: the repository, `owner/name`; made where it doesn't exist.
+            id: the repository, `owner/name`; created if it doesn't exist.
             result: see `save_pretrained`.
-            private: whether a new repository is private; None leaves it to the owner's setting.
-            token: of the Hub; None takes the one that `hf auth login` keeps.
-            message: of the commit.
+            private: whether a new repository is private; by default as the owner has set.
+            token: the Hub's; by default the one that `hf auth login` keeps.
+            message: the commit's.
 
         Returns:
             The repository's URL.
 
         Raises:
             ConfigError: huggingface_hub isn't installed.
-            CheckpointError: the Hub can't be reached or refuses, or the result is another policy's.
+            CheckpointError: the Hub can't be reached or refuses, or the result belongs to another policy.
         """
         with tempfile.TemporaryDirectory() as holder:
             folder = Path(holder) / "policy"
             self.save_pretrained(folder, result=result, name=id)
-            return upload(folder, id, private=private, token=token, message=message)
+            return hub.upload(folder, id, private=private, token=token, message=message)
 
     @classmethod
     def from_pretrained(
         cls, name: str | Path, *, revision: str | None = None, device: torch.device | str = "cpu"
     ) -> Policy:
-        """`load`, of a folder where there is one of this name, else of the Hub's repository `owner/name`.
+        """Load a folder if there is one of this name, else the Hub's repository `owner/name`.
 
         Args:
-            name: of either.
-            revision: a branch, a tag or a commit of the repository; the newest of `main` where None.
+            name: of the folder or the repository.
+            revision: a branch, a tag or a commit of the repository; by default the newest of `main`.
             device: see `load`.
 
         Raises:
@@ -306,134 +264,115 @@ class Policy:
                 such device.
             CheckpointError: there is no such policy, or it can't be read. Nothing is unpickled.
         """
-        if os.path.exists(name) or not looks_like_an_id(str(name)):
+        if os.path.exists(name) or not hub.looks_like_an_id(str(name)):
             if revision is not None:
                 raise ConfigError(f"revision={revision}: {name} is a folder, which has none")
             return cls.load(name, device)
-        return cls.load(f"{PREFIX}{name}" + (f"@{revision}" if revision else ""), device)
+        return cls.load(f"{hub.PREFIX}{name}" + (f"@{revision}" if revision else ""), device)
 
     @classmethod
     def load(cls, path: str | Path, device: torch.device | str = "cpu") -> Policy:
-        """Read a policy from a run's folder (its last checkpoint), a checkpoint's, or a policy's.
+        """Read a policy from the folder of a run (its last checkpoint), of a checkpoint, or of a policy.
 
-        `hf://owner/name` is the Hub's repository, `hf://owner/name@revision` a branch, a tag or a commit of
-        it; any other path is a file system's.
+        `hf://owner/name` is a repository on the Hub, `hf://owner/name@revision` a branch, a tag or a commit
+        of it; any other path is a file system's.
 
-        The policy may be a stranger's. Nothing in it is unpickled or imported, and nothing else is opened on
-        its word. The sizes that it states are compared with the file's before anything is allocated. Weights
-        that are damaged or aren't finite are refused, as are those that give actions which aren't.
+        The policy may come from a stranger. Nothing in it is unpickled or imported, and it can't make other
+        files be opened. The sizes that it states are compared with the file's before anything is allocated.
+        Weights that are damaged or not finite are refused, as are weights whose actions aren't finite.
 
         Args:
             path: see above.
-            device: where it acts: cpu, cuda, or auto, which is a GPU where there is one.
+            device: where the policy acts: cpu, cuda, or auto, which is a GPU if there is one.
 
         Raises:
             ConfigError: huggingface_hub isn't installed, or there is no such device.
-            CheckpointError: there is none, or it can't be read.
+            CheckpointError: there is no policy, or it can't be read.
         """
         device = choose_device(device)
         folder = find_policy(path)
         about, model = folder / "config.json", folder / "model.safetensors"
-        content = read_object(about, "policy")
+        content = hub.read_object(about, "policy")
         if content.pop("format", None) != FORMAT:
             raise CheckpointError(f"{about}: not a policy of format {FORMAT}")
-        sha256 = content.pop("sha256", None)  # older ones have none
+        sha256 = content.pop("sha256", None)  # older policies have none
         try:
-            config = build(PolicyConfig, content, str(about))
+            config = build(PolicyConfig, upgrade(content), str(about))
             with torch.device("meta"):  # shapes alone
-                actor = ConsistencyActor(config.state_dim, config.action_dim, config.actor)
-                critic = TwinCritic(
-                    config.state_dim,
-                    config.action_dim,
-                    config.critic_hidden,
-                    layer_norm=config.critic_layer_norm,
-                )
-            both = nn.ModuleDict({"actor": actor, "critic": critic})
-            shapes = {name: list(tensor.shape) for name, tensor in both.state_dict().items()}
-            weights = _read_weights(model, shapes, sha256)
+                actor, critic = _networks(config)
+            modules = _joined(actor, critic)
+            modules.load_state_dict(_read_weights(model, modules, sha256, device), assign=True)
+            fold(actor, None, config).check()
+            policy = cls(actor, critic, config)
         except CheckpointError:
             raise
         except Exception as error:
-            raise CheckpointError(f"{folder}: no readable policy: {one_line(error)}") from error
-        both.load_state_dict({name: tensor.to(device) for name, tensor in weights.items()}, assign=True)
-        policy = cls(actor, critic, config)
+            raise CheckpointError(f"{folder}: no readable policy: {hub.one_line(error)}") from error
         policy.folder = folder
-        _check_actions(policy)
         return policy
 
 
-def _read_weights(path: Path, shapes: Mapping[str, list[int]], sha256: Any) -> dict[str, Tensor]:
-    """Read a policy's weights, once it is clear that they are as many as they should be.
+def _networks(config: PolicyConfig) -> tuple[Actor, TwinCritic | None]:
+    """A policy's networks with new weights."""
+    c = config
+    actor = ACTORS[c.actor.kind](c.state_dim, c.action_dim, c.actor)
+    if not c.critic_hidden:
+        return actor, None
+    norm, activation = c.critic_layer_norm, c.critic_activation
+    return actor, TwinCritic(
+        c.state_dim, c.action_dim, c.critic_hidden, layer_norm=norm, activation=activation
+    )
+
+
+def _joined(actor: Actor, critic: TwinCritic | None) -> nn.ModuleDict:
+    """Both networks under the names that they have in the weights' file."""
+    return nn.ModuleDict({"actor": actor} if critic is None else {"actor": actor, "critic": critic})
+
+
+def _read_weights(path: Path, modules: nn.Module, sha256: Any, device: torch.device) -> dict[str, Tensor]:
+    """Read the weights of modules, once the file is known to be no longer than they are.
 
     Raises:
-        CheckpointError: they are other ones, damaged, or not finite.
+        CheckpointError: they are too many, damaged, or not finite.
     """
+    most = sum(4 * parameter.numel() for parameter in modules.parameters()) + MOST_HEADER_BYTES
     with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-    if length > MOST_HEADER_BYTES:
+        header, size = int.from_bytes(file.read(8), "little"), file.seek(0, os.SEEK_END)
+    if header > MOST_HEADER_BYTES or size > most:
         raise CheckpointError(
-            f"{path}: no readable policy: a header of {length:,} bytes, "
-            f"expected at most {MOST_HEADER_BYTES:,}"
+            f"{path}: size mismatch: expected at most {most:,} bytes, by config.json, and a header of "
+            f"{MOST_HEADER_BYTES:,}, found {size:,} and {header:,}"
         )
-    with safe_open(path, "pt") as header:
-        parts = {name: header.get_slice(name) for name in header.keys()}
-        found = {name: f"{part.get_dtype()} {part.get_shape()}" for name, part in parts.items()}
-    for name in sorted(shapes.keys() | found.keys()):
-        wanted, there = (f"F32 {shapes[name]}" if name in shapes else None), found.get(name)
-        if wanted != there:
-            raise CheckpointError(
-                f"{path}: size mismatch: expected {wanted or 'nothing'} as {name[:100]}, by config.json, "
-                f"found {there or 'nothing'}"
-            )
-    if sha256 is not None:
-        actual = sha256_of(path)
-        if actual != sha256:
-            raise CheckpointError(
-                f"{path}: damaged, or another policy's: expected SHA-256 {str(sha256)[:64]}, by config.json, "
-                f"found {actual}"
-            )
-    weights = {name: tensor.clone() for name, tensor in load_file(path).items()}  # no longer the file's
+    content = path.read_bytes()
+    actual = hashlib.sha256(content).hexdigest()
+    if sha256 not in (None, actual):
+        raise CheckpointError(
+            f"{path}: damaged, or another policy's: expected SHA-256 {str(sha256)[:64]}, by config.json, "
+            f"found {actual}"
+        )
+    weights = unpacked(content)
     for name, tensor in weights.items():
-        if not tensor.abs().max() <= LARGEST:
+        if tensor.dtype != torch.float32 or not (tensor.abs() <= LARGEST).all():
             raise CheckpointError(
-                f"{path}: {name}: expected finite numbers of at most {LARGEST:g}, found others"
+                f"{path}: {name[:100]}: expected finite float32 of at most {LARGEST:g}, found others"
             )
-    return weights
-
-
-def _check_actions(policy: Policy) -> None:
-    """Refuse finite weights and settings whose products aren't.
-
-    Raises:
-        CheckpointError: some actions aren't finite.
-    """
-    try:
-        with np.errstate(all="ignore"):
-            finite = fold(policy).finite()
-    except ArithmeticError:
-        finite = False
-    if not finite:
-        raise CheckpointError(f"{policy.folder}: expected finite actions, found products that overflow")
+    return {name: tensor.to(device) for name, tensor in weights.items()}
 
 
 def find_policy(name: str | Path) -> Path:
-    """The policy's folder below a run, a checkpoint or itself; `hf://owner/name` is brought here first.
+    """The policy's folder, given itself or a checkpoint's or run's folder; `hf://owner/name` is downloaded.
 
     Raises:
         ConfigError: huggingface_hub isn't installed.
-        CheckpointError: there is none.
+        CheckpointError: there is no policy.
     """
-    path = download(name) if isinstance(name, str) and name.startswith(PREFIX) else Path(name)
+    path = hub.download(name) if isinstance(name, str) and name.startswith(hub.PREFIX) else Path(name)
     for folder in (path, path / "policy", path / "last" / "policy", path / "checkpoints" / "last" / "policy"):
-        # Where a name is too long or a folder closed, os.path says no, and pathlib raises.
+        # os.path says no where pathlib raises: for a name that is too long, or a folder that can't be opened.
         if os.path.isfile(folder / "config.json") and os.path.isfile(folder / "model.safetensors"):
             return folder
-    kind = (
-        "holds no policy (policy/config.json and model.safetensors)"
-        if os.path.isdir(path)
-        else "does not exist"
-    )
-    hint = "; give a run's folder or one of its checkpoints"
-    if looks_like_an_id(str(name)):
-        hint += f", or {PREFIX}{name} for the Hub's"
-    raise CheckpointError(f"{name}: {kind}{hint}")
+    found = "does not exist"
+    if os.path.isdir(path):
+        found = "holds no policy (policy/config.json and model.safetensors)"
+    hint = f", or {hub.PREFIX}{name} for the Hub's" if hub.looks_like_an_id(str(name)) else ""
+    raise CheckpointError(f"{name}: {found}; give a run's folder or one of its checkpoints{hint}")

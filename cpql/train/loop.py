@@ -159,7 +159,7 @@ def make_policy(agent: Agent, config: TrainConfig, data: Source, bounds: Bounds,
         agent.action_dim,
         *bounds,
         c.actor,
-        c.critic_hidden,
+        c.critic_hidden if critic is not None else (),
         c.critic_layer_norm,
         c.candidates,
         c.temperature,
@@ -167,8 +167,9 @@ def make_policy(agent: Agent, config: TrainConfig, data: Source, bounds: Bounds,
         origin,
         mean,
         std,
+        c.critic_activation,
     )
-    return Policy(actor, critic, described)  # type: ignore[arg-type]
+    return Policy(actor, critic, described)
 
 
 class Means:

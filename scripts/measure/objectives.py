@@ -14,6 +14,7 @@ import yaml
 from numpy.typing import NDArray
 from torch import Tensor
 
+from cpql.actors import ConsistencyActor
 from cpql.consistency import OBJECTIVES
 from cpql.deploy.policy import Policy
 from cpql.environments import make_task_environment
@@ -93,7 +94,7 @@ def of_run(folder: Path) -> dict[str, Any]:
     return {
         "task": result["task"],
         "agent": result.get("algorithm", result["agent"]),
-        "objective": policy.config.actor.objective,
+        "objective": policy.actor.config.objective,
         "seed": result["training_seed"],
         "score": round(result["score"], 2),
         "episodes": result["episodes"],
@@ -150,22 +151,16 @@ def values(policy: Policy, states: Array, actions: Array) -> Array:
     """The smaller value of the twins [N], of observations and actions as the environment has them."""
     low, high = (torch.tensor(bound) for bound in (policy.config.action_low, policy.config.action_high))
     action = 2.0 * (torch.from_numpy(actions).float() - low) / (high - low) - 1.0
-    q: Tensor = policy.critic(seen_by(policy, states), action)
+    assert policy.critic is not None
+    q: Tensor = policy.critic(policy.normalise(torch.from_numpy(states).float()), action)
     return q.amin(0).double().numpy()
 
 
 @torch.no_grad()
 def diversity(policy: Policy, states: Array) -> float:
     """Standard deviation of one-step actions over their noise, mean over states and dimensions."""
-    state = seen_by(policy, states)
+    state = policy.normalise(torch.from_numpy(states).float())
     generator = torch.Generator().manual_seed(SEED)
+    assert isinstance(policy.actor, ConsistencyActor)
     actions = [policy.actor.sample(state, steps=1, generator=generator) for _ in range(DRAWS)]
     return float(torch.stack(actions).std(0).mean())
-
-
-def seen_by(policy: Policy, states: Array) -> Tensor:
-    """Observations as the policy's networks take them."""
-    config, state = policy.config, torch.from_numpy(states).float()
-    if not config.observation_mean:
-        return state
-    return (state - torch.tensor(config.observation_mean)) / torch.tensor(config.observation_std)
