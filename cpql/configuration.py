@@ -13,7 +13,6 @@ from typing import Any, cast
 import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
-from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
@@ -118,31 +117,29 @@ def check_words(command: str, words: list[str]) -> None:
     """
     if any(word.startswith("-") for word in words):
         return
-    values = {}
+    groups, values = (GROUPS if command == "train" else ()), {}
     for word in words:
         key, equals, values[key] = word.partition("=")
         if not equals:
             raise ConfigError(
                 f"{word!r}: expected KEY=VALUE, for example env=hopper-medium; --help shows all"
             )
-        if key in GROUPS and command == "train" and values[key] not in choices(key):
+        if key in groups and values[key] not in choices(key):
             raise ConfigError(
                 f"{key}={values[key]} does not exist: {did_you_mean(values[key], choices(key))}"
             )
-    # Of an environment's own options Hydra says better what to type: a + before them.
-    free = ("+", "~", "hydra", "env.env_options.", "env.reset_options.")
-    try:
-        with initialize_config_dir(str(config_folder()), version_base="1.3"):
-            chosen = compose(command, [f"{key}={value}" for key, value in values.items() if key in GROUPS])
-            known = {*GROUPS, *_keys(OmegaConf.to_container(chosen))}
+    with initialize_config_dir(str(config_folder()), version_base="1.3"):
+        try:
+            compose(command, words)
+        except HydraException as error:
+            chosen = compose(command, [f"{key}={value}" for key, value in values.items() if key in groups])
+            known = {*groups, *_keys(OmegaConf.to_container(chosen))}
+            # Of an environment's own options Hydra says better what to type: a + before them.
+            free = ("+", "~", "hydra", "env.env_options.", "env.reset_options.")
             for key in values:
                 if not key.startswith(free) and key not in known:
-                    raise ConfigError(f"unknown setting {key!r}: {_instead(key, known)}")
-            compose(command, words)
-    except HydraException as error:
-        raise ConfigError(" ".join(str(error).split())) from None
-    finally:
-        GlobalHydra.instance().clear()
+                    raise ConfigError(f"unknown setting {key!r}: {_instead(key, known)}") from None
+            raise ConfigError(" ".join(str(error).split())) from None
 
 
 def _keys(content: Any, prefix: str = "") -> Iterator[str]:

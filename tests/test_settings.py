@@ -381,7 +381,46 @@ LONG = "x" * 300
 DATA = ("train", "dataset.path=data.hdf5", "compile=false")
 
 HOSTILE: list[tuple[Prepare, tuple[str, ...], str]] = [
+    # words that Hydra doesn't know
+    (nothing, ("train", "env=hopper-medum"), "env=hopper-medum does not exist: did you mean hopper-medium"),
+    (nothing, ("train", "agent=cpq"), "agent=cpq does not exist: did you mean cpql"),
+    (nothing, ("train", "budget=fast"), "does not exist: choose from finetune, full, online, quick"),
+    (nothing, ("train", "preset=slow"), "preset=slow does not exist: choose from none, quick"),
+    (nothing, ("train", "mode=finetun"), "mode=finetun does not exist: did you mean finetune"),
+    (nothing, ("train", "hopper-medium"), "'hopper-medium': expected KEY=VALUE"),
+    (nothing, ("train", "agent.etaa=1"), "unknown setting 'agent.etaa': did you mean agent.eta?"),
+    (nothing, ("train", "eta=1"), "unknown setting 'eta': did you mean agent.eta?"),
+    (nothing, ("train", "foo=1"), "unknown setting 'foo': choose from agent, budget,"),
+    (nothing, ("train", "budget.foo=1"), "setting 'budget.foo': choose from budget.dataset_size,"),
+    (nothing, ("train", "online.start_steps=3"), "there are no settings in online in this mode"),
+    (nothing, ("train", "agent.actor.hidden=[1,]]"), "no viable alternative at input '[1,]'"),
+    (nothing, ("train", "env.env_options.x=1"), "Could not override 'env.env_options.x'. To append"),
+    (nothing, ("train", "agent.actor.objective=itc"), "'itc' does not exist: did you mean ict"),
+    (nothing, ("train", "agent.actor.objective_options.coun=3"), "denoise has no 'coun': did you mean count"),
+    (nothing, ("evaluate", "chekpoint=."), "unknown setting 'chekpoint': did you mean checkpoint"),
+    (nothing, ("evaluate", "env=hopper"), "unknown setting 'env': choose from candidates,"),
     # settings, checked before anything is loaded
+    (nothing, ("train", "seeds=3"), "seeds=3: expected a list, such as [0,1,2,3]"),
+    (
+        nothing,
+        ("train", "seeds=[1,2,3]", "agent.eta=[0.5,1]"),
+        "seed=[1, 2, 3]: 3 values: expected 2, one for each member",
+    ),
+    (nothing, ("train", "seeds=[1,1]"), "two members are alike: seed=[1, 1]"),
+    (nothing, ("train", "seed=x"), "seed: Input should be a valid integer"),
+    (nothing, ("train", "device=tpu"), "device: Input should be 'auto', 'cpu' or 'cuda'"),
+    (nothing, ("train", "agent.eta=much"), "agent: eta: Input should be a valid number"),
+    (nothing, ("train", "mode=online"), "no environment: expected env.id, such as env.id=Pendulum-v1"),
+    (
+        nothing,
+        ("train", "mode=online", "env=hopper", "dataset.n_step=2"),
+        "dataset.n_step=2: there is no dataset",
+    ),
+    (nothing, ("train", "env=hopper"), "hopper has no dataset: expected mode=online"),
+    (nothing, ("train", "mode=finetune"), "checkpoint=... is missing: a run's folder"),
+    (nothing, ("train", "mode=finetune", "checkpoint=nowhere"), "nowhere: does not exist"),
+    (nothing, ("evaluate",), "checkpoint=... is missing: a run's folder, one of its checkpoints, a policy's"),
+    (nothing, ("evaluate", "checkpoint=nowhere"), "nowhere: does not exist"),
     (nothing, ("train", "budget.log_every=0"), "budget.log_every: " + BELOW_1 + "0"),
     (nothing, ("train", "seed=99999999999999999999"), "seed: Input should be less than 2147483648"),
     (nothing, ("train", "compile=perhaps"), "compile: Input should be a valid boolean or 'auto'"),
@@ -528,7 +567,7 @@ def test_evaluations_of_policies_in_one_folder_are_told_apart(
     shutil.copytree(saved / "policy", tmp_path / "mine")
     name, _ = evaluated(command("evaluate", "checkpoint=mine", "episodes=1"))
     assert name == "evaluation_1_1000_mine.json" and (tmp_path / name).exists()
-    monkeypatch.setattr("cpql.deploy.policy.download", lambda _: saved / "policy")
+    monkeypatch.setattr("cpql.deploy.hub.download", lambda _: saved / "policy")
     for id, mark in (("me/hopper", "me--hopper"), ("me/hopper@v2", "me--hopper@v2")):
         name, _ = evaluated(command("evaluate", f"checkpoint='hf://{id}'", "episodes=1"))
         assert name == f"evaluation_1_1000_{mark}.json" and (tmp_path / name).exists()
