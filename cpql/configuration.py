@@ -61,6 +61,7 @@ def register(**commands: Any) -> None:
     for name in ("auto", *SOURCES):
         node = asdict(DatasetConfig(source=name))
         node |= {"size": "${budget.dataset_size}", "reward": "${published:reward,none}"}
+        node["normalise_observations"] = "${published:normalise_observations,false}"
         store.store(group="dataset", name=name, node=node)
     for name, agent in AGENTS.items():
         node = asdict(agent.config_class())
@@ -82,8 +83,12 @@ def register(**commands: Any) -> None:
 
 
 def _published(column: str, default: Any, *, _root_: DictConfig) -> Any:
-    """`${published:COLUMN,DEFAULT}`: what the agent's table in `configs/published/` has for the task."""
-    return OmegaConf.select(_root_, f"published.{_root_.env.name}.{column}", default=default)
+    """`${published:COLUMN,DEFAULT}`: from the agent's table in configs/published: its task's row, or `all`."""
+    for row in (_root_.env.name, "all"):
+        value = OmegaConf.select(_root_, f"published.{row}.{column}")
+        if value is not None:
+            return value
+    return default
 
 
 def _settings(*, _root_: DictConfig) -> str:

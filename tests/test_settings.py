@@ -247,6 +247,29 @@ def test_ends_of_ranges_are_in_them(key: str, value: Any, contents: dict[str, Di
         assert agent_config(config)[1].updates == 2_000_000
 
 
+@pytest.mark.parametrize(
+    ("words", "actor_lr", "eta_warmup", "rate"),
+    [
+        (["env=pen-human"], 3e-5, 0, 0.005),
+        (["env=pen-human", "budget=quick"], 3e-4, 10_000, 0.02),
+        (["env=pen-human", "budget=quick", "agent.eta_warmup=7"], 3e-4, 7, 0.02),
+        (["env=pen-human", "budget=quick", "preset=none"], 3e-5, 0, 0.005),
+        (["env=pen-human", "preset=quick"], 3e-4, 10_000, 0.02),
+        (["agent=td3_bc", "budget=quick"], 3e-4, None, 0.02),
+    ],
+)
+def test_a_quick_budget_chooses_a_preset(
+    words: list[str], actor_lr: float, eta_warmup: int | None, rate: float
+) -> None:
+    configuration.register()
+    with initialize_config_dir(str(config_folder()), version_base="1.3"):
+        content = compose("train", [*words, "configuration=x"])
+    ((config, _),) = configuration.members(content, [word.partition("=")[0] for word in words])
+    _, agent = agent_config(config)
+    assert (agent.actor_lr, agent.critic_target.rate) == (actor_lr, rate)
+    assert getattr(agent, "eta_warmup", None) == eta_warmup
+
+
 def test_the_largest_seed_fits_every_generator() -> None:
     seed = 2**31 - 1
     torch.Generator().manual_seed(seed + 100)
