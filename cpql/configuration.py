@@ -83,7 +83,7 @@ def register(**commands: Any) -> None:
 
 
 def _published(column: str, default: Any, *, _root_: DictConfig) -> Any:
-    """`${published:COLUMN,DEFAULT}`: from the agent's table in configs/published: its task's row, or `all`."""
+    """`${published:COLUMN,DEFAULT}`: from the agent's published table, its row of the task, or of `all`."""
     for row in (_root_.env.name, "all"):
         value = OmegaConf.select(_root_, f"published.{row}.{column}")
         if value is not None:
