@@ -21,6 +21,7 @@ from cpql.consistency import OBJECTIVES
 from cpql.data.sources import SOURCES
 from cpql.environments import import_environment
 from cpql.errors import CheckpointError, ConfigError, did_you_mean
+from cpql.migration import upgrade
 from cpql.settings import build
 from cpql.tasks import config_folder, load_task, task_names, task_patterns, with_own_references
 from cpql.train.checkpoint import find_training
@@ -239,6 +240,7 @@ def _continue_from(plain: Plain, overrides: list[str]) -> None:
         before = yaml.safe_load(file.read_text())
         if not {"env", "agent", "dataset"} <= before.keys():
             raise ValueError("it has no env, agent and dataset")
+        before = upgrade(before)
     except (OSError, ValueError, AttributeError, yaml.YAMLError) as error:
         raise CheckpointError(f"{file}: no readable configuration of a run: {error}") from error
     if "agent" in overrides:
