@@ -276,8 +276,7 @@ def _drop_inapplicable(agent: Plain, overrides: list[str]) -> None:
         presets = (cast(DictConfig, OmegaConf.load(file)) for file in (config_folder() / "preset").iterdir())
         fields = AGENTS[agent["name"]].config_class.__dataclass_fields__.keys()
         drop(agent, "agent", {str(key) for preset in presets for key in preset} - fields)
-    actor, options = agent["actor"], "agent.actor.objective_options"
-    if "agent.actor.objective" in overrides and options not in overrides:
-        objective = OBJECTIVES.get(actor["objective"])
-        if objective:  # else it is refused later
-            drop(actor["objective_options"], options, actor["objective_options"].keys() - objective.settings)
+    objective = OBJECTIVES.get(agent["actor"].get("objective"))
+    options, own = "agent.actor.objective_options", agent["actor"].get("objective_options", {})
+    if objective and "agent.actor.objective" in overrides and options not in overrides:
+        drop(own, options, own.keys() - objective.settings)
