@@ -179,7 +179,7 @@ def test_what_lies_in_the_cache_counts_as_d4rls_only_if_it_fits(
     task = with_rows(40)
     stand_in = Transitions.from_dict(arrays(10), source="embedded", id="hopper-medium")
     monkeypatch.setattr(embedded.Embedded, "locate", lambda *_: None)
-    monkeypatch.setattr(embedded, "cached", lambda *_: stand_in)
+    monkeypatch.setattr(embedded.Embedded, "fetch", lambda *_: stand_in)
     d4rl.write(folder / NAME, arrays() | changed, {})
     said: list[str] = []
     if not reason:

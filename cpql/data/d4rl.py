@@ -19,7 +19,7 @@ import h5py  # type: ignore[import-untyped]
 import numpy as np
 from numpy.typing import NDArray
 
-from cpql.data.download import MOST, fetch, verify_recorded
+from cpql.data.download import fetch, verify_recorded
 from cpql.data.request import AnotherDatasetError, Request, Source
 from cpql.data.transitions import Provenance, Reading, Transitions
 from cpql.errors import DataError
@@ -62,8 +62,6 @@ WIDTHS = {
     "relocate": (39, 30),
     "kitchen": (60, 9),
 }
-# Ant's rows, the widest, have some 230 numbers of 4 or 8 bytes, and what the simulator said besides.
-MOST_ROW_BYTES = 4096
 # Compressed floating-point data shrink a few times, sparse ones a few ten times; zeros a thousand times.
 MOST_EXPANSION = 100
 UNSUSPICIOUS_BYTES = 64 << 20
@@ -94,17 +92,16 @@ class D4RL(Source):
         if not entry:
             raise DataError(f"{request.task.name}: D4RL has no counterpart: expected dataset.id to name one")
         _ = request.facts  # an environment that can't be made costs no download
-        path, rows = _path(entry), entry.get("rows")
+        path = _path(entry)
         name, folders = path.rpartition("/")[2], os.environ.get("CPQL_D4RL_MIRROR", "").split()
         last = "/".join(path.split("/")[-2:])
         own = [f"{folder.rstrip('/')}/{place}" for folder in folders for place in (last, name)]
         return fetch(
             [*own, MIRROR + name, HOST + path],
             cache_folder() / name,
-            lambda file: check_fit(file, entry["id"], rows),
+            lambda file: check_fit(file, entry["id"], entry.get("rows")),
             progress=request.progress,
             say=request.say,
-            most=MOST if rows is None else min(MOST, UNSUSPICIOUS_BYTES + rows * MOST_ROW_BYTES),
         )
 
     def read(self, path: Path, request: Request) -> Transitions:
