@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from io import StringIO
@@ -307,6 +309,24 @@ def test_an_interrupted_run_goes_on(
     assert result["data"]["details"] == {"environment": "Walk-v0", "steps": steps}
     lines = (tmp_path / "run" / "metrics.csv").read_text().splitlines()
     assert len(lines) == 11 and {"online/steps", "online/return"} <= set(lines[0].split(","))
+
+
+def test_a_finished_run_leaves_no_buffer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing that ends in a cycle holds on to a training: its memory is free at once."""
+    buffers: list[weakref.ref[ReplayBuffer]] = []
+    init = ReplayBuffer.__init__
+
+    def noted(self: ReplayBuffer, *arguments: Any) -> None:
+        buffers.append(weakref.ref(self))
+        init(self, *arguments)
+
+    monkeypatch.setattr(ReplayBuffer, "__init__", noted)
+    gc.disable()
+    try:
+        run(settings(tmp_path / "run"))
+        assert [buffer() for buffer in buffers] == [None]
+    finally:
+        gc.enable()
 
 
 def test_a_group_learns_online(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ import yaml
 from rich.console import Console
 from trainings import AGENTS, Killed, die, everything, run, run_group, settings, write_dataset
 
+from cpql.agents import TD3BC
 from cpql.data import d4rl
 from cpql.deploy.policy import Policy
 from cpql.errors import CheckpointError, ConfigError, CpqlError, Interrupted
@@ -75,6 +76,25 @@ def test_interrupted_and_resumed_equals_uninterrupted(
         run(settings(dataset, tmp_path / "parts", agent))
     run(settings(dataset, tmp_path / "parts", agent, resume=True))
     assert everything(tmp_path / "parts") == everything(tmp_path / "whole")
+
+
+def test_an_agent_whose_updates_differ_ends_and_starts_anywhere(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """TD3+BC's policy steps at every second update: a run of an odd number, and one that starts there."""
+    budget = BudgetConfig("test", 21, 4, 0, 10, 1, 1, keep=2)
+    run(settings(dataset, tmp_path / "odd", "td3_bc", budget=budget))
+    head, *rows = (tmp_path / "odd" / "metrics.csv").read_text().splitlines()
+    assert "actor/loss" in head and ["nan" in row for row in rows] == [False] * 5 + [True]
+    update, phases = TD3BC.update, []
+
+    def noted(self: Any, batch: Any, noise: Any, phase: int) -> Any:
+        phases.append((phase, int(self.state["step"]) % 2))
+        return update(self, batch, noise, phase)
+
+    monkeypatch.setattr(TD3BC, "update", noted)
+    run(settings(dataset, tmp_path / "next", "td3_bc", budget=budget, checkpoint=str(tmp_path / "odd")))
+    assert phases[0] == (1, 1) and all(phase == taken for phase, taken in phases)
 
 
 def test_members_of_a_group_are_ordinary_runs(dataset: Path, tmp_path: Path, interrupt_at: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 import os
 import sys
 import time
@@ -64,14 +65,14 @@ class CSVTable:
             path.unlink()
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Append a row; the first row defines the columns."""
+        """Append a row; the first row defines the columns, and what a later row lacks is NaN."""
         row = {"step": step, **metrics}
         with self.path.open("a", newline="") as file:
             writer = csv.writer(file, lineterminator="\n")
             if not self.columns:
                 self.columns = list(row)
                 writer.writerow(self.columns)
-            writer.writerow([row[name] for name in self.columns])
+            writer.writerow([row.get(name, math.nan) for name in self.columns])
 
     def rows(self) -> list[dict[str, float]]:
         """All rows as numbers."""

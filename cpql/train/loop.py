@@ -36,7 +36,7 @@ def loop(members: Members, update: Update, stopped: Callable[[], bool]) -> None:
     Raises:
         Interrupted: `stopped` said so; everything is saved.
     """
-    budget, cycle = members.config.budget, members.agent.cycle
+    budget = members.config.budget
     began, first, text = time.monotonic(), members.step, members.last_scores()
     with progress(members.console, "training", budget.updates, first) as bar:
         with bar.paused():
@@ -45,7 +45,7 @@ def loop(members: Members, update: Update, stopped: Callable[[], bool]) -> None:
                 members.evaluate(stopped)
         while members.step < budget.updates and not stopped():
             batch, noise = members.inputs()
-            members.means.add(update(batch, noise, members.step % cycle))
+            members.means.add(update(batch, noise, members.phase))
             members.step += 1
             if members.due(budget.log_every):
                 text = members.log(time.monotonic() - began - bar.away, members.step - first)

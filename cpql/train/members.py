@@ -110,6 +110,13 @@ class Members:
         self.step = self.saved = self._restore()
         if not self.step:
             self._start_from_checkpoints()
+        # A run that starts from another one's checkpoint counts from 0; its agent counts on.
+        self.before = int(agent.state["step"]) - self.step
+
+    @property
+    def phase(self) -> int:
+        """The phase of the next update: the updates that the agent has taken, modulo its `cycle`."""
+        return (self.before + self.step) % self.agent.cycle
 
     def going(self) -> list[tuple[int, Run]]:
         """The members that haven't diverged, by number."""
