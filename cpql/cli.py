@@ -82,7 +82,7 @@ def _train(content: DictConfig) -> None:
     from cpql.configuration import members
     from cpql.train.logging import make_console
     from cpql.train.loop import train_group
-    from cpql.train.runs import group_summary
+    from cpql.train.summary import group_summary
 
     overrides = [word.lstrip("+").partition("=")[0] for word in HydraConfig.get().overrides.task]
     runs = members(content, overrides)

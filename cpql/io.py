@@ -7,6 +7,7 @@ import glob
 import hashlib
 import importlib.metadata
 import os
+import platform
 import shutil
 import socket
 import tempfile
@@ -56,9 +57,9 @@ def user_folder(variable: str, default: str) -> Path:
 
 
 def versions(*packages: str) -> dict[str, str]:
-    """The versions of those packages that are installed."""
-    found = {}
-    for package in packages:
+    """The versions of packages, if they are installed; by default of Python and what a score depends on."""
+    found = {} if packages else {"python": platform.python_version()}
+    for package in packages or ("cpql", "torch", "gymnasium", "gymnasium-robotics", "mujoco", "numpy"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[package] = importlib.metadata.version(package)
     return found

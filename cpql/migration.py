@@ -18,6 +18,9 @@ RENAMED = {
 }
 """Keys that have another name today, by where they were."""
 
+FIRST_AGENTS = ("cpql", "consistency_ac")
+"""The agents of the versions whose actors had no kind."""
+
 
 def upgrade(content: Mapping[str, Any]) -> dict[str, Any]:
     """Give the plain values of a policy's or a run's configuration in today's form.
@@ -35,11 +38,16 @@ def upgrade(content: Mapping[str, Any]) -> dict[str, Any]:
     for key in ("task", "env"):
         if isinstance(new.get(key), Mapping):
             new[key] = _task(new[key])
-    # A policy has an actor of its own, a run within its agent. Actors had no kind while there was one alone.
+    # Actors had no kind while all were consistency models. A policy has its own, a run that of its agent.
     if isinstance(new.get("actor"), Mapping):
         new["actor"] = {"kind": "consistency", **new["actor"]}
-    if isinstance(new.get("agent"), Mapping) and isinstance(new["agent"].get("actor"), Mapping):
-        new["agent"] = {**new["agent"], "actor": {"kind": "consistency", **new["agent"]["actor"]}}
+    agent = new.get("agent")
+    if (
+        isinstance(agent, Mapping)
+        and agent.get("name") in FIRST_AGENTS
+        and isinstance(agent.get("actor"), Mapping)
+    ):
+        new["agent"] = {**agent, "actor": {"kind": "consistency", **agent["actor"]}}
     return new
 
 

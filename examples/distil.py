@@ -27,8 +27,9 @@ from torch import Tensor
 
 from cpql import ActorConfig, ConsistencyActor, Policy
 from cpql.environments import make_task_environment
+from cpql.io import versions
 from cpql.tasks import Task
-from cpql.train.evaluation import Evaluation, evaluate, versions
+from cpql.train.evaluation import Evaluation, evaluate
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:

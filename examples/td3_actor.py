@@ -21,8 +21,9 @@ import torch
 
 from cpql import ActorConfig, ConsistencyActor, Policy, TwinCritic
 from cpql.deploy.policy import PolicyConfig
+from cpql.io import versions
 from cpql.tasks import Task
-from cpql.train.evaluation import evaluate, versions
+from cpql.train.evaluation import evaluate
 
 HIDDEN = (128, 128)
 

@@ -134,7 +134,7 @@ def add_option(command: argparse.ArgumentParser, key: str, default: Any) -> None
 
 def machine() -> dict[str, Any]:
     """What a figure depends on."""
-    from cpql.train.evaluation import versions
+    from cpql.io import versions
 
     model = platform.processor() or platform.machine()
     if Path("/proc/cpuinfo").exists():

@@ -21,8 +21,8 @@ from trainings import Killed, everything
 
 from cpql.deploy.policy import Policy
 from cpql.errors import CheckpointError
-from cpql.train import loop as training
 from cpql.train.checkpoint import find_training, load_training
+from cpql.train.members import Means
 
 Damage = Callable[[Path], object]
 
@@ -272,9 +272,9 @@ class Runs(NamedTuple):
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
     place = Place(tmp_path_factory.mktemp("runs"))
     runs, count = Runs(place, place.folder / "whole", place.folder / "killed"), 0
-    original = training.Means.add
+    original = Means.add
 
-    def add(self: training.Means, metrics: dict[str, torch.Tensor]) -> None:
+    def add(self: Means, metrics: dict[str, torch.Tensor]) -> None:
         nonlocal count
         count += 1
         original(self, metrics)
@@ -284,7 +284,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
     with drawn_quickly():
         place.start(KINDS["single"], runs.whole)
         with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
-            patch.setattr(training.Means, "add", add)
+            patch.setattr(Means, "add", add)
             place.start(KINDS["single"], runs.killed)
         yield runs
 

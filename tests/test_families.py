@@ -25,7 +25,7 @@ from cpql.environments import make_task_environment
 from cpql.tasks import Task, load_task, task_names
 from cpql.train.config import BudgetConfig, DatasetConfig, TrainConfig
 from cpql.train.loop import train
-from cpql.train.runs import summary
+from cpql.train.summary import summary
 
 ROOT = Path(__file__).parent.parent
 STEPS = 20

@@ -80,6 +80,7 @@ def test_tasks_of_other_origins(old: dict[str, Any], datasets: dict[str, Any]) -
     [
         ({"actor": {}}, {"actor": {"kind": "consistency"}}),
         ({"actor": {"kind": "deterministic"}}, {"actor": {"kind": "deterministic"}}),
+        ({"agent": {"name": "td3_bc", "actor": {}}}, {"agent": {"name": "td3_bc", "actor": {}}}),
         (
             {"actor": {"objective_options": {"share": 0.5, "s0": 10}, "kind": "consistency"}},
             {"actor": {"objective_options": {"fraction": 0.5, "s0": 10}, "kind": "consistency"}},

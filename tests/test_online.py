@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from io import StringIO
@@ -150,7 +152,7 @@ def test_steps_follow_the_update_ratio(environments: int, ratio: float) -> None:
         assert batch.observations.shape == (8, 4) and batch.rewards.shape == (8,)
         due = update / ratio
         assert 30 + due <= experience.explorers[0].steps < 30 + due + environments
-    assert experience.figures(0)["online/steps"] == experience.provenance.transitions
+    assert experience.metrics(0)["online/steps"] == experience.provenance.transitions
 
 
 def test_the_share_of_random_actions_falls() -> None:
@@ -201,7 +203,7 @@ def test_the_policy_can_act_from_the_start() -> None:
     [
         ({"environments": 0}, r"online: environments: .* greater than or equal to 1, found 0"),
         ({"updates_per_step": 0.0}, r"online: updates_per_step: .* greater than 0, found 0"),
-        ({"offline_share": 1.5}, r"online: offline_share: .* less than or equal to 1, found 1\.5"),
+        ({"offline_fraction": 1.5}, r"online: offline_fraction: .* less than or equal to 1, found 1\.5"),
     ],
 )
 def test_settings_that_make_no_sense(settings: dict[str, Any], message: str) -> None:
@@ -236,7 +238,7 @@ def test_a_member_explores_as_it_would_alone() -> None:
 
 def test_a_share_of_each_batch_is_the_datasets(data: Transitions) -> None:
     data.rewards.fill_(-7.0)
-    config = OnlineConfig(start_steps=10, offline_share=0.25)
+    config = OnlineConfig(start_steps=10, offline_fraction=0.25)
     experience, agent = Experience(TASK, config, [0], CPU, data), agent_of()
     for _ in range(5):
         batch = experience.batch(agent, [torch.Generator().manual_seed(0)])
@@ -248,7 +250,7 @@ def test_a_share_of_each_batch_is_the_datasets(data: Transitions) -> None:
 def test_rewards_and_observations_are_changed_as_the_datasets_are(data: Transitions) -> None:
     mean, std = torch.tensor([0.0, 1.0, 0.0, 1.0]), torch.tensor([2.0, 1.0, 1.0, 4.0])
     offline = replace(data, normalisation=(mean, std))
-    config = OnlineConfig(start_steps=50, offline_share=0.5)
+    config = OnlineConfig(start_steps=50, offline_fraction=0.5)
     changed = Experience(TASK, config, [0], CPU, offline, lambda r: 10.0 * r - 1.0).explorers[0]
     plain = Experience(TASK, config, [0], CPU, data).explorers[0]
     for explorer in (changed, plain):
@@ -291,10 +293,10 @@ def test_an_interrupted_run_goes_on(
     config = settings(tmp_path / "run", online=OnlineConfig(start_steps=15, save_buffer=save_buffer))
     update = CPQL.update
 
-    def stop(self: CPQL, batch: Any, noise: Any) -> Any:
+    def stop(self: CPQL, batch: Any, noise: Any, phase: int) -> Any:
         if self.state["step"] == 25:
             raise Stopped
-        return update(self, batch, noise)
+        return update(self, batch, noise, phase)
 
     with monkeypatch.context() as patch:
         patch.setattr(CPQL, "update", stop)
@@ -307,6 +309,24 @@ def test_an_interrupted_run_goes_on(
     assert result["data"]["details"] == {"environment": "Walk-v0", "steps": steps}
     lines = (tmp_path / "run" / "metrics.csv").read_text().splitlines()
     assert len(lines) == 11 and {"online/steps", "online/return"} <= set(lines[0].split(","))
+
+
+def test_a_finished_run_leaves_no_buffer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing that ends in a cycle holds on to a training: its memory is free at once."""
+    buffers: list[weakref.ref[ReplayBuffer]] = []
+    init = ReplayBuffer.__init__
+
+    def noted(self: ReplayBuffer, *arguments: Any) -> None:
+        buffers.append(weakref.ref(self))
+        init(self, *arguments)
+
+    monkeypatch.setattr(ReplayBuffer, "__init__", noted)
+    gc.disable()
+    try:
+        run(settings(tmp_path / "run"))
+        assert [buffer() for buffer in buffers] == [None]
+    finally:
+        gc.enable()
 
 
 def test_a_group_learns_online(tmp_path: Path) -> None:
@@ -336,7 +356,7 @@ def test_fine_tuning_starts_where_the_checkpoint_is(tmp_path: Path) -> None:
         tmp_path / "tuned",
         dataset=offline.dataset,
         checkpoint=str(tmp_path / "offline"),
-        online=OnlineConfig(start_steps=10, start="policy", offline_share=0.5),
+        online=OnlineConfig(start_steps=10, start="policy", offline_fraction=0.5),
     )
     result = run(tuned)
     assert result["data"]["source"] == "file + online"
@@ -365,8 +385,8 @@ def test_fine_tuning_needs_a_whole_checkpoint(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("dataset", "message"),
     [
-        (DatasetConfig(reward="normalize"), r"dataset\.reward=normalize: there is no dataset to do it to"),
-        (DatasetConfig(n_step=3), r"dataset\.n_step=3: there is no dataset"),
+        (DatasetConfig(reward="normalize"), r"dataset\.reward=normalize: expected none without a dataset"),
+        (DatasetConfig(n_step=3), r"dataset\.n_step=3: expected 1 without a dataset"),
     ],
 )
 def test_a_datasets_settings_without_one(tmp_path: Path, dataset: DatasetConfig, message: str) -> None:

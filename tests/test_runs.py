@@ -28,11 +28,12 @@ from cpql.agents import CPQL
 from cpql.errors import ActingError, CheckpointError, ConfigError, CpqlError, Interrupted
 from cpql.tasks import Task
 from cpql.train import checkpoint, runs
-from cpql.train import loop as training
 from cpql.train.checkpoint import saved_steps
 from cpql.train.config import BudgetConfig, OnlineConfig, TrainConfig
-from cpql.train.logging import make_console
-from cpql.train.runs import claimed, group_summary
+from cpql.train.logging import LOGGERS, make_console, say
+from cpql.train.members import Means
+from cpql.train.runs import claimed
+from cpql.train.summary import group_summary
 
 LITTLE = BudgetConfig("test", 40, 4, 20, 10, 2, 3, keep=2)
 
@@ -122,7 +123,7 @@ def test_killed_before_the_first_checkpoint_again_and_again(
     """After some metrics, and then before the first update."""
     for count, resume in ((6, False), (1, True)):
         with monkeypatch.context() as patch:
-            at_call(patch, training.Means, "add", count)
+            at_call(patch, Means, "add", count)
             with pytest.raises(Killed):
                 run(settings(dataset, tmp_path / "run", resume=resume))
     run(settings(dataset, tmp_path / "run", resume=True))
@@ -133,7 +134,7 @@ def test_killed_before_the_first_checkpoint_again_and_again(
 def test_a_row_that_a_full_disk_has_cut_off_is_written_anew(
     dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: dict[str, Any]
 ) -> None:
-    at_call(monkeypatch, training.Means, "add", 13)
+    at_call(monkeypatch, Means, "add", 13)
     with pytest.raises(Killed):
         run(settings(dataset, tmp_path / "run"))
     table = tmp_path / "run" / "metrics.csv"
@@ -324,7 +325,7 @@ def test_where_there_are_no_links_last_is_a_copy(
         raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
 
     monkeypatch.setattr(os, "symlink", refused)
-    at_call(monkeypatch, training.Means, "add", 25)
+    at_call(monkeypatch, Means, "add", 25)
     with pytest.raises(Killed):
         run(settings(dataset, tmp_path / "run"))
     run(settings(dataset, tmp_path / "run", resume=True))
@@ -342,8 +343,8 @@ def test_weights_that_are_not_finite_are_never_saved(
 ) -> None:
     update = CPQL.update
 
-    def broken(self: Any, batch: Any, noise: Any) -> Any:
-        metrics = update(self, batch, noise)
+    def broken(self: Any, batch: Any, noise: Any, phase: int) -> Any:
+        metrics = update(self, batch, noise, phase)
         if int(self.state["step"]) == 15:
             self.state["critic_square"][..., 3] = float("nan")  # no loss shows it yet
         return metrics
@@ -377,7 +378,7 @@ def test_a_full_disk_ends_in_a_line_and_the_run_goes_on_later(
 def test_a_damaged_checkpoint_is_noticed_and_the_one_before_is_taken(
     dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: dict[str, Any]
 ) -> None:
-    at_call(monkeypatch, training.Means, "add", 36)
+    at_call(monkeypatch, Means, "add", 36)
     with pytest.raises(Killed):
         run(settings(dataset, tmp_path / "run"))
     folder = tmp_path / "run" / "checkpoints"
@@ -408,7 +409,7 @@ def test_a_checkpoint_that_holds_an_evaluation_of_the_users_stays(
     dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tmp_path / "run" / "checkpoints"
-    at_call(monkeypatch, training.Means, "add", 15, (folder / "step_00000010" / "mine.json").touch)
+    at_call(monkeypatch, Means, "add", 15, (folder / "step_00000010" / "mine.json").touch)
     run(settings(dataset, tmp_path / "run", budget=replace(LITTLE, keep=1)))
     assert saved_steps(folder) == [10, 40]
 
@@ -420,9 +421,9 @@ def test_a_failed_start_leaves_nothing_behind(
         raise ConfigError("logger=tensorboard needs a package")
 
     with monkeypatch.context() as patch:
-        patch.setattr(runs, "make_logger", missing)
+        patch.setitem(LOGGERS, "tensorboard", missing)
         with pytest.raises(ConfigError, match="needs a package"):
-            run_group(tmp_path / "group", dataset, (0, 1))
+            run_group(tmp_path / "group", dataset, (0, 1), logger="tensorboard")
         patch.setattr(torch, "compile", lambda *_, **__: raises(RuntimeError("unsupported\nhere")))
         with pytest.raises(
             ConfigError, match=r"^compile=true: PyTorch's compiler fails \(RuntimeError: unsup"
@@ -481,7 +482,7 @@ def test_each_member_has_a_wandb_run_of_its_own(tmp_path: Path, monkeypatch: pyt
 
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
-    loggers = [WandbLogger(tmp_path, f"seed{k}", {"seed": k}) for k in range(2)]
+    loggers = [WandbLogger(tmp_path, f"seed{k}", {"seed": k}, 0) for k in range(2)]
     for k, logger in enumerate(loggers):
         logger.log(1, {"x": float(k)})
     assert [(logger.run.name, dict(logger.run.config)) for logger in loggers] == [
@@ -495,5 +496,5 @@ def test_each_member_has_a_wandb_run_of_its_own(tmp_path: Path, monkeypatch: pyt
 
 def test_text_of_strangers_is_printed_as_text(dataset: Path, tmp_path: Path) -> None:
     console = Console(file=(text := StringIO()), width=200)
-    training._say(console)("a [rows, width] of [/] and \x1b[31m")
+    say(console, "a [rows, width] of [/] and \x1b[31m")
     assert text.getvalue() == "a [rows, width] of [/] and \\x1b[31m\n"

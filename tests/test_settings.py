@@ -32,8 +32,7 @@ from cpql.deploy.policy import Policy, PolicyConfig
 from cpql.errors import ConfigError, errors_in_one_line
 from cpql.settings import Positive, build
 from cpql.tasks import Task, config_folder, load_task, with_own_references
-from cpql.train.config import TrainConfig
-from cpql.train.loop import agent_config
+from cpql.train.config import TrainConfig, agent_config
 
 
 @dataclasses.dataclass
@@ -196,7 +195,7 @@ OUT_OF_RANGE = [
     ("online.epsilon_steps", -1, BELOW_0 + "-1"),
     ("online.noise", -0.1, BELOW_0 + "-0.1"),
     ("online.buffer_size", 0, BELOW_1 + "0"),
-    ("online.offline_share", 1.5, "less than or equal to 1, found 1.5"),
+    ("online.offline_fraction", 1.5, "less than or equal to 1, found 1.5"),
 ]
 
 

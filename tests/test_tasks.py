@@ -24,8 +24,7 @@ from cpql.agents import CPQLConfig
 from cpql.environments import make_environment
 from cpql.errors import ConfigError
 from cpql.tasks import Task, config_folder, expand, load_task, patterns, task_names, task_patterns
-from cpql.train.config import OnlineConfig, TrainConfig
-from cpql.train.loop import agent_config
+from cpql.train.config import OnlineConfig, TrainConfig, agent_config
 
 ROOT = Path(__file__).parent.parent
 AGENTS = (

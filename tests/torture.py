@@ -73,7 +73,7 @@ KINDS = {
     "group, keep=1": Kind((0, 1), {"budget": replace(BUDGET, keep=1)}),
     "from a checkpoint": Kind(from_base=True),
     "online": Kind(changes={"online": ACTING}, exact=False),
-    "finetune": Kind(changes={"online": replace(ACTING, offline_share=0.5)}, from_base=True, exact=False),
+    "finetune": Kind(changes={"online": replace(ACTING, offline_fraction=0.5)}, from_base=True, exact=False),
 }
 
 
@@ -108,7 +108,7 @@ class Place:
                 checkpoint=str(self.base / "seed0") if kind.from_base else None,
             )
             config = replace(config, **kind.changes)
-            if config.online and not config.online.offline_share:
+            if config.online and not config.online.offline_fraction:
                 config = replace(config, dataset=DatasetConfig())
             members.append((config, {"seed": seed, "agent": LITTLE}))
         train_group(members, Console(file=said))

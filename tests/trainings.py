@@ -21,6 +21,7 @@ AGENTS: dict[str, dict[str, Any]] = {
     "cpql": {"name": "cpql"},
     "cpiql": {"name": "cpql", "critic": "expectile", "candidates": 3},
     "consistency_ac": {"name": "consistency_ac"},
+    "td3_bc": {"name": "td3_bc"},
 }
 
 

@@ -2,16 +2,30 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from cpql.agents import AGENTS, Agent, AgentConfig
 from cpql.data.sources import check_source
-from cpql.settings import Candidates, Count, Natural, Positive, Seed, Share, Threads
+from cpql.errors import ConfigError, did_you_mean
+from cpql.settings import Candidates, Count, Natural, Positive, Seed, Share, Threads, build
 from cpql.tasks import Task
+from cpql.train.logging import LOGGERS
 
-__all__ = ["BudgetConfig", "DatasetConfig", "OnlineConfig", "TrainConfig"]
+__all__ = [
+    "BudgetConfig",
+    "DatasetConfig",
+    "OnlineConfig",
+    "TrainConfig",
+    "agent_config",
+    "group_agent_config",
+]
+
+# In these the members of one program may differ, and in the agent's settings in its `by_member`.
+OWN = ("seed", "run_dir", "agent", "checkpoint")
 
 
 @dataclass(frozen=True)
@@ -50,19 +64,19 @@ class DatasetConfig:
 
 @dataclass(frozen=True)
 class BudgetConfig:
-    """How long to train and how often to look.
+    """How long to train, and how often to log, save and evaluate.
 
     Attributes:
-        name: `quick` or `full`.
+        name: of the budget, part of the run's folder.
         updates: gradient steps.
-        log_every: gradient steps between lines of metrics.csv, means over the interval.
+        log_every: gradient steps between rows of metrics.csv, which are means over the interval.
         evaluate_every: gradient steps between evaluations; 0 evaluates at the end only.
         save_every: gradient steps between checkpoints.
         episodes: of an evaluation during training.
         final_episodes: of the evaluation at the end.
-        keep: how many checkpoints to keep, the newest; 0 keeps all.
-        dataset_size: transitions that are collected where data has to be.
-        episode_limit: steps after which an evaluation ends an episode that its environment doesn't end.
+        keep: how many of the newest checkpoints to keep; 0 keeps all.
+        dataset_size: transitions to collect if the data have to be collected.
+        episode_limit: steps after which an evaluation cuts an episode that its environment doesn't end.
     """
 
     name: str = "full"
@@ -79,21 +93,21 @@ class BudgetConfig:
 
 @dataclass(frozen=True)
 class OnlineConfig:
-    """How an agent acts while it learns, `mode=online` and `mode=finetune`.
+    """How an agent acts while it learns, for `mode=online` and `mode=finetune`.
 
     Attributes:
-        environments: how many at once, for each member.
-        updates_per_step: gradient steps for each step of an environment; budget.updates counts the former.
-        start_steps: steps before the first update.
-        start: what acts in them: `random` actions, or the `policy`.
+        environments: how many run at once, for each member.
+        updates_per_step: gradient steps for each environment step; budget.updates counts gradient steps.
+        start_steps: environment steps before the first update.
+        start: what acts during these: `random` actions, or the `policy`.
         candidates: actions drawn when exploring, of which one is chosen by its value, see `AgentConfig`.
-        epsilon: share of uniformly random actions after that, at first;
-        epsilon_end: in the end;
-        epsilon_steps: steps of an environment on the way.
-        noise: standard deviation of a Gaussian on the other actions, in [-1, 1] (TD3's exploration).
-        buffer_size: transitions that are kept, the newest.
-        save_buffer: keep them in checkpoints. Else a resumed run fills its buffer anew before it goes on.
-        offline_share: of each batch, from the dataset (`mode=finetune`).
+        epsilon: initial probability of a uniformly random action after these;
+        epsilon_end: final probability;
+        epsilon_steps: environment steps in between.
+        noise: standard deviation of Gaussian noise on the other actions, in [-1, 1] (TD3's exploration).
+        buffer_size: transitions in the replay buffer; the oldest are dropped.
+        save_buffer: whether checkpoints hold the buffer. Without it a resumed run fills a new one first.
+        offline_fraction: fraction of each batch that comes from the dataset (`mode=finetune`).
     """
 
     environments: Annotated[int, Field(ge=1, le=1_000)] = 1
@@ -107,7 +121,7 @@ class OnlineConfig:
     noise: Share = 0.0
     buffer_size: Count = 1_000_000
     save_buffer: bool = True
-    offline_share: Share = 0.0
+    offline_fraction: Share = 0.0
 
 
 @dataclass(frozen=True)
@@ -117,24 +131,27 @@ class TrainConfig:
     Attributes:
         env: the task.
         agent: the algorithm's name and its settings, checked against its own dataclass.
-        dataset: what to learn from; not with `mode=online`.
+        dataset: what to learn from; unused with `mode=online`.
         budget: how long.
-        online: how to act meanwhile; null is offline.
-        checkpoint: a run whose last checkpoint this one starts from: every network and optimiser.
-        logger: where metrics go besides CSV.
+        online: how to act while learning; null learns offline.
+        checkpoint: a run whose last checkpoint gives the initial networks and optimisers.
+        logger: where metrics go besides CSV, a name of `cpql.train.logging.LOGGERS`; `csv` for nowhere.
         seed: of weights, data order and noise.
-        device: `auto` takes a GPU where there is one.
-        precision: of the update's matrix products: `fp32`; `bf16`, faster where the processor has units for
-            it, with weights, optimiser and losses in fp32; `tf32`, which only a GPU has.
-        threads: CPU threads of PyTorch; 0 leaves its own choice.
-        compile: fuse the update into one program: a minute to build, then about twice as fast on a CPU.
-            `auto` does so where that can be had and goes on uncompiled elsewhere, which it says; true ends
-            in an error there.
-        configuration: name of the chosen agent configuration, a file of `configs/agent/`: results and loggers
-            call the agent by it.
+        device: `auto` takes a GPU if there is one.
+        precision: of the update's matrix products: `fp32`; `bf16`, faster on processors that have units for
+            it, with weights, optimiser and losses in fp32; `tf32`, on GPUs only.
+        threads: CPU threads of PyTorch; 0 leaves the choice to PyTorch.
+        compile: compile the update into one program: a minute to build, then about twice as fast on a CPU.
+            With `auto` training goes on uncompiled, and says so, where compiling fails; true makes that an
+            error.
+        configuration: name of the agent's configuration, a file of `configs/agent/`, under which results and
+            loggers list the agent.
         run_dir: the run's folder; never overwritten.
-        resume: go on with the run in `run_dir`.
+        resume: continue the run in `run_dir`.
         traceback: show Python's traceback with an error.
+
+    Raises:
+        ConfigError: there is no such logger.
     """
 
     env: Task
@@ -143,7 +160,7 @@ class TrainConfig:
     budget: BudgetConfig = field(default_factory=BudgetConfig)
     online: OnlineConfig | None = None
     checkpoint: str | None = None
-    logger: Literal["csv", "tensorboard", "wandb"] = "csv"
+    logger: str = "csv"
     seed: Seed = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["fp32", "bf16", "tf32"] = "fp32"
@@ -153,3 +170,45 @@ class TrainConfig:
     run_dir: str = "runs/run"
     resume: bool = False
     traceback: bool = False
+
+    def __post_init__(self) -> None:
+        if self.logger != "csv" and self.logger not in LOGGERS:
+            raise ConfigError(
+                f"logger={self.logger} does not exist: {did_you_mean(self.logger, ('csv', *LOGGERS))}"
+            )
+
+
+def agent_config(config: TrainConfig) -> tuple[type[Agent], AgentConfig]:
+    """The agent that a configuration asks for, and its settings.
+
+    Raises:
+        ConfigError: unknown agent, key or value.
+    """
+    settings = dict(config.agent)
+    name = settings.pop("name", None)
+    if name not in AGENTS:
+        raise ConfigError(f"agent.name={name} is no agent: {did_you_mean(str(name), AGENTS)}")
+    kind = AGENTS[name]
+    return kind, replace(build(kind.config_class, settings, "agent"), updates=config.budget.updates)
+
+
+def group_agent_config(configs: Sequence[TrainConfig]) -> tuple[type[Agent], AgentConfig]:
+    """The agent of all members of a program, with a tuple for each setting in which they differ.
+
+    Raises:
+        ConfigError: they differ in a setting that has to be the same.
+    """
+    chosen = [agent_config(config) for config in configs]
+    kind, first = chosen[0]
+    rest = {name: value for name, value in vars(configs[0]).items() if name not in OWN}
+    for config, (other, settings) in zip(configs, chosen, strict=True):
+        same = {name: getattr(first, name) for name in kind.by_member}
+        if other is not kind or replace(settings, **same) != first:
+            raise ConfigError(
+                f"members may differ in {', '.join(kind.by_member)}, not in other settings of the agent"
+            )
+        if any(getattr(config, name) != value for name, value in rest.items()):
+            raise ConfigError("members may differ in seed, run_dir and by member, not in other settings")
+    every = {name: tuple(getattr(settings, name) for _, settings in chosen) for name in kind.by_member}
+    differing: dict[str, Any] = {name: values for name, values in every.items() if len(set(values)) > 1}
+    return kind, replace(first, **differing)

@@ -22,7 +22,7 @@ def learning_curve(
         metrics: the rows of its `metrics.csv`.
     """
     from matplotlib.figure import Figure
-    from matplotlib.ticker import EngFormatter
+    from matplotlib.ticker import EngFormatter, LogFormatter
 
     figure = Figure(figsize=(11, 3.6), layout="constrained")
     panels = list(figure.subplots(1, 3 if evaluations else 2))
@@ -41,6 +41,9 @@ def learning_curve(
         if metrics:
             axes.legend(loc="best", fontsize=8)
     losses.set_yscale("log")
+    # Plain numbers, no mathtext: its parser keeps exceptions, and they the training's frames and tensors.
+    losses.yaxis.set_major_formatter(LogFormatter())
+    losses.yaxis.set_minor_formatter(LogFormatter())
     for axes in panels:
         axes.set_xlabel("updates")
         axes.xaxis.set_major_formatter(EngFormatter())

@@ -1,12 +1,10 @@
-"""How a policy is scored: whole episodes in many environments at once, with all that a score depends on."""
+"""How a policy is scored: whole episodes in many environments at once, with everything a score depends on."""
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Callable
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import numpy as np
@@ -15,20 +13,10 @@ from numpy.typing import NDArray
 from cpql.deploy.policy import Policy
 from cpql.environments import TaskEnvironment, make_task_environment, widths
 from cpql.errors import ConfigError, Interrupted
+from cpql.io import versions
 from cpql.tasks import Task
 
-__all__ = ["Evaluation", "evaluate", "versions"]
-
-
-def versions() -> dict[str, str]:
-    """Versions of what a score depends on, where it is installed."""
-    found = {"python": platform.python_version()}
-    for name in ("cpql", "torch", "gymnasium", "gymnasium-robotics", "mujoco", "numpy"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
+__all__ = ["Evaluation", "evaluate"]
 
 
 @dataclass(frozen=True)
@@ -37,12 +25,12 @@ class Evaluation:
 
     Attributes:
         task: gives the environment and the references of the score.
-        returns: undiscounted, one an episode.
+        returns: undiscounted, one for each episode.
         lengths: in steps.
         seed: episode i was reset with seed + i.
         rule: how actions were chosen, in words.
         episode_limit: steps after which an episode was cut that its environment hadn't ended.
-        cut: how many were.
+        cut: how many episodes were cut.
     """
 
     task: Task
@@ -65,12 +53,12 @@ class Evaluation:
 
     @property
     def score(self) -> float | None:
-        """The mean return, normalised with the task's references, in percent; None where it has none."""
+        """The mean return normalised with the task's references, in percent; None without references."""
         return self.task.score(self.mean)
 
     @property
     def interval(self) -> tuple[float, float]:
-        """95% interval of the mean return over episodes (Student's t); says nothing about training seeds."""
+        """95% interval of the mean return over episodes (Student's t); it doesn't cover training seeds."""
         from scipy.stats import t
 
         n = len(self.returns)
@@ -80,11 +68,12 @@ class Evaluation:
         return self.mean - half, self.mean + half
 
     def to_dict(self) -> dict[str, Any]:
-        """All of it, as JSON-able values."""
+        """Everything, as JSON-able values."""
         low, high = self.interval
+        task = self.task
         return {
             "score": self.score,
-            "score_interval": None if self.score is None else [self.task.score(low), self.task.score(high)],
+            "score_interval": None if self.score is None else [task.score(low), task.score(high)],
             "return_mean": self.mean,
             "return_std": self.std,
             "return_interval": [low, high],
@@ -96,13 +85,13 @@ class Evaluation:
             "rule": self.rule,
             "episode_limit": self.episode_limit,
             "episodes_cut": self.cut,
-            "environment": self.task.id,
-            "environment_options": self.task.env_options | self.task.reset_options,
-            "note": self.task.note,
+            "environment": task.id,
+            "environment_options": task.env_options | task.reset_options,
+            "note": task.note,
             "references": {
-                "of": self.task.benchmark,
-                "random": self.task.random_return,
-                "expert": self.task.expert_return,
+                "of": task.benchmark,
+                "random": task.random_return,
+                "expert": task.expert_return,
             },
             "versions": versions(),
         }
@@ -121,8 +110,8 @@ def evaluate(
 ) -> Evaluation:
     """Run whole episodes and collect their returns.
 
-    Each episode has an environment and a reset seed of its own, so the result doesn't depend on which ones
-    end early. The policy is asked once a step for all that are still running.
+    Each episode has an environment and a reset seed of its own, so the result doesn't depend on which
+    episodes end early. The policy is called once a step for all that are still running.
 
     Args:
         policy: its noise is seeded with `seed`.
@@ -132,7 +121,7 @@ def evaluate(
         deterministic: see `Policy.predict`.
         at_once: how many environments run side by side.
         episode_limit: steps after which an episode is cut that its environment doesn't end.
-        stopped: asked at every step whether to give up.
+        stopped: called at every step; True ends the evaluation.
 
     Raises:
         Interrupted: `stopped` said so.
@@ -169,12 +158,19 @@ def evaluate(
                 if not running:
                     break
             cut += len(running)
-    rule = "actor alone" if policy.candidates == 1 else f"{policy.candidates} candidates ranked by Q"
-    if policy.candidates > 1 and not deterministic:
-        rule += f", temperature {policy.temperature:g}"
-    rule += ", deterministic" if deterministic else ", sampled"
-    rule += f", {policy.actor.steps} step{'s' if policy.actor.steps > 1 else ''}"
+    rule = _rule(policy, deterministic)
     return Evaluation(task, tuple(returns.tolist()), tuple(lengths.tolist()), seed, rule, episode_limit, cut)
+
+
+def _rule(policy: Policy, deterministic: bool) -> str:
+    """How a policy chooses actions, in words."""
+    rule = "actor alone"
+    if policy.candidates > 1:
+        rule = f"{policy.candidates} candidates ranked by Q"
+        rule += "" if deterministic else f", temperature {policy.temperature:g}"
+    sampled = not deterministic and (policy.actor.draws or policy.candidates > 1)
+    steps = policy.actor.steps
+    return f"{rule}, {'sampled' if sampled else 'deterministic'}, {steps} step{'s' if steps > 1 else ''}"
 
 
 def _check_widths(policy: Policy, environment: TaskEnvironment, task: Task) -> None:

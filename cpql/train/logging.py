@@ -1,41 +1,51 @@
-"""Where figures go: CSV always, TensorBoard or Weights & Biases besides, and the terminal."""
+"""Where metrics go: always to CSV, optionally to TensorBoard or Weights & Biases, and to the terminal."""
 
 from __future__ import annotations
 
 import csv
+import math
 import os
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Protocol, TextIO, cast
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from cpql.errors import ConfigError
-from cpql.io import flush, write_text
+from cpql import io
+from cpql.errors import ConfigError, printable
 
-__all__ = ["Bar", "CSVTable", "Logger", "make_console", "make_logger", "progress"]
+__all__ = [
+    "LOGGERS",
+    "Bar",
+    "CSVTable",
+    "Logger",
+    "make_console",
+    "progress",
+    "progress_bars",
+    "say",
+]
 
 
 class Logger(Protocol):
-    """Takes figures at steps."""
+    """Takes metrics at steps."""
 
-    def log(self, step: int, figures: Mapping[str, float]) -> None:
-        """Take the figures of a step."""
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Take the metrics of a step."""
 
     def close(self) -> None:
-        """Write what is left."""
+        """Write what is buffered."""
 
 
 class CSVTable:
     """A CSV file with one row a step.
 
-    Rows after `step` are dropped, as a resumed run writes them anew, and so is what isn't a row: one that a
-    full disk or a power cut has cut off.
+    Rows after `step` are dropped, since a resumed run writes them again, and so are broken ones that a full
+    disk or a power cut has left.
     """
 
     def __init__(self, path: Path, step: int = 0) -> None:
@@ -50,19 +60,19 @@ class CSVTable:
         ]
         if kept:
             self.columns = columns
-            write_text(path, "\n".join([head, *kept]) + "\n")
-        else:  # the next row names the columns
+            io.write_text(path, "\n".join([head, *kept]) + "\n")
+        else:  # the next row defines the columns
             path.unlink()
 
-    def log(self, step: int, figures: Mapping[str, float]) -> None:
-        """Append a row; the first one names the columns."""
-        row = {"step": step, **figures}
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Append a row; the first row defines the columns, and what a later row lacks is NaN."""
+        row = {"step": step, **metrics}
         with self.path.open("a", newline="") as file:
             writer = csv.writer(file, lineterminator="\n")
             if not self.columns:
                 self.columns = list(row)
                 writer.writerow(self.columns)
-            writer.writerow([row[name] for name in self.columns])
+            writer.writerow([row.get(name, math.nan) for name in self.columns])
 
     def rows(self) -> list[dict[str, float]]:
         """All rows as numbers."""
@@ -72,9 +82,9 @@ class CSVTable:
             return [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
 
     def flush(self) -> None:
-        """Have it on the disk."""
+        """Flush it to the disk."""
         if self.path.exists():
-            flush(self.path)
+            io.flush(self.path)
 
 
 def _numbers(line: str, count: int) -> bool:
@@ -87,18 +97,18 @@ def _numbers(line: str, count: int) -> bool:
 
 
 class TensorBoardLogger:
-    """Figures as TensorBoard scalars in the run's `tensorboard/`; those after `step` are written anew."""
+    """Metrics as TensorBoard scalars in the run's `tensorboard/`; those after `step` are replaced."""
 
-    def __init__(self, folder: Path, step: int) -> None:
+    def __init__(self, folder: Path, name: str, config: dict[str, Any], step: int) -> None:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
             raise ConfigError("logger=tensorboard needs a package: pip install 'cpql[tensorboard]'") from None
         self.writer: Any = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
 
-    def log(self, step: int, figures: Mapping[str, float]) -> None:
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Write scalars."""
-        for name, value in figures.items():
+        for name, value in metrics.items():
             self.writer.add_scalar(name, value, step)
 
     def close(self) -> None:
@@ -107,75 +117,63 @@ class TensorBoardLogger:
 
 
 class WandbLogger:
-    """Figures to Weights & Biases: offline, unless WANDB_MODE or an API key is set; needs no account."""
+    """Metrics to Weights & Biases: offline, unless WANDB_MODE or an API key is set; needs no account."""
 
-    def __init__(self, folder: Path, name: str, config: dict[str, Any]) -> None:
+    def __init__(self, folder: Path, name: str, config: dict[str, Any], step: int) -> None:
         try:
             import wandb
         except ImportError:
             raise ConfigError("logger=wandb needs a package: pip install wandb") from None
         mode: Any = os.environ.get("WANDB_MODE", "online" if os.environ.get("WANDB_API_KEY") else "offline")
         try:
-            # The members of a group are runs of their own, in one process.
+            # The members of a group are separate runs in one process.
             self.run: Any = wandb.init(
                 project="cpql", name=name, dir=str(folder), config=config, mode=mode, reinit="create_new"
             )
-        except Exception as error:  # it has many kinds
+        except Exception as error:  # wandb raises many kinds
             raise ConfigError(f"logger=wandb: {' '.join(str(error).split())}") from error
 
-    def log(self, step: int, figures: Mapping[str, float]) -> None:
-        """Log figures at a step."""
-        self.run.log(dict(figures), step=step)
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Log metrics at a step."""
+        self.run.log(dict(metrics), step=step)
 
     def close(self) -> None:
         """Finish the run."""
         self.run.finish()
 
 
-def make_logger(kind: str, folder: Path, name: str, config: dict[str, Any], step: int) -> Logger | None:
-    """The logger besides CSV, if one is asked for.
-
-    Args:
-        kind: its name.
-        folder: the run's.
-        name: what a service calls the run.
-        config: of the run, as plain values.
-        step: that the run goes on from.
-
-    Raises:
-        ConfigError: its package is missing, or it can't be started.
-    """
-    if kind == "tensorboard":
-        return TensorBoardLogger(folder, step)
-    if kind == "wandb":
-        return WandbLogger(folder, name, config)
-    return None
+LOGGERS: dict[str, Callable[[Path, str, dict[str, Any], int], Logger]] = {
+    "tensorboard": TensorBoardLogger,
+    "wandb": WandbLogger,
+}
+"""Loggers besides CSV, by name, each made with the run's folder, a name for the run, its configuration as
+plain values and the step from which it goes on. They raise ConfigError if their package is missing."""
 
 
 class _Output:
-    """A stream that is written to for as long as somebody reads it: training goes on without a terminal."""
+    """A stream that is written to for as long as it has a reader: training goes on without a terminal."""
 
     def __init__(self, stream: TextIO) -> None:
         self.stream = stream
 
     def write(self, text: str) -> int:
-        """Write, or from now on don't."""
-        with self._while_it_lasts():
+        """Write, unless writing has failed before."""
+        with self._until_it_fails():
             self.stream.write(text)
         return len(text)
 
     def flush(self) -> None:
-        """Likewise."""
-        with self._while_it_lasts():
+        """Flush, unless writing has failed before."""
+        with self._until_it_fails():
             self.stream.flush()
 
     @contextmanager
-    def _while_it_lasts(self) -> Iterator[None]:
+    def _until_it_fails(self) -> Iterator[None]:
         try:
             yield
         except OSError:  # a closed pipe, a terminal that is gone, a full disk
             nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, self.stream.fileno())  # for what is buffered, and for Python's last words
+            os.dup2(nowhere, self.stream.fileno())  # also for what is buffered, and Python's last flush
             os.close(nowhere)
 
     def __getattr__(self, name: str) -> Any:
@@ -183,21 +181,25 @@ class _Output:
 
 
 def make_console() -> Console:
-    """Where people look: standard output, for as long as it can be written to."""
-    # Python has none where it was closed before the start; rich knows that case.
+    """A console on standard output, for as long as that can be written to."""
+    # Python has no stdout if it was closed before the start; rich knows that case.
     stream = None if sys.stdout is None else cast(TextIO, _Output(sys.stdout))
     return Console(file=stream, soft_wrap=True)
 
 
+def say(console: Console, line: str, style: str = "") -> None:
+    """Print a line as it is, whatever characters the paths and names in it have."""
+    console.print(printable(line), style=style, highlight=False, markup=False, soft_wrap=True)
+
+
 class Bar:
-    """A progress bar on a terminal, a plain line now and then elsewhere."""
+    """A progress bar on a terminal, elsewhere a plain line every ten seconds."""
 
     def __init__(self, console: Console, title: str, total: int, start: int = 0, every: float = 10.0) -> None:
         self.console, self.title, self.total, self.every = console, title, total, every
-        self.recent: deque[tuple[float, int]] = (
-            deque()
-        )  # the last half minute, so that compiling isn't counted for ever
-        self.said = time.monotonic()
+        # The speed is that of the last half minute, so that compiling doesn't count for ever.
+        self.recent: deque[tuple[float, int]] = deque()
+        self.printed = time.monotonic()
         self.away = 0.0
         self.rich: Progress | None = None
         self.id: TaskID | None = None
@@ -216,7 +218,7 @@ class Bar:
             self.rich.start()
 
     def update(self, done: int, text: str = "") -> None:
-        """Show how far it is, with a text beside it."""
+        """Show how much is done, with a text beside it."""
         now = time.monotonic()
         if not self.recent or now - self.recent[-1][0] > 0.5:
             self.recent.append((now, done))
@@ -226,8 +228,8 @@ class Bar:
         speed = (done - before) / (now - then) if now > then else 0.0
         if self.rich is not None and self.id is not None:
             self.rich.update(self.id, completed=done, text=f"{speed:,.0f}/s {text}")
-        elif now - self.said >= self.every or done == self.total:
-            self.said = now
+        elif now - self.printed >= self.every or done == self.total:
+            self.printed = now
             minutes, seconds = divmod(round((self.total - done) / speed), 60) if speed else (0, 0)
             left = f"{minutes}:{seconds:02d} left" if speed and done < self.total else ""
             line = (
@@ -240,17 +242,17 @@ class Bar:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Count what happens meanwhile into `away`, the seconds of all pauses, and not into the speed."""
+        """Count the seconds of the block in `away` and leave them out of the speed."""
         began = time.monotonic()
         try:
             yield
         finally:
-            gone = time.monotonic() - began
-            self.away += gone
-            self.recent = deque((when + gone, done) for when, done in self.recent)
+            seconds = time.monotonic() - began
+            self.away += seconds
+            self.recent = deque((when + seconds, done) for when, done in self.recent)
 
     def close(self) -> None:
-        """Leave the bar as it is."""
+        """Stop drawing."""
         if self.rich is not None:
             self.rich.stop()
 
@@ -263,3 +265,19 @@ def progress(console: Console, title: str, total: int, start: int = 0) -> Iterat
         yield bar
     finally:
         bar.close()
+
+
+@contextmanager
+def progress_bars(console: Console) -> Iterator[io.Progress]:
+    """A callback that draws a bar for each title that it is called with."""
+    bars: dict[str, Bar] = {}
+    with ExitStack() as stack:
+
+        def show(title: str, done: int, total: int) -> None:
+            if title not in bars:
+                bars[title] = stack.enter_context(progress(console, title, total))
+            bars[title].update(done)
+            if done >= total:
+                bars.pop(title).close()
+
+        yield show

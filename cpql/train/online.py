@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from statistics import fmean
 
@@ -69,7 +69,7 @@ class Explorer:
 
     @property
     def epsilon(self) -> float:
-        """The present share of uniformly random actions."""
+        """The present probability of a uniformly random action."""
         c = self.config
         done = min(1.0, self.steps / c.epsilon_steps) if c.epsilon_steps else 1.0
         return c.epsilon + done * (c.epsilon_end - c.epsilon)
@@ -95,10 +95,10 @@ class Explorer:
             chosen = (agent.act(state.to(device), generator, member, c.candidates).cpu() + push).clamp(-1, 1)
             action = torch.where((coin < self.epsilon).unsqueeze(-1), action, chosen)
         scaled = self.low + (action.numpy() + 1.0) * (0.5 * self.span)
-        following, rewards, ended = [], [], []
+        next_observations, rewards, ended = [], [], []
         for k, environment in enumerate(self.environments):
             observation, reward, terminated, truncated, _ = environment.step(scaled[k])
-            following.append(observation)
+            next_observations.append(observation)
             rewards.append(float(reward))
             ended.append(terminated)
             self.returns[k] += float(reward)
@@ -112,7 +112,7 @@ class Explorer:
             state,
             action,
             self.reward(torch.tensor(rewards)),
-            self._seen(following),
+            self._seen(next_observations),
             torch.tensor(ended),
         )
         self.steps += count
@@ -138,7 +138,7 @@ class Explorer:
             state |= {f"buffer.{name}": tensor for name, tensor in self.buffer.state_dict().items()}
         return state
 
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Go on from there; without a saved buffer a new one is filled before the next update.
 
         Raises:
@@ -157,16 +157,16 @@ class Explorer:
 
 
 class Experience:
-    """What an agent learns from while it acts: its members' own experience, and a share of a dataset's.
+    """What an agent learns from while it acts: its members' own experience, and part of a dataset.
 
-    The training loop sees it as a dataset whose batches take some acting to get.
+    For the training loop it is a source whose batches take some acting to get.
 
     Args:
         task: where to act.
         config: how.
         seeds: one for each member.
         device: of buffers and batches.
-        offline: what a share `config.offline_share` of each batch is drawn from.
+        offline: the dataset that gives `config.offline_fraction` of each batch.
         reward: what training makes of rewards, of `offline`'s already.
     """
 
@@ -209,7 +209,7 @@ class Experience:
     def batch(self, agent: Agent, generators: Sequence[torch.Generator]) -> Batch:
         """Let every member act, and draw a batch for each from what it has seen."""
         size = agent.config.batch_size
-        old = round(self.config.offline_share * size) if self.offline is not None else 0
+        old = round(self.config.offline_fraction * size) if self.offline is not None else 0
         each = []
         for k, (explorer, generator) in enumerate(zip(self.explorers, generators, strict=True)):
             explorer.explore(agent, k, generator)
@@ -219,7 +219,7 @@ class Experience:
             each.append(torch.cat(rows))
         return split(torch.stack(each) if agent.members else each[0], self.state_dim, self.action_dim)
 
-    def figures(self, member: int) -> dict[str, float]:
+    def metrics(self, member: int) -> dict[str, float]:
         """For the metrics: steps and episodes so far, and the mean return of the last ones."""
         explorer = self.explorers[member]
         recent = fmean(explorer.recent) if explorer.recent else float("nan")
@@ -234,6 +234,6 @@ class Experience:
         """What a member's experience goes on from."""
         return self.explorers[member].state_dict()
 
-    def load_state_dict(self, state: dict[str, Tensor], member: int) -> None:
+    def load_state_dict(self, state: Mapping[str, Tensor], member: int) -> None:
         """Take over what `state_dict` gave."""
         self.explorers[member].load_state_dict(state)

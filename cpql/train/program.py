@@ -1,6 +1,6 @@
 """An agent's update as one program: compiled, and on a GPU recorded as a CUDA graph that is replayed.
 
-Where that can't be had the update runs as it is, and says why.
+If either fails, the update runs without it, and training says why.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -21,10 +22,10 @@ from cpql.agents import Agent
 from cpql.data.transitions import Batch, split
 from cpql.errors import ConfigError
 
-__all__ = ["Program", "Replay", "Update", "program", "record", "zeros"]
+__all__ = ["CudaGraph", "Program", "Update", "program", "record", "zeros"]
 
-Update = Callable[[Batch, dict[str, Tensor]], dict[str, Tensor]]
-"""`update(batch, noise)` gives metrics and changes the agent's state in place, as `Agent.update` does."""
+Update = Callable[[Batch, dict[str, Tensor], int], dict[str, Tensor]]
+"""`update(batch, noise, phase)` returns metrics and changes the agent in place, as `Agent.update` does."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class Program:
     Attributes:
         update: the program.
         how: "compiled", "compiled, CUDA graph", "compiled, no CUDA graph" or "uncompiled", and why.
-        compiled: whether it is.
+        compiled: whether it is compiled.
     """
 
     update: Update
@@ -45,19 +46,20 @@ class Program:
 def program(
     agent: Agent, compile: bool | Literal["auto"], cache: Path, say: Callable[[str], None]
 ) -> Program:
-    """Make an agent's update ready: compiled, and on a GPU so that one call of it is one launch.
+    """Make an agent's update ready: compiled, and on a GPU recorded so that one call of it is one launch.
 
-    It is tried once, on zeros, so that whatever can go wrong does so here; the agent stays as it was.
+    Each phase of the update is tried once, on zeros, so that whatever can fail does so here; the agent's
+    state stays as it was.
 
     Args:
         agent: whose state the program changes in place.
-        compile: whether to; "auto" goes on uncompiled where it can't be had.
-        cache: folder that keeps what was compiled, so that the next run finds it. It is torch's own pickle,
-            so nobody else may be able to write there.
-        say: takes the line that says what couldn't be had, why, and what helps.
+        compile: whether to compile; with "auto" an update that can't be compiled runs uncompiled.
+        cache: folder that keeps compiled programs for later runs. They are pickles of torch's, so nobody
+            else may have write access to it.
+        say: takes a line that says what failed, why, and what helps.
 
     Raises:
-        ConfigError: `compile` is True and it can't be had.
+        ConfigError: `compile` is True and compiling fails.
     """
     if not compile:
         return Program(agent.update, "uncompiled", False)
@@ -67,8 +69,9 @@ def program(
         _check_cache(Path(os.environ["TORCHINDUCTOR_CACHE_DIR"]))
         compiled: Update = torch.compile(agent.update, fullgraph=True)
         with _unchanged(agent):
-            compiled(batch, noise)
-    except Exception as error:  # of any of the compiler's many parts
+            for phase in range(agent.cycle):
+                compiled(batch, noise, phase)
+    except Exception as error:  # from any part of the compiler
         reason = _reason(error)
         if compile is True:
             raise ConfigError(f"compile=true: {reason}, or compile=auto to go on without") from error
@@ -82,21 +85,26 @@ def program(
 def record(
     agent: Agent, compiled: Update, batch: Batch, noise: dict[str, Tensor], say: Callable[[str], None]
 ) -> Program:
-    """Record a compiled update as a CUDA graph; where that fails it runs without one, and `say` hears why."""
-    replay = Replay(agent, compiled)
+    """Record a compiled update as CUDA graphs, one a phase; if that fails, say why and use it without."""
+    graphs = [CudaGraph(agent, partial(_phase, compiled, phase)) for phase in range(agent.cycle)]
     try:
         with _unchanged(agent):
-            replay(batch, noise)
+            for graph in graphs:
+                graph(batch, noise)
     except Exception as error:  # of the driver, the libraries or the compiler
         reason = _first_line(error)
         say(f"warning: no CUDA graph, so the compiled update is launched piece by piece: {reason}")
         return Program(compiled, f"compiled, no CUDA graph: {reason}", True)
-    return Program(replay, "compiled, CUDA graph", True)
+    return Program(lambda batch, noise, phase: graphs[phase](batch, noise), "compiled, CUDA graph", True)
+
+
+def _phase(update: Update, phase: int, batch: Batch, noise: dict[str, Tensor]) -> dict[str, Tensor]:
+    return update(batch, noise, phase)
 
 
 @contextmanager
 def _unchanged(agent: Agent) -> Iterator[None]:
-    """Have an agent after the block as it was before it."""
+    """Restore the agent's state after the block."""
     before = {name: tensor.clone() for name, tensor in agent.state.items()}
     try:
         yield
@@ -106,7 +114,7 @@ def _unchanged(agent: Agent) -> Iterator[None]:
 
 
 def zeros(agent: Agent) -> tuple[Batch, dict[str, Tensor]]:
-    """A batch of zeros, laid out in memory as the ones to come, and some noise."""
+    """A batch of zeros, laid out in memory as batches are, and some noise."""
     device, c = agent.state["step"].device, agent.config
     width = 2 * agent.state_dim + agent.action_dim + 2
     rows = torch.zeros(*agent.members, c.batch_size, width, device=device)
@@ -116,10 +124,10 @@ def zeros(agent: Agent) -> tuple[Batch, dict[str, Tensor]]:
 
 
 def _check_cache(folder: Path) -> None:
-    """See to it that only this user can have written what is about to be unpickled.
+    """Refuse a cache that others can write to: what is read from it is unpickled.
 
     Raises:
-        ConfigError: others can, or the folder can't be written to.
+        ConfigError: others have write access, or this user has none.
     """
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -139,7 +147,7 @@ def _first_line(error: BaseException) -> str:
 
 
 def _reason(error: BaseException) -> str:
-    """Why compiling failed and what helps, of the compiler's account of its inside."""
+    """Why compiling failed and what helps, from the compiler's error."""
     if isinstance(error, ConfigError):
         return str(error)
     error = getattr(error, "inner_exception", None) or error
@@ -159,23 +167,23 @@ def _reason(error: BaseException) -> str:
     return f"PyTorch's compiler fails ({_first_line(error)}). Use compile=false"
 
 
-class Replay:
-    """An update that is recorded as a CUDA graph when it is first called, and from then on replayed.
+class CudaGraph:
+    """An update that is recorded as a CUDA graph when it is first called, and replayed from then on.
 
-    Even compiled, an update is about a hundred launches, each of which takes the CPU longer than the GPU. A
-    graph is one. It can be, since an update touches only tensors that stay where they are: the agent's state,
-    which it changes in place, and the batch and the noise, which are copied into the graph's own.
+    Even compiled, an update is about a hundred launches, each of which takes the CPU longer than the GPU; a
+    graph is a single launch. It is possible because an update uses only tensors that stay in place: the
+    agent's state, which it changes in place, and the batch and the noise, which are copied into the graph's.
 
     The metrics that a call returns are overwritten by the next one.
 
     Args:
         agent: whose state the update changes.
-        update: `agent.update`, or that compiled.
+        update: one phase of `agent.update`, or of its compiled form.
     """
 
-    WARM_UP = 3  # updates before recording, as CUDA graphs ask for: libraries allocate their workspaces
+    WARM_UP = 3  # updates before recording, as CUDA graphs require: libraries allocate their workspaces
 
-    def __init__(self, agent: Agent, update: Update) -> None:
+    def __init__(self, agent: Agent, update: Callable[[Batch, dict[str, Tensor]], dict[str, Tensor]]) -> None:
         self.agent, self.update = agent, update
         self.graph: torch.cuda.CUDAGraph | None = None
 

@@ -1,21 +1,20 @@
-"""A run's folder: what is written there, and how a run is gone on with.
+"""A run's folder: what is written there, and how a run is resumed.
 
 runs/hopper-medium/cpql/full/seed0/
-    config.yaml             everything the run was told
+    config.yaml             the resolved configuration
     metrics.csv             losses and values, means over each interval
     timing.csv              seconds and updates a second
     evaluations/            one JSON file each, with its provenance
     checkpoints/            see `cpql.train.checkpoint`
     learning_curve.png
-    result.json             written when the run is finished; says after how many updates
-    .lock                   while a process works on it: which, and on which host
+    result.json             written when the run is finished, with the number of updates
+    .lock                   while a process works on the run: which process, on which host
 """
 
 from __future__ import annotations
 
 import json
-import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -28,7 +27,8 @@ from cpql.agents import AGENTS
 from cpql.data.transitions import Provenance
 from cpql.deploy.policy import Policy
 from cpql.errors import CheckpointError, ConfigError, brief
-from cpql.io import clear_leftovers, held, write_text
+from cpql.io import clear_leftovers, held, versions, write_text
+from cpql.migration import upgrade
 from cpql.settings import build
 from cpql.tasks import Task
 from cpql.train.checkpoint import (
@@ -40,13 +40,12 @@ from cpql.train.checkpoint import (
 )
 from cpql.train.config import DatasetConfig, OnlineConfig, TrainConfig
 from cpql.train.curve import learning_curve
-from cpql.train.evaluation import evaluate, versions
-from cpql.train.logging import CSVTable, make_logger
+from cpql.train.evaluation import evaluate
+from cpql.train.logging import LOGGERS, CSVTable, Logger
 
-__all__ = ["Run", "claimed", "group_summary", "summary"]
+__all__ = ["Run", "claimed"]
 
-# What a resumed run may change: none of it touches the course of training, but for the budget's length, which
-# `train_group` looks at.
+# What a resumed run may change, since it doesn't affect training; `check_length` checks the budget's length.
 FREE = (
     "budget",
     "configuration",
@@ -62,9 +61,9 @@ FREE = (
 
 @contextmanager
 def claimed(folder: Path) -> Iterator[None]:
-    """Be the only process that works on a run, and tidy up after one that was killed.
+    """Be the only process that works on a run, and remove the temporary files of killed ones.
 
-    The folder is made for that, and goes again where nothing was put into it.
+    The folder is created if necessary, and removed again if it stays empty.
 
     Raises:
         CheckpointError: another process works on it, or it can't be written to.
@@ -89,18 +88,18 @@ def claimed(folder: Path) -> Iterator[None]:
 
 
 class Run:
-    """One seed's run: created once, never overwritten, resumed only as what it was.
+    """One seed's run: created once, never overwritten, resumed only with the settings it was started with.
 
     Args:
         config: of the run.
-        said: the configuration as plain values, to be kept in `config.yaml`.
+        resolved: the configuration as plain values, to be kept in `config.yaml`.
 
     Raises:
-        CheckpointError: the folder holds a run already, or another one than is to be resumed.
+        CheckpointError: the folder already holds a run, or another one than is to be resumed.
     """
 
-    def __init__(self, config: TrainConfig, said: dict[str, Any]) -> None:
-        self.config, self.said = config, said
+    def __init__(self, config: TrainConfig, resolved: dict[str, Any]) -> None:
+        self.config = config
         self.folder = Path(config.run_dir)
         self.length = config.budget.updates  # that it was started with
         self.config_file = self.folder / "config.yaml"
@@ -116,23 +115,23 @@ class Run:
             )
         if self.begun:
             before = self._read_config()
-            for key in sorted((before.keys() | said.keys()) - set(FREE)):
-                then, now = _whole(key, before.get(key)), _whole(key, said.get(key))
+            for key in sorted((before.keys() | resolved.keys()) - set(FREE)):
+                then, now = _whole(key, before.get(key)), _whole(key, resolved.get(key))
                 if then != now:
                     raise CheckpointError(f"{self.config_file}: {_difference(key, then, now)}")
             self.length = before["budget"]["updates"]
-            said = before
-        self.told = said | {"budget": asdict(config.budget)}
+            resolved = before
+        self.resolved = resolved | {"budget": asdict(config.budget)}
 
     def _read_config(self) -> dict[str, Any]:
         try:
             content = yaml.safe_load(self.config_file.read_text())
             int(content["budget"]["updates"])
+            return upgrade(dict(content))
         except (OSError, ValueError, TypeError, KeyError, RecursionError, yaml.YAMLError) as error:
             raise CheckpointError(
-                f"{self.config_file}: damaged ({brief(error)}): expected what the run was told"
+                f"{self.config_file}: damaged ({brief(error)}): expected the run's configuration"
             ) from error
-        return dict(content)
 
     @property
     def checkpoints(self) -> Path:
@@ -141,22 +140,22 @@ class Run:
 
     @property
     def result_file(self) -> Path:
-        """What a finished run came to."""
+        """The result of a finished run."""
         return self.folder / "result.json"
 
     @property
     def finished(self) -> bool:
-        """Whether the run has come to its end; a finished one may be asked to go on for longer."""
+        """Whether the run has reached the end of its budget, which may have been raised since."""
         return self.result_file.exists() and self.result()["step"] == self.config.budget.updates
 
     def check_length(self, schedule: str | None) -> None:
-        """See to it that a run whose length has changed is still the same run.
+        """Refuse a new length that would make it another run.
 
         Args:
-            schedule: the agent's setting that depends on the length, where there is one.
+            schedule: the agent's setting that depends on the length, if there is one.
 
         Raises:
-            CheckpointError: there is one, or the run has gone on for longer already.
+            CheckpointError: there is one, or the run has already gone on for longer.
         """
         now, done = self.config.budget.updates, max(self.steps())
         if self.length != now and schedule is not None:
@@ -171,7 +170,7 @@ class Run:
             )
 
     def result(self) -> dict[str, Any]:
-        """What a finished run came to."""
+        """The result of a finished run."""
         return _read(self.result_file)
 
     def evaluations(self) -> list[dict[str, Any]]:
@@ -188,12 +187,12 @@ class Run:
         return max(self.evaluations(), key=lambda e: e["return_mean"], default=None)
 
     def steps(self) -> set[int]:
-        """The steps that it can go on from; 0 is the beginning."""
+        """The steps from which it can go on; 0 is the beginning."""
         return {0, *saved_steps(self.checkpoints)} if self.begun else {0}
 
     @property
     def last(self) -> str:
-        """Where its last checkpoint is, in words."""
+        """The path of its last checkpoint, or `none`."""
         steps = self.steps()
         return str(self.checkpoints / f"step_{max(steps):08d}") if max(steps) else "none"
 
@@ -206,7 +205,7 @@ class Run:
         return load_training(self.checkpoints, step)
 
     def check_data(self, then: str | None, now: str | None) -> None:
-        """See to it that training goes on with the dataset that it began with, by their SHA-256.
+        """Refuse another dataset than the one that training began with, by their SHA-256.
 
         Raises:
             CheckpointError: they differ.
@@ -217,24 +216,26 @@ class Run:
             )
 
     def start_logger(self, step: int, task: Task, agent: str) -> None:
-        """Start the logger besides CSV, before anything is written: that may be refused."""
+        """Start the logger besides CSV. It comes before anything is written, since it may fail."""
         self.task, self.algorithm = task, agent
         self.agent = self.config.configuration or agent
         name = f"{task.name}-{self.agent}-{self.folder.name}"
-        self.logger = make_logger(self.config.logger, self.folder, name, self.said, step)
+        self.logger: Logger | None = None
+        if self.config.logger in LOGGERS:
+            self.logger = LOGGERS[self.config.logger](self.folder, name, self.resolved, step)
 
     def begin(self, step: int, program: str, data: Callable[[], Provenance]) -> None:
         """Open the folder's tables, once everything that can be checked beforehand has been.
 
-        What was written after `step` is dropped: a resumed run writes it anew.
+        What was written after `step` is dropped, since a resumed run writes it again.
 
         Args:
-            step: that it goes on from.
+            step: the step that the run goes on from.
             program: how updates are computed, `cpql.train.program.Program.how`.
-            data: says what the run has learnt from by now.
+            data: gives the provenance of what the run has learnt from by now.
         """
         self.program, self.data = program, data
-        write_text(self.config_file, yaml.safe_dump(self.told, sort_keys=False))
+        write_text(self.config_file, yaml.safe_dump(self.resolved, sort_keys=False))
         self.begun = True
         if self.result_file.exists() and self.result()["step"] > step:
             self.result_file.unlink()
@@ -247,20 +248,20 @@ class Run:
         self.timing = CSVTable(self.folder / "timing.csv", step)
 
     def close(self) -> None:
-        """Write what loggers hold back."""
+        """Write what the logger has buffered."""
         if self.logger is not None:
             self.logger.close()
 
-    def log(self, step: int, figures: dict[str, float], seconds: float, updates: int) -> None:
+    def log(self, step: int, metrics: dict[str, float], seconds: float, updates: int) -> None:
         """Write the means of an interval."""
-        self.metrics.log(step, figures)
+        self.metrics.log(step, metrics)
         speed = {"seconds": round(seconds, 2), "updates_per_second": round(updates / seconds, 1)}
         self.timing.log(step, speed)
         if self.logger is not None:
-            self.logger.log(step, figures)
+            self.logger.log(step, metrics)
 
     def evaluate(self, step: int, policy: Policy, episodes: int, stopped: Callable[[], bool]) -> None:
-        """Score a step's policy, unless that has been done or there is no environment, and draw the curve.
+        """Score a step's policy, unless it has been scored or there is no environment, and draw the curve.
 
         Raises:
             Interrupted: `stopped` said so.
@@ -286,7 +287,7 @@ class Run:
         learning_curve(path, self.provenance(), self.evaluations(), self.metrics.rows())
 
     def provenance(self) -> dict[str, Any]:
-        """What every result file says about where it came from."""
+        """Where a result comes from, for every result file."""
         data = self.data()
         behaviour = data.return_mean
         return {
@@ -306,7 +307,7 @@ class Run:
         save_checkpoint(self.checkpoints, step, policy, tensors, {"data_sha256": self.data().sha256})
 
     def prune(self) -> None:
-        """Drop all checkpoints but the newest and the best."""
+        """Drop all checkpoints except the newest and the best."""
         best = self._best()
         prune(self.checkpoints, self.config.budget.keep, () if best is None else (best["step"],))
 
@@ -343,7 +344,7 @@ def _read(path: Path, *numbers: str) -> dict[str, Any]:
 
 
 def _whole(key: str, settings: Any) -> Any:
-    """A group of settings with every default: what a setting was before there was one."""
+    """A group of settings with all defaults, so that settings added since compare as their defaults."""
     if not isinstance(settings, dict):
         return settings
     kinds: dict[str, type[Any]] = {
@@ -356,7 +357,7 @@ def _whole(key: str, settings: Any) -> Any:
         kinds[key] = AGENTS[rest.pop("name")].config_class
     try:
         return settings | asdict(build(kinds[key], rest, key))
-    except (KeyError, ConfigError):  # nothing that this version knows: then it is compared as it is
+    except (KeyError, ConfigError):  # unknown to this version: compared as it is
         return settings
 
 
@@ -366,51 +367,3 @@ def _difference(key: str, before: Any, now: Any) -> str:
             if before.get(inner) != now.get(inner):
                 return _difference(f"{key}.{inner}", before.get(inner), now.get(inner))
     return f"the run was started with {key}={before}, not {now}; resume it with the same settings"
-
-
-def summary(result: dict[str, Any], folder: str) -> str:
-    """What a person wants to read at the end of a run."""
-    where = f"all in {folder}: learning_curve.png, metrics.csv, result.json, checkpoints/last"
-    if not result["evaluated"]:
-        lines = [f"trained and not evaluated: {result['task']} has no environment here (env.id=null)"]
-        return "\n".join([*lines, *([f"note: {result['note']}"] if result["note"] else []), where])
-    returns = f"return {result['return_mean']:,.0f} ± {result['return_std']:,.0f}"
-    how = f"over {result['episodes']} episodes of {result['environment']}, last checkpoint, {result['rule']}"
-    data = f"data: {result['data']['source']} {result['data']['id']}"
-    behaviour = result["behaviour_return"]
-    if result["score"] is None:
-        beside = "unknown" if behaviour is None else f"{behaviour:,.0f}"
-        lines = [f"{returns} {how}", f"behaviour's return {beside}   ({data}, which has no reference scores)"]
-    else:
-        low, high = result["score_interval"]
-        beside = "unknown" if behaviour is None else f"{result['behaviour_score']:.1f}"
-        lines = [
-            f"score {result['score']:.1f} (95% interval {low:.1f} to {high:.1f}; {returns} {how})",
-            f"behaviour {beside}   random 0.0   expert 100.0   "
-            f"({result['references']['of']}'s references; {data})",
-        ]
-    if result["note"]:
-        lines.append(f"note: {result['note']}")
-    return "\n".join([*lines, where])
-
-
-def group_summary(results: Sequence[dict[str, Any]], configs: Sequence[TrainConfig]) -> str:
-    """The same for several runs of one program, with the mean over the seeds of each setting."""
-    texts = [summary(result, config.run_dir) for result, config in zip(results, configs, strict=True)]
-    if not results[0]["evaluated"]:
-        return "\n".join(texts)
-    of = "return" if results[0]["score"] is None else "score"
-    values: dict[str, list[float]] = {}
-    for result, config in zip(results, configs, strict=True):
-        setting = ", ".join(
-            f"agent.{name}={config.agent[name]}"
-            for name in AGENTS[config.agent["name"]].by_member
-            if name in config.agent
-        )
-        values.setdefault(setting, []).append(result["return_mean" if of == "return" else "score"])
-    for setting, seeds in values.items():
-        if len(seeds) > 1:
-            mean, spread = statistics.fmean(seeds), statistics.stdev(seeds)
-            under = f" with {setting}" if len(values) > 1 else ""
-            texts.append(f"{of} of {len(seeds)} seeds{under}: {mean:,.1f} ± {spread:,.1f} (between seeds)")
-    return "\n".join(texts)

@@ -1,0 +1,326 @@
+"""The members of one program: an agent with a member axis, and a run's folder for each of them."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from cpql.agents import Agent
+from cpql.deploy.config import PolicyConfig
+from cpql.deploy.policy import Policy
+from cpql.environments import spec_of
+from cpql.errors import CheckpointError, CpqlError, Interrupted
+from cpql.io import versions
+from cpql.tasks import Task
+from cpql.train.checkpoint import find_training, load_training
+from cpql.train.logging import say
+from cpql.train.runs import Run
+from cpql.train.sources import Source
+
+__all__ = ["Means", "Members"]
+
+# What the progress line shows of the metrics: a word, the metric's name, its format.
+SHOWN = (
+    ("Q", "critic/q", ".1f"),
+    ("imitation", "actor/imitation", ".3f"),
+    ("steps", "online/steps", ",.0f"),
+    ("acting", "online/return", ",.0f"),
+)
+
+
+class Means:
+    """Means of metrics over an interval, kept on the device; `members` is the agent's."""
+
+    def __init__(self, members: tuple[int, ...]) -> None:
+        self.members = members
+        self.sums: dict[str, Tensor] = {}
+        self.counts: dict[str, int] = {}
+
+    def add(self, metrics: Mapping[str, Tensor]) -> None:
+        """Count one update's metrics; not every update has them all."""
+        for name, value in metrics.items():
+            if name in self.sums:
+                self.sums[name] += value
+                self.counts[name] += 1
+            else:
+                self.sums[name], self.counts[name] = value.expand(self.members).clone(), 1
+
+    def take(self) -> list[dict[str, float]]:
+        """The means of each member, fetched in one transfer; counting starts again."""
+        values = torch.stack([total.float() / self.counts[name] for name, total in self.sums.items()], -1)
+        names = list(self.sums)
+        self.sums, self.counts = {}, {}
+        return [dict(zip(names, row, strict=True)) for row in values.reshape(-1, len(names)).tolist()]
+
+    def state_dict(self, member: int) -> dict[str, Tensor]:
+        """A member's sums and counts."""
+        state = {f"sum.{name}": total[member] if self.members else total for name, total in self.sums.items()}
+        return state | {f"count.{name}": torch.tensor(count) for name, count in self.counts.items()}
+
+    def load_state_dicts(self, states: Sequence[Mapping[str, Tensor]], device: torch.device) -> None:
+        """Take over what `state_dict` gave of every member."""
+        sums = [_named("sum.", state) for state in states]
+        self.counts = {name: int(count) for name, count in _named("count.", states[0]).items()}
+        self.sums = {
+            name: torch.stack([each[name] for each in sums]).to(device) if self.members else total.to(device)
+            for name, total in sums[0].items()
+        }
+
+
+class Members:
+    """The members of a program under way: one agent, what it learns from, and the run of each member.
+
+    A member that diverges is left as it was last saved, and the others go on.
+
+    Args:
+        runs: one for each member.
+        task: as the source has it.
+        agent: with a member axis if there are several runs.
+        source: what they learn from.
+        console: for progress and warnings.
+
+    Attributes:
+        step: gradient steps taken; after making one, those of the last checkpoint that all members have.
+
+    Raises:
+        CheckpointError: the checkpoints can't be read, or are another training's.
+    """
+
+    def __init__(
+        self, runs: Sequence[Run], task: Task, agent: Agent, source: Source, console: Console
+    ) -> None:
+        self.runs, self.agent, self.source, self.console = runs, agent, source, console
+        self.config = replace(runs[0].config, env=task)
+        self.generators = [torch.Generator(source.device).manual_seed(run.config.seed) for run in runs]
+        self.means = Means(agent.members)
+        self.diverged: dict[int, CpqlError] = {}
+        self.bounds = ((-1.0,) * agent.action_dim, (1.0,) * agent.action_dim)
+        if task.id is not None:
+            spec = spec_of(task)
+            self.bounds = tuple(spec.action_low.tolist()), tuple(spec.action_high.tolist())
+        self.step = self.saved = self._restore()
+        if not self.step:
+            self._start_from_checkpoints()
+        # A run that starts from another one's checkpoint counts from 0; its agent counts on.
+        self.before = int(agent.state["step"]) - self.step
+
+    @property
+    def phase(self) -> int:
+        """The phase of the next update: the updates that the agent has taken, modulo its `cycle`."""
+        return (self.before + self.step) % self.agent.cycle
+
+    def going(self) -> list[tuple[int, Run]]:
+        """The members that haven't diverged, by number."""
+        return [(k, run) for k, run in enumerate(self.runs) if k not in self.diverged]
+
+    def where(self) -> str:
+        """Say what is saved, and how to continue."""
+        folders = ", ".join(str(run.folder) for run in self.runs)
+        if not self.saved:
+            return f"nothing was saved yet in {folders}"
+        return f"saved up to update {self.saved:,} in {folders}; go on with the same command and resume=true"
+
+    def due(self, every: int) -> bool:
+        """Whether an event that occurs every so many updates, and at the end, is due; 0 is never."""
+        return self.step == self.config.budget.updates or (every > 0 and self.step % every == 0)
+
+    # An update's noise and batch.
+
+    def inputs(self) -> tuple[Any, dict[str, Tensor]]:
+        """The batch and the noise of the next update."""
+        batch = self.source.batch(self.agent, self.generators)
+        return batch, self.agent.draw(self.generators if self.agent.members else self.generators[0])
+
+    # What comes of them.
+
+    def log(self, seconds: float, updates: int) -> str:
+        """Write the interval's means, and return them in short, averaged over the members."""
+        means = [each | self.source.metrics(k) for k, each in enumerate(self.means.take())]
+        for k, run in self.going():
+            broken = next(
+                (n for n, value in means[k].items() if not math.isfinite(value) and n != "online/return"),
+                None,
+            )
+            if broken is None:
+                run.log(self.step, means[k], seconds, updates)
+            else:
+                self._diverge(k, run, f"{broken} is {means[k][broken]}")
+        going = [means[k] for k, _ in self.going()]
+        text = [
+            f"{word} {statistics.fmean(m[name] for m in going):{form}}"
+            for word, name, form in SHOWN
+            if name in going[0] and math.isfinite(going[0][name])
+        ]
+        return "  ".join([*text, self.last_scores()])
+
+    def last_scores(self) -> str:
+        """The scores of the last evaluations, for the progress line."""
+        last = [evaluations[-1] for _, run in self.going() if (evaluations := run.evaluations())]
+        if not last:
+            return ""
+        of = "return" if last[0]["score"] is None else "score"
+        values = [f"{e['return_mean' if of == 'return' else 'score']:.1f}" for e in last]
+        return f"{of} {' '.join(values)}"
+
+    def _diverge(self, member: int, run: Run, what: str) -> None:
+        """Leave a member as it was last saved.
+
+        Raises:
+            CpqlError: there are no others.
+        """
+        where = f" in {run.folder}" if self.agent.members else ""
+        error = CpqlError(
+            f"{what} at update {self.step}: training diverged{where}. A smaller agent.eta or actor_lr "
+            f"usually helps; the last checkpoint is {run.last}"
+        )
+        if len(self.going()) == 1:
+            raise error
+        self.diverged[member] = error
+        say(self.console, str(error), "red")
+
+    def policy(self, member: int) -> Policy:
+        """A member's present policy: the online actor, and the target critic if there is one."""
+        agent, run, c, source = self.agent, self.runs[member].config, self.agent.config, self.source
+        actor, critic = agent.deployed(member)
+        mean, std = ((), ()) if source.normalisation is None else (x.tolist() for x in source.normalisation)
+        config = PolicyConfig(
+            state_dim=agent.state_dim,
+            action_dim=agent.action_dim,
+            action_low=self.bounds[0],
+            action_high=self.bounds[1],
+            actor=c.actor,
+            critic_hidden=c.critic_hidden if critic is not None else (),
+            critic_layer_norm=c.critic_layer_norm,
+            critic_activation=c.critic_activation,
+            candidates=c.candidates,
+            temperature=c.temperature,
+            task=self.config.env,
+            origin={
+                "agent": run.configuration or agent.name,
+                "algorithm": agent.name,
+                "step": int(agent.state["step"]),
+                "seed": run.seed,
+                "versions": versions(),
+                "data": source.provenance.to_dict(),
+            },
+            observation_mean=tuple(mean),
+            observation_std=tuple(std),
+        )
+        return Policy(actor, critic, config)
+
+    def evaluate(self, stopped: Callable[[], bool]) -> None:
+        """Score every member if that is due, and drop checkpoints that are no longer needed."""
+        budget = self.config.budget
+        if self.due(budget.evaluate_every):
+            episodes = budget.final_episodes if self.step == budget.updates else budget.episodes
+            with contextlib.suppress(Interrupted):  # the loop reports it
+                for k, run in self.going():
+                    run.evaluate(self.step, self.policy(k), episodes, stopped)
+        for _, run in self.going():
+            run.prune()
+
+    # Checkpoints.
+
+    def save(self) -> None:
+        """Write a checkpoint of every member, from which it can go on alone or in a group.
+
+        Older checkpoints are dropped only after all members have theirs, so that some step is always common
+        to all.
+        """
+        if self.saved == self.step:
+            return
+        for k, run in self.going():
+            state = self.agent.state_dict(k)
+            if not all(bool(tensor.isfinite().all()) for tensor in state.values()):
+                self._diverge(k, run, "a weight isn't finite")
+                continue
+            tensors = {"generator": self.generators[k].get_state()}
+            for prefix, part in (
+                ("agent.", state),
+                ("means.", self.means.state_dict(k)),
+                ("source.", self.source.state_dict(k)),
+            ):
+                tensors |= {prefix + name: tensor for name, tensor in part.items()}
+            run.save(self.step, self.policy(k), tensors)
+        self.saved = self.step
+
+    def _restore(self) -> int:
+        """Load the last checkpoint that all members have, and return its step.
+
+        Raises:
+            CheckpointError: there are some and none can be read, or they are another training's.
+        """
+        *steps, beginning = self._common_steps()
+        damage: CheckpointError | None = None
+        for step in steps:
+            try:
+                read = [run.read(step) for run in self.runs]
+            except CheckpointError as error:
+                damage = error
+                say(self.console, f"warning: {error}; trying the checkpoint before it", "yellow")
+                continue
+            self._load(step, read)
+            return step
+        if damage is not None:
+            raise damage
+        return beginning
+
+    def _common_steps(self) -> list[int]:
+        """The steps that all runs can go on from, the last one first; 0 is the beginning.
+
+        Raises:
+            CheckpointError: only the beginning is common, and some have gone on from it for longer than from
+                one checkpoint to the next.
+        """
+        common = sorted(set.intersection(*(run.steps() for run in self.runs)), reverse=True)
+        if common == [0] and any(max(run.steps()) > run.config.budget.save_every for run in self.runs):
+            where = ", ".join(f"{run.folder} at {max(run.steps()):,}" for run in self.runs)
+            raise CheckpointError(f"no checkpoint that all members have ({where}): resume them one by one")
+        return common
+
+    def _load(self, step: int, read: Sequence[tuple[dict[str, Tensor], dict[str, Any]]]) -> None:
+        """Continue from a checkpoint's tensors and state, by member."""
+        means: list[dict[str, Tensor]] = []
+        for k, (run, (tensors, state)) in enumerate(zip(self.runs, read, strict=True)):
+            try:
+                run.check_data(state["data_sha256"], self.source.provenance.sha256)
+                self.agent.load_state_dict(_named("agent.", tensors), k)
+                self.source.load_state_dict(_named("source.", tensors), k)
+                self.generators[k].set_state(tensors["generator"])
+                means.append(_means(tensors))
+            except (ValueError, KeyError) as error:
+                raise CheckpointError(f"{run.checkpoints}, step {step}: {error}") from error
+        self.means.load_state_dicts(means, self.source.device)
+
+    def _start_from_checkpoints(self) -> None:
+        """Take all networks and optimisers from the run that each member's `checkpoint` names, if any."""
+        for k, run in enumerate(self.runs):
+            if run.config.checkpoint:
+                tensors, _ = load_training(*find_training(Path(run.config.checkpoint)))
+                try:
+                    self.agent.load_state_dict(_named("agent.", tensors), k)
+                except ValueError as error:
+                    raise CheckpointError(f"checkpoint={run.config.checkpoint}: {error}") from error
+
+
+def _named(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Those whose names have a prefix, without it."""
+    return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+
+
+def _means(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The state of `Means` in a checkpoint; older ones have sums alone, and one count for all."""
+    state = _named("means.", tensors)
+    if "means_count" not in tensors:
+        return state
+    sums = {f"sum.{name}": total for name, total in state.items()}
+    return sums | {f"count.{name}": tensors["means_count"] for name in state}
