@@ -151,7 +151,7 @@ def test_what_is_not_npz_is_refused_in_one_line(tmp_path: Path) -> None:
         "single": "not NPZ",
         "truncated": "not NPZ, or cut off",
         "flipped": "damaged, 'rewards' can't be read",
-        "empty": "not NPZ",
+        "empty": "an empty file",
         "page": "not NPZ",
         "loop": "no such file",
         "missing": "no such file in",
