@@ -153,7 +153,7 @@ def test_what_is_not_npz_is_refused_in_one_line(tmp_path: Path) -> None:
         "flipped": "damaged, 'rewards' can't be read",
         "empty": "an empty file",
         "page": "not NPZ",
-        "loop": "no such file",
+        "loop": "a symbolic link that leads nowhere",
         "missing": "no such file in",
         "nothing": "no 'observations', only nothing",
     }.items():
