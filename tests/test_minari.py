@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-import tracemalloc
 import types
 import warnings
 from collections.abc import Callable
@@ -20,7 +19,6 @@ import torch
 from gymnasium.spaces import Box
 from hypothesis import given, settings
 from minari.dataset._storages.hdf5_storage import HDF5Storage  # type: ignore[import-untyped]
-from numpy.typing import NDArray
 from test_npz import assert_same, datasets
 
 from cpql.data import files, minari
@@ -636,89 +634,15 @@ def test_arrays_that_do_not_fit_are_refused_by_name(make: Callable[..., Path]) -
         assert text in message and "main_data.hdf5: " in message and "\n" not in message, message
 
 
-def test_hostile_files_are_refused_before_they_are_read(make: Callable[..., Path], tmp_path: Path) -> None:
+def test_files_that_are_no_hdf5_are_refused_by_name(make: Callable[..., Path]) -> None:
     path = make() / "main_data.hdf5"
     whole = path.read_bytes()
-    with h5py.File(tmp_path / "other.hdf5", "w") as other:
-        other["x"] = np.zeros(3)
-
-    def change(edit: Callable[[h5py.File], Any]) -> None:
-        path.write_bytes(whole)
-        with h5py.File(path, "a") as file:
-            del file["episode_0/rewards"]
-            edit(file["episode_0"])
-
-    virtual = h5py.VirtualLayout((3,), "f8")
-    virtual[:] = h5py.VirtualSource(tmp_path / "other.hdf5", "x", (3,))
-    space = h5py.string_dtype()
-    cases: list[tuple[Callable[[Any], Any], str]] = [
-        (lambda group: None, "no 'episode_0/rewards'"),
-        (
-            lambda g: g.__setitem__("rewards", h5py.ExternalLink(tmp_path / "other.hdf5", "x")),
-            "a link to elsewhere",
-        ),
-        (lambda g: g.__setitem__("rewards", h5py.SoftLink("rewards")), "is a link to elsewhere"),
-        (lambda g: g.create_virtual_dataset("rewards", virtual), "keeps its numbers in another file"),
-        (
-            lambda g: g.create_dataset("rewards", (3,), "f8", external=[(tmp_path / "raw", 0, 24)]),
-            "keeps its numbers in another file",
-        ),
-        (
-            lambda g: g.create_dataset("rewards", (3,), space),
-            "'episode_0/rewards' holds object: expected numbers",
-        ),
-        (lambda g: g.create_dataset("rewards", (10**10,), "f8"), "has shape [10000000000] after 0 steps"),
-        (
-            lambda g: g.create_dataset("rewards", (10**10,), "f8", chunks=(1000,)),
-            "has shape [10000000000] after 0 steps",
-        ),
-        (
-            lambda g: g.create_dataset("rewards", data=h5py.Empty("f8")),
-            "'episode_0/rewards' has shape [] after 0 steps",
-        ),
-    ]
-    (tmp_path / "raw").write_bytes(bytes(24))
-    for edit, text in cases:
-        change(edit)
-        tracemalloc.start()
-        with pytest.raises(DataError) as caught:
-            minari.read(path.parent)
-        assert tracemalloc.get_traced_memory()[1] < 1 << 20
-        tracemalloc.stop()
-        message = str(caught.value)
-        assert (
-            message.startswith("mixed-v0/data/main_data.hdf5: ") and text in message and "\n" not in message
-        )
-    for content, text in ((whole[: len(whole) // 2], "damaged"), (b"<html>", "damaged"), (b"", "damaged")):
+    for content in (whole[: len(whole) // 2], b"<html>", b""):
         path.write_bytes(content)
-        with pytest.raises(DataError, match=rf"^mixed-v0/data/main_data.hdf5: {text}"):
+        with pytest.raises(DataError, match=r"^mixed-v0/data/main_data.hdf5: damaged"):
             minari.read(path.parent)
     path.unlink()
     with pytest.raises(
         DataError, match=rf"main_data.hdf5: no such file beside .*`minari download --force {ID}`"
     ):
         minari.read(path.parent)
-
-
-def test_zeros_that_were_compressed_are_refused_before_they_are_read(make: Callable[..., Path]) -> None:
-    steps = 9_000_000
-    part: dict[str, NDArray[Any]] = {}
-    path = make([part], total_episodes=1, total_steps=steps) / "main_data.hdf5"
-    with h5py.File(path, "a") as file:
-        group = file.require_group("episode_0")
-        for key, shape in {
-            "observations": (steps + 1, 2),
-            "actions": (steps, 1),
-            "rewards": (steps,),
-            "terminations": (steps,),
-            "truncations": (steps,),
-        }.items():
-            made = group.create_dataset(key, shape, "u1", compression="gzip", chunks=(steps // 9, *shape[1:]))
-            made[:1] = 0
-    tracemalloc.start()
-    with pytest.raises(
-        DataError, match=r"main_data.hdf5: 9,000,000 steps declared, 0.1 GiB, in a file of 0.0"
-    ):
-        minari.read(path.parent)
-    assert tracemalloc.get_traced_memory()[1] < 1 << 20
-    tracemalloc.stop()
