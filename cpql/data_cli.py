@@ -237,8 +237,8 @@ def _read(source: str, path: Path, task: Task, id: str, *, fit: bool = False) ->
         data = SOURCES[source].read(path, request)
     if path.is_file():
         verify_recorded(path, data.provenance.sha256)
-    if request.facts is not None:
-        data.validate_for(*request.facts.widths)
+    if request.spec is not None:
+        data.validate_for(*request.spec.widths)
     return data, files.without_foreign_references(task, data)
 
 

@@ -91,7 +91,7 @@ class D4RL(Source):
         entry = request.about("d4rl")
         if not entry:
             raise DataError(f"{request.task.name}: D4RL has no counterpart: expected dataset.id to name one")
-        _ = request.facts  # raises before the download if the environment can't be made
+        _ = request.spec  # raises before the download if the environment can't be made
         path = _path(entry)
         name, folders = path.rpartition("/")[2], os.environ.get("CPQL_D4RL_MIRROR", "").split()
         last = "/".join(path.split("/")[-2:])

@@ -1,8 +1,8 @@
 """Downloading one file from the first of several mirrors that has it, whole or not at all.
 
 There may be further files beside `NAME`: `.NAME.part`, an unfinished download; `.NAME.lock`, while a process
-downloads it; `NAME.sha256`, the checksum of the first download, in `sha256sum`'s format. `NAME` itself appears
-once the whole file has been checked.
+downloads it; `NAME.sha256`, the checksum of the first download, in `sha256sum`'s format. `NAME` itself
+appears once the whole file has been checked.
 """
 
 from __future__ import annotations
