@@ -258,7 +258,7 @@ def _arrays(
             f"{steps:,} steps declared, {declared / 2**30:,.1f} GiB, in a file of {size / 2**20:,.2f} MiB: "
             "expected arrays that are written"
         )
-    observations, following = np.empty((2, steps, ends[-1]), np.float32)
+    observations, next_observations = np.empty((2, steps, ends[-1]), np.float32)
     others = {key: np.empty(steps, np.float32) for key in ("rewards", "terminations", "truncations")}
     others["actions"] = np.empty((steps, width), np.float32)
     start = 0
@@ -278,7 +278,7 @@ def _arrays(
                 array[rows] = _values(episode, key, label, (length, *array.shape[1:]))
             for path, part in parts.items():
                 table = _values(episode, path, label, (length + 1, part.stop - part.start))
-                observations[rows, part], following[rows, part] = table[:-1], table[1:]
+                observations[rows, part], next_observations[rows, part] = table[:-1], table[1:]
         start = rows.stop
         if number in about.cpql_cut_episodes:
             others["truncations"][start - 1] = 0
@@ -288,7 +288,7 @@ def _arrays(
         raise DataError(f"an '{label}': expected {about.total_episodes:,} episodes, as {METADATA} says")
     names = {"terminals": "terminations", "timeouts": "truncations"}
     columns = {key: others[names.get(key, key)] for key in ("actions", "rewards", *names)}
-    return {"observations": observations, "next_observations": following} | columns
+    return {"observations": observations, "next_observations": next_observations} | columns
 
 
 def _observations(episode: Any, keys: Sequence[str]) -> list[str]:
