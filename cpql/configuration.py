@@ -13,7 +13,6 @@ from typing import Any, cast
 import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
-from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
@@ -22,6 +21,7 @@ from cpql.consistency import OBJECTIVES
 from cpql.data.sources import SOURCES
 from cpql.environments import import_environment
 from cpql.errors import CheckpointError, ConfigError, did_you_mean
+from cpql.migration import upgrade
 from cpql.settings import build
 from cpql.tasks import config_folder, load_task, task_names, task_patterns, with_own_references
 from cpql.train.checkpoint import find_training
@@ -62,6 +62,7 @@ def register(**commands: Any) -> None:
     for name in ("auto", *SOURCES):
         node = asdict(DatasetConfig(source=name))
         node |= {"size": "${budget.dataset_size}", "reward": "${published:reward,none}"}
+        node["normalise_observations"] = "${published:normalise_observations,false}"
         store.store(group="dataset", name=name, node=node)
     for name, agent in AGENTS.items():
         node = asdict(agent.config_class())
@@ -83,8 +84,12 @@ def register(**commands: Any) -> None:
 
 
 def _published(column: str, default: Any, *, _root_: DictConfig) -> Any:
-    """`${published:COLUMN,DEFAULT}`: what the agent's table in `configs/published/` has for the task."""
-    return OmegaConf.select(_root_, f"published.{_root_.env.name}.{column}", default=default)
+    """`${published:COLUMN,DEFAULT}`: from the agent's published table, its row of the task, or of `all`."""
+    for row in (_root_.env.name, "all"):
+        value = OmegaConf.select(_root_, f"published.{row}.{column}")
+        if value is not None:
+            return value
+    return default
 
 
 def _settings(*, _root_: DictConfig) -> str:
@@ -118,31 +123,29 @@ def check_words(command: str, words: list[str]) -> None:
     """
     if any(word.startswith("-") for word in words):
         return
-    values = {}
+    groups, values = (GROUPS if command == "train" else ()), {}
     for word in words:
         key, equals, values[key] = word.partition("=")
         if not equals:
             raise ConfigError(
                 f"{word!r}: expected KEY=VALUE, for example env=hopper-medium; --help shows all"
             )
-        if key in GROUPS and command == "train" and values[key] not in choices(key):
+        if key in groups and values[key] not in choices(key):
             raise ConfigError(
                 f"{key}={values[key]} does not exist: {did_you_mean(values[key], choices(key))}"
             )
-    # Of an environment's own options Hydra says better what to type: a + before them.
-    free = ("+", "~", "hydra", "env.env_options.", "env.reset_options.")
-    try:
-        with initialize_config_dir(str(config_folder()), version_base="1.3"):
-            chosen = compose(command, [f"{key}={value}" for key, value in values.items() if key in GROUPS])
-            known = {*GROUPS, *_keys(OmegaConf.to_container(chosen))}
+    with initialize_config_dir(str(config_folder()), version_base="1.3"):
+        try:
+            compose(command, words)
+        except HydraException as error:
+            chosen = compose(command, [f"{key}={value}" for key, value in values.items() if key in groups])
+            known = {*groups, *_keys(OmegaConf.to_container(chosen))}
+            # Of an environment's own options Hydra says better what to type: a + before them.
+            free = ("+", "~", "hydra", "env.env_options.", "env.reset_options.")
             for key in values:
                 if not key.startswith(free) and key not in known:
-                    raise ConfigError(f"unknown setting {key!r}: {_instead(key, known)}")
-            compose(command, words)
-    except HydraException as error:
-        raise ConfigError(" ".join(str(error).split())) from None
-    finally:
-        GlobalHydra.instance().clear()
+                    raise ConfigError(f"unknown setting {key!r}: {_instead(key, known)}") from None
+            raise ConfigError(" ".join(str(error).split())) from None
 
 
 def _keys(content: Any, prefix: str = "") -> Iterator[str]:
@@ -237,6 +240,7 @@ def _continue_from(plain: Plain, overrides: list[str]) -> None:
         before = yaml.safe_load(file.read_text())
         if not {"env", "agent", "dataset"} <= before.keys():
             raise ValueError("it has no env, agent and dataset")
+        before = upgrade(before)
     except (OSError, ValueError, AttributeError, yaml.YAMLError) as error:
         raise CheckpointError(f"{file}: no readable configuration of a run: {error}") from error
     if "agent" in overrides:
@@ -272,8 +276,7 @@ def _drop_inapplicable(agent: Plain, overrides: list[str]) -> None:
         presets = (cast(DictConfig, OmegaConf.load(file)) for file in (config_folder() / "preset").iterdir())
         fields = AGENTS[agent["name"]].config_class.__dataclass_fields__.keys()
         drop(agent, "agent", {str(key) for preset in presets for key in preset} - fields)
-    actor, options = agent["actor"], "agent.actor.objective_options"
-    if "agent.actor.objective" in overrides and options not in overrides:
-        objective = OBJECTIVES.get(actor["objective"])
-        if objective:  # else it is refused later
-            drop(actor["objective_options"], options, actor["objective_options"].keys() - objective.settings)
+    objective = OBJECTIVES.get(agent["actor"].get("objective"))
+    options, own = "agent.actor.objective_options", agent["actor"].get("objective_options", {})
+    if objective and "agent.actor.objective" in overrides and options not in overrides:
+        drop(own, options, own.keys() - objective.settings)

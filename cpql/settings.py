@@ -19,11 +19,11 @@ from cpql.errors import ConfigError, did_you_mean
 __all__ = [
     "Candidates",
     "Count",
+    "Fraction",
     "Natural",
     "NonNegative",
     "Positive",
     "Seed",
-    "Share",
     "Threads",
     "Width",
     "Widths",
@@ -46,8 +46,10 @@ Positive = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
 """A finite number, 0 or more."""
 
-Share = Annotated[float, Field(ge=0.0, le=1.0)]
-"""A part of the whole, in [0, 1]."""
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+"""Of a whole, in [0, 1]."""
+
+Share = Fraction  # the name before, until cpql.train.config is renamed
 
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
 """What torch and every generator of numpy's take, with room for the episodes that are counted from it."""

@@ -70,47 +70,22 @@ def left(folder: Path) -> set[str]:
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("script", "word", "message"),
     [
-        (["seeds=3"], "seeds=3: expected a list, such as [0,1,2,3]"),
-        (
-            ["seeds=[1,2,3]", "agent.eta=[0.5,1]"],
-            "seed=[1, 2, 3]: 3 values: expected 2, one for each member",
-        ),
-        (["env=hopper-medum"], r"env=hopper-medum does not exist: did you mean hopper-medium"),
-        (["agent=cpq"], "agent=cpq does not exist: did you mean cpql"),
-        (["budget=fast"], "budget=fast does not exist: choose from finetune, full, online, quick"),
-        (["mode=finetun"], "mode=finetun does not exist: did you mean finetune"),
-        (["mode=online"], "no environment: expected env.id, such as env.id=Pendulum-v1"),
-        (["mode=online", "env=hopper", "dataset.n_step=2"], "dataset.n_step=2: there is no dataset"),
-        (["env=hopper"], "hopper has no dataset: expected mode=online"),
-        (["mode=finetune"], "checkpoint=... is missing: a run's folder"),
-        (["mode=finetune", "checkpoint=nowhere"], "nowhere: does not exist"),
-        (["online.start_steps=3"], "unknown setting 'online.start_steps': there are no settings in online"),
-        (["agent.etaa=1"], "unknown setting 'agent.etaa': did you mean agent.eta?"),
-        (["eta=1"], "unknown setting 'eta': did you mean agent.eta?"),
-        (["foo=1"], "unknown setting 'foo': choose from agent, budget,"),
-        (["budget.foo=1"], "unknown setting 'budget.foo': choose from budget.dataset_size,"),
-        (["agent.eta=much"], "agent: eta: Input should be a valid number"),
-        (["agent.actor.objective=itc"], "objective 'itc' does not exist: did you mean ict"),
-        (["agent.actor.objective_options.coun=3"], "denoise has no 'coun': did you mean count"),
-        (["seed=x"], "seed: Input should be a valid integer"),
-        (["device=tpu"], "device: Input should be 'auto', 'cpu' or 'cuda'"),
-        (["hopper-medium"], "'hopper-medium': expected KEY=VALUE"),
-        (["dataset.path=nowhere.hdf5"], "nowhere.hdf5"),
-        (["dataset=d4rl"], "hopper_medium-v2.hdf5"),
-        (["resume=true"], "holds no run to resume"),
+        ("train.py", "env=hopper-medum", "env=hopper-medum does not exist: did you mean hopper-medium"),
+        ("evaluate.py", "chekpoint=.", "unknown setting 'chekpoint': did you mean checkpoint"),
+        ("export.py", "checkpoint=nowhere", "nowhere: does not exist"),
     ],
 )
-def test_bad_words(words: list[str], message: str, tmp_path: Path) -> None:
-    done = run("train.py", *words, folder=tmp_path)
-    assert done.returncode == 1
-    assert message in done.stderr
-    assert len(done.stderr.strip().splitlines()) == 1
-    assert "Traceback" not in done.stderr
+def test_an_error_at_a_shell(script: str, word: str, message: str, tmp_path: Path) -> None:
+    """One of each command's; tests/test_settings.py has the others, in this process."""
+    done = run(script, word, folder=tmp_path)
+    assert done.returncode == 1 and message in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1 and "Traceback" not in done.stderr
     assert not left(tmp_path)
 
 
+@pytest.mark.slow
 def test_learning_online(tmp_path: Path) -> None:
     little = (
         "agent.actor.hidden=[16,16]",
@@ -135,6 +110,7 @@ def test_learning_online(tmp_path: Path) -> None:
     assert "none: a return, and no score" in scored.stdout
 
 
+@pytest.mark.slow
 def test_train_from_an_empty_home_then_evaluate_then_resume(tmp_path: Path) -> None:
     """The main job, small: collects data by itself and says so, trains, scores and saves.
 
@@ -181,19 +157,7 @@ def test_train_from_an_empty_home_then_evaluate_then_resume(tmp_path: Path) -> N
     assert content["references"] == {"of": "D4RL", "random": -20.272305, "expert": 3234.3}
 
 
-def test_evaluate_errors(tmp_path: Path) -> None:
-    for words, message in (
-        ((), "checkpoint=... is missing"),
-        (("checkpoint=nowhere",), "nowhere: does not exist"),
-        (("checkpoint=.", "episodes=0"), "episodes: Input should be greater than or equal to 1, found 0"),
-        (("chekpoint=.",), "unknown setting 'chekpoint': did you mean checkpoint"),
-    ):
-        done = run("evaluate.py", *words, folder=tmp_path)
-        assert done.returncode == 1
-        assert message in done.stderr, done.stderr
-        assert "Traceback" not in done.stderr
-
-
+@pytest.mark.slow
 @pytest.mark.parametrize("logger", ["tensorboard", "wandb"])
 def test_loggers_without_an_account(logger: str, tmp_path: Path) -> None:
     random = np.random.default_rng(0)

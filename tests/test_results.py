@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import runpy
+import sys
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,12 @@ import pytest
 import yaml
 
 ROOT = Path(__file__).parent.parent
-BENCHMARK = runpy.run_path(str(ROOT / "scripts" / "benchmark.py"))
+sys.path.append(str(ROOT / "scripts"))
+RESULTS = runpy.run_path(str(ROOT / "scripts" / "measure" / "results.py"))
 
 
 def test_the_table_in_the_readme_is_that_of_the_kept_results() -> None:
-    assert BENCHMARK["table"]() in (ROOT / "README.md").read_text()
+    assert RESULTS["table"]() in (ROOT / "README.md").read_text()
 
 
 def test_the_tables_in_the_docs_are_those_of_the_kept_runs_of_each_objective() -> None:
@@ -45,7 +47,7 @@ def test_kept_results_say_what_they_depend_on() -> None:
 @pytest.fixture
 def keep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Keep a finished run in a folder of its own: the run of a result that is kept, with some changes."""
-    monkeypatch.setitem(BENCHMARK["keep_results"].__globals__, "FOLDER", tmp_path)
+    monkeypatch.setitem(RESULTS["keep"].__globals__, "FOLDER", tmp_path)
     kept = json.loads((ROOT / "benchmarks" / "results" / "hopper-medium-cpql-seed0.json").read_text())
 
     def run(eta: float = 2.0, **changes: Any) -> Path:
@@ -59,7 +61,7 @@ def keep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         for step, episodes, score in curve:
             content = {"step": step, "episodes": episodes, "score": score}
             (folder / "evaluations" / f"step_{step:08d}.json").write_text(json.dumps(content))
-        BENCHMARK["keep_results"](Namespace(runs=[folder]))
+        RESULTS["keep"](Namespace(runs=[folder]))
         return tmp_path / "results"
 
     return run
@@ -87,7 +89,7 @@ def test_a_kept_result_has_the_name_of_its_configuration(keep: Any) -> None:
         "hopper-medium-cpql-seed0.json",
         "hopper-medium-recommended-seed0.json",
     }
-    rows = [line.split(" | ")[1] for line in BENCHMARK["table"]().splitlines()[2:]]
+    rows = [line.split(" | ")[1] for line in RESULTS["table"]().splitlines()[2:]]
     assert rows == ["`cpql`", "`recommended`"]
 
 

@@ -247,6 +247,29 @@ def test_ends_of_ranges_are_in_them(key: str, value: Any, contents: dict[str, Di
         assert agent_config(config)[1].updates == 2_000_000
 
 
+@pytest.mark.parametrize(
+    ("words", "actor_lr", "eta_warmup", "rate"),
+    [
+        (["env=pen-human"], 3e-5, 0, 0.005),
+        (["env=pen-human", "budget=quick"], 3e-4, 10_000, 0.02),
+        (["env=pen-human", "budget=quick", "agent.eta_warmup=7"], 3e-4, 7, 0.02),
+        (["env=pen-human", "budget=quick", "preset=none"], 3e-5, 0, 0.005),
+        (["env=pen-human", "preset=quick"], 3e-4, 10_000, 0.02),
+        (["agent=td3_bc", "budget=quick"], 3e-4, None, 0.02),
+    ],
+)
+def test_a_quick_budget_chooses_a_preset(
+    words: list[str], actor_lr: float, eta_warmup: int | None, rate: float
+) -> None:
+    configuration.register()
+    with initialize_config_dir(str(config_folder()), version_base="1.3"):
+        content = compose("train", [*words, "configuration=x"])
+    ((config, _),) = configuration.members(content, [word.partition("=")[0] for word in words])
+    _, agent = agent_config(config)
+    assert (agent.actor_lr, agent.critic_target.rate) == (actor_lr, rate)
+    assert getattr(agent, "eta_warmup", None) == eta_warmup
+
+
 def test_the_largest_seed_fits_every_generator() -> None:
     seed = 2**31 - 1
     torch.Generator().manual_seed(seed + 100)
@@ -381,7 +404,46 @@ LONG = "x" * 300
 DATA = ("train", "dataset.path=data.hdf5", "compile=false")
 
 HOSTILE: list[tuple[Prepare, tuple[str, ...], str]] = [
+    # words that Hydra doesn't know
+    (nothing, ("train", "env=hopper-medum"), "env=hopper-medum does not exist: did you mean hopper-medium"),
+    (nothing, ("train", "agent=cpq"), "agent=cpq does not exist: did you mean cpql"),
+    (nothing, ("train", "budget=fast"), "does not exist: choose from finetune, full, online, quick"),
+    (nothing, ("train", "preset=slow"), "preset=slow does not exist: choose from none, quick"),
+    (nothing, ("train", "mode=finetun"), "mode=finetun does not exist: did you mean finetune"),
+    (nothing, ("train", "hopper-medium"), "'hopper-medium': expected KEY=VALUE"),
+    (nothing, ("train", "agent.etaa=1"), "unknown setting 'agent.etaa': did you mean agent.eta?"),
+    (nothing, ("train", "eta=1"), "unknown setting 'eta': did you mean agent.eta?"),
+    (nothing, ("train", "foo=1"), "unknown setting 'foo': choose from agent, budget,"),
+    (nothing, ("train", "budget.foo=1"), "setting 'budget.foo': choose from budget.dataset_size,"),
+    (nothing, ("train", "online.start_steps=3"), "there are no settings in online in this mode"),
+    (nothing, ("train", "agent.actor.hidden=[1,]]"), "no viable alternative at input '[1,]'"),
+    (nothing, ("train", "env.env_options.x=1"), "Could not override 'env.env_options.x'. To append"),
+    (nothing, ("train", "agent.actor.objective=itc"), "'itc' does not exist: did you mean ict"),
+    (nothing, ("train", "agent.actor.objective_options.coun=3"), "denoise has no 'coun': did you mean count"),
+    (nothing, ("evaluate", "chekpoint=."), "unknown setting 'chekpoint': did you mean checkpoint"),
+    (nothing, ("evaluate", "env=hopper"), "unknown setting 'env': choose from candidates,"),
     # settings, checked before anything is loaded
+    (nothing, ("train", "seeds=3"), "seeds=3: expected a list, such as [0,1,2,3]"),
+    (
+        nothing,
+        ("train", "seeds=[1,2,3]", "agent.eta=[0.5,1]"),
+        "seed=[1, 2, 3]: 3 values: expected 2, one for each member",
+    ),
+    (nothing, ("train", "seeds=[1,1]"), "two members are alike: seed=[1, 1]"),
+    (nothing, ("train", "seed=x"), "seed: Input should be a valid integer"),
+    (nothing, ("train", "device=tpu"), "device: Input should be 'auto', 'cpu' or 'cuda'"),
+    (nothing, ("train", "agent.eta=much"), "agent: eta: Input should be a valid number"),
+    (nothing, ("train", "mode=online"), "no environment: expected env.id, such as env.id=Pendulum-v1"),
+    (
+        nothing,
+        ("train", "mode=online", "env=hopper", "dataset.n_step=2"),
+        "dataset.n_step=2: there is no dataset",
+    ),
+    (nothing, ("train", "env=hopper"), "hopper has no dataset: expected mode=online"),
+    (nothing, ("train", "mode=finetune"), "checkpoint=... is missing: a run's folder"),
+    (nothing, ("train", "mode=finetune", "checkpoint=nowhere"), "nowhere: does not exist"),
+    (nothing, ("evaluate",), "checkpoint=... is missing: a run's folder, one of its checkpoints, a policy's"),
+    (nothing, ("evaluate", "checkpoint=nowhere"), "nowhere: does not exist"),
     (nothing, ("train", "budget.log_every=0"), "budget.log_every: " + BELOW_1 + "0"),
     (nothing, ("train", "seed=99999999999999999999"), "seed: Input should be less than 2147483648"),
     (nothing, ("train", "compile=perhaps"), "compile: Input should be a valid boolean or 'auto'"),
@@ -528,7 +590,7 @@ def test_evaluations_of_policies_in_one_folder_are_told_apart(
     shutil.copytree(saved / "policy", tmp_path / "mine")
     name, _ = evaluated(command("evaluate", "checkpoint=mine", "episodes=1"))
     assert name == "evaluation_1_1000_mine.json" and (tmp_path / name).exists()
-    monkeypatch.setattr("cpql.deploy.policy.download", lambda _: saved / "policy")
+    monkeypatch.setattr("cpql.deploy.hub.download", lambda _: saved / "policy")
     for id, mark in (("me/hopper", "me--hopper"), ("me/hopper@v2", "me--hopper@v2")):
         name, _ = evaluated(command("evaluate", f"checkpoint='hf://{id}'", "episodes=1"))
         assert name == f"evaluation_1_1000_{mark}.json" and (tmp_path / name).exists()

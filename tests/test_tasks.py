@@ -39,6 +39,7 @@ AGENTS = (
     "cpql_online_published",
     "cpql_published",
     "recommended",
+    "td3_bc",
 )
 
 

@@ -1,1 +1,1 @@
-"""What `scripts/benchmark.py` measures that takes more than a page."""
+"""What `scripts/benchmark.py` runs, one file a command."""

@@ -18,6 +18,7 @@ from cpql.actors import ConsistencyActor
 from cpql.consistency import OBJECTIVES
 from cpql.deploy.policy import Policy
 from cpql.environments import make_task_environment
+from measure.results import changes, defaults
 
 __all__ = ["objectives"]
 
@@ -44,15 +45,15 @@ def objectives(options: argparse.Namespace) -> dict[str, Any]:
 
 def name(row: dict[str, Any]) -> tuple[str, str, str, int, int]:
     """What tells a run from the others."""
-    return row["task"], row["agent"], row["objective"], row["budget"]["updates"], row["seed"]
+    return row["task"], row["agent"], row["objective"], row["updates"], row["seed"]
 
 
 def tables(rows: list[dict[str, Any]]) -> dict[str, str]:
     """A table for each agent and length of training, by title."""
-    kinds = sorted({(row["agent"], row["budget"]["updates"]) for row in rows})
+    kinds = sorted({(row["agent"], row["updates"]) for row in rows})
     return {
         f"{agent}, {updates:,} updates": table(
-            [r for r in rows if (r["agent"], r["budget"]["updates"]) == (agent, updates)]
+            [r for r in rows if (r["agent"], r["updates"]) == (agent, updates)]
         )
         for agent, updates in kinds
     }
@@ -68,7 +69,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         alike = [row for row in rows if row["objective"] == objective]
         if not alike:
             continue
-        cells = [f"`{objective}`", f"{alike[0]['settings']['eta']:g}"]
+        cells = [f"`{objective}`", f"{alike[0]['eta']:g}"]
         for task in tasks:
             seeds = [row for row in alike if row["task"] == task]
             cells += [spread([row[c] for row in seeds], places) for c, places in columns.items()]
@@ -87,10 +88,10 @@ def spread(values: list[float], places: int) -> str:
 def of_run(folder: Path) -> dict[str, Any]:
     """A run's row: its score is its own evaluation's; the rest is measured in episodes of its last policy."""
     result = json.loads((folder / "result.json").read_text())
-    said = yaml.safe_load((folder / "config.yaml").read_text())
+    config = yaml.safe_load((folder / "config.yaml").read_text())
     policy = Policy.load(folder)
-    states, bias, value = visited(policy, said["agent"].get("discount", 0.99))
-    row = {
+    states, bias, value = visited(policy, config["agent"].get("discount", 0.99))
+    return {
         "task": result["task"],
         "agent": result.get("algorithm", result["agent"]),
         "objective": policy.actor.config.objective,
@@ -108,13 +109,12 @@ def of_run(folder: Path) -> dict[str, Any]:
         ],
         "behaviour_score": round(result["behaviour_score"], 2),
         "data": f"{result['data']['source']} {result['data']['id']}",
-        "precision": said["precision"],
-        "settings": said["agent"],
-        "budget": said["budget"],
+        "precision": config["precision"],
+        "updates": config["budget"]["updates"],
+        "eta": config["agent"]["eta"],
+        "settings": changes(config["agent"], defaults(config["agent"]["name"])),
         "versions": result["versions"],
     }
-    row["settings"].pop("published", None)
-    return row
 
 
 def visited(policy: Policy, discount: float) -> tuple[Array, float, float]:

@@ -4,27 +4,26 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import yaml
 
-__all__ = ["merged", "online"]
+from cpql.train.config import OnlineConfig
+from measure.results import changes, defaults
+
+__all__ = ["online"]
 
 HERE = Path(__file__).resolve().parents[2]
 
 
 def online(options: argparse.Namespace) -> dict[str, Any]:
-    """Take over the runs' evaluations, and draw all there are."""
-    return merged([of_run(options.label, folder) for folder in options.runs])
-
-
-def merged(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """The rows kept before and these, which replace those of the same name and seed; draws them all."""
+    """Add the runs' evaluations to those kept before, replacing those of the same name and seed; draw all."""
     kept = HERE / "benchmarks" / "online.json"
     every: list[dict[str, Any]] = json.loads(kept.read_text())["runs"] if kept.exists() else []
-    for row in rows:
+    for row in (of_run(options.label, folder) for folder in options.runs):
         every = [old for old in every if (name(old), old["seed"]) != (name(row), row["seed"])] + [row]
     every.sort(key=lambda row: (name(row), row["seed"]))
     draw(every, HERE / "docs" / "online.png")
@@ -42,8 +41,8 @@ def name(row: dict[str, Any]) -> tuple[str, str, str]:
 
 def of_run(label: str, folder: Path) -> dict[str, Any]:
     """A run's row: what each of its evaluations returned, after how many steps in the environment."""
-    said = yaml.safe_load((folder / "config.yaml").read_text())
-    acting, finetuned = said["online"], said["checkpoint"] is not None
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    acting, finetuned = config["online"], config["checkpoint"] is not None
     results = [json.loads(file.read_text()) for file in sorted((folder / "evaluations").glob("*.json"))]
     steps = [acting["start_steps"] + round(e["step"] / acting["updates_per_step"]) for e in results]
     last = results[-1]
@@ -59,9 +58,9 @@ def of_run(label: str, folder: Path) -> dict[str, Any]:
         "returns": [round(e["return_mean"], 1) for e in results],
         "episodes": [e["episodes"] for e in results],
         "data": f"{last['data']['source']} {last['data']['id']}",
-        "precision": said["precision"],
-        "agent": {key: value for key, value in said["agent"].items() if key != "published"},
-        "online": acting,
+        "precision": config["precision"],
+        "agent": changes(config["agent"], defaults(config["agent"]["name"])),
+        "online": changes(acting, asdict(OnlineConfig())),
         "versions": last["versions"],
     }
 
