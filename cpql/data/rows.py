@@ -21,6 +21,8 @@ __all__ = [
     "read_blocks",
     "read_flags",
     "return_statistics",
+    "returns_and_lengths",
+    "row_blocks",
     "scale_actions",
 ]
 
@@ -53,7 +55,7 @@ def checked(mapping: Mapping[str, Any], key: str, where: str) -> Any:
     return value
 
 
-def _parts(rows: int, width: int, chunk: int = 1) -> Iterator[slice]:
+def row_blocks(rows: int, width: int, chunk: int = 1) -> Iterator[slice]:
     """Slices of rows, each about BLOCK_BYTES of float32 and a multiple of `chunk` rows."""
     size = -(-max(1, BLOCK_BYTES // (4 * width)) // chunk) * chunk
     return (slice(start, min(start + size, rows)) for start in range(0, rows, size))
@@ -65,7 +67,7 @@ def read_blocks(array: Any, key: str, where: str) -> Iterator[tuple[slice, NDArr
     Blocks are whole chunks of an HDF5 dataset, so that none is decompressed twice.
     """
     width = array.shape[1] if len(array.shape) == 2 else 1
-    for part in _parts(array.shape[0], width, (getattr(array, "chunks", None) or (1,))[0]):
+    for part in row_blocks(array.shape[0], width, (getattr(array, "chunks", None) or (1,))[0]):
         with np.errstate(over="ignore"):
             block = np.asarray(array[part], np.float32).reshape(-1, width)
         _check_finite(block, part.start, key, where)
@@ -104,7 +106,7 @@ def scale_actions(actions: NDArray[np.float32], low: ArrayLike, high: ArrayLike,
             f"{where}: actions between {low!r} and {high!r}: expected finite bounds, lower below upper"
         )
     unit = bool((bounds[0] == -1).all() and (bounds[1] == 1).all())
-    for part in _parts(*actions.shape):
+    for part in row_blocks(*actions.shape):
         block = actions[part]
         scaled = block if unit else 2 * (block - bounds[0]) / (bounds[1] - bounds[0]) - 1
         out = np.abs(scaled) > 1 + ACTION_TOLERANCE
@@ -123,7 +125,7 @@ def find_seams(
 ) -> NDArray[np.bool_]:
     """Where a row doesn't lead to the one after it, [N - 1]."""
     seams = np.empty(len(observations) - 1, np.bool_)
-    for part in _parts(len(seams), observations.shape[1]):
+    for part in row_blocks(len(seams), observations.shape[1]):
         here, there = next_observations[part], observations[part.start + 1 : part.stop + 1]
         apart = (here != there).any(1)
         rows = np.flatnonzero(apart)
@@ -146,20 +148,27 @@ def find_limits(ends: NDArray[np.bool_], limit: int | None) -> NDArray[np.bool_]
 def compacted(table: NDArray[np.float32], keep: NDArray[np.bool_]) -> NDArray[np.float32]:
     """The kept rows, moved to the front of the same memory."""
     end = 0
-    for part in _parts(*table.shape):
+    for part in row_blocks(*table.shape):
         kept = table[part][keep[part]]
         table[end : end + len(kept)] = kept
         end += len(kept)
     return table[:end]
 
 
+def returns_and_lengths(
+    rewards: NDArray[np.float32], ends: NDArray[np.bool_], which: NDArray[np.bool_]
+) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+    """Undiscounted returns and lengths of some of the episodes; `which` has an entry for each episode."""
+    episode: NDArray[np.int64] = np.cumsum(ends) - ends
+    returns = np.bincount(episode, rewards).astype(np.float64)
+    return returns[which], np.bincount(episode).astype(np.int64)[which]
+
+
 def return_statistics(
     rewards: NDArray[np.float32], ends: NDArray[np.bool_], complete: NDArray[np.bool_]
 ) -> dict[str, Any]:
     """The number of complete episodes and statistics of their returns; `complete` is read at the ends."""
-    episode: NDArray[np.int64] = np.cumsum(ends) - ends
-    whole = complete[ends]
-    returns, lengths = np.bincount(episode, rewards)[whole], np.bincount(episode)[whole]
+    returns, lengths = returns_and_lengths(rewards, ends, complete[ends])
     names = ("return_mean", "return_std", "return_min", "return_max", "length_mean")
     if not len(returns):
         return {"episodes": 0} | dict.fromkeys(names)
