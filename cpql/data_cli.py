@@ -163,7 +163,7 @@ def _print_table(rows: list[dict[str, Any]]) -> None:
         table.add_column(column, justify="right" if column == "transitions" else "left", overflow="fold")
     families = [row["name"].partition("-")[0] for row in rows]
     notes: dict[str, dict[str, None]] = {}
-    for row, family, following in zip(rows, families, [*families[1:], families[-1]], strict=True):
+    for row, family, next_family in zip(rows, families, [*families[1:], families[-1]], strict=True):
         if row["note"]:
             notes.setdefault(row["note"], {})[family] = None
         size = f" ({row['bytes'] / 1e6:,.0f} MB)" if row["bytes"] else ""
@@ -174,7 +174,7 @@ def _print_table(rows: list[dict[str, Any]]) -> None:
             row["minari"],
             catalogue.where(row),
         )
-        table.add_row(*map(Text, cells), end_section=following != family)
+        table.add_row(*map(Text, cells), end_section=next_family != family)
     console = Console()
     console.print(table)
     for note, marked in notes.items():
@@ -237,8 +237,8 @@ def _read(source: str, path: Path, task: Task, id: str, *, fit: bool = False) ->
         data = SOURCES[source].read(path, request)
     if path.is_file():
         verify_recorded(path, data.provenance.sha256)
-    if request.facts is not None:
-        data.validate_for(*request.facts.widths)
+    if request.spec is not None:
+        data.validate_for(*request.spec.widths)
     return data, files.without_foreign_references(task, data)
 
 

@@ -39,8 +39,8 @@ ENTRY: dict[str, type] = {"id": str, "path": str, "rows": int}
 class Task:
     """One benchmark task.
 
-    A policy and a run's folder hold a task, and may be a stranger's. So its names are never paths that lead
-    elsewhere, and nothing in it names a file; see `check_options`.
+    A policy or a run's folder, which contain a task, may come from anyone. So no name in a task may be a path
+    out of a folder, and no option may name a file; see `check_options`.
 
     Attributes:
         name: what the user types, `hopper-medium`.
@@ -53,7 +53,7 @@ class Task:
             such as `hopper-medium-v2` of `d4rl`; where known also a `path` under the source's hosts,
             `gym_mujoco_v2/hopper_medium-v2.hdf5`, and its number of `rows`. Those of two sources may be
             different data: `mujoco/hopper/medium-v0` of `minari` has the name in common with D4RL's, not the
-            policy, the episodes or the environment's version. Empty where there is only learning online.
+            policy, the episodes or the environment's version. Empty for a task that is only learnt online.
         observation: keys of a dict observation that are concatenated, in this order; empty where the
             observation is an array.
         env_options: keyword arguments of `gymnasium.make`.
@@ -108,7 +108,7 @@ class Task:
 
 
 def _check_entry(key: str, entry: Mapping[str, Any]) -> None:
-    """Check one dataset of a task: its keys, their types, and that its names are no paths to elsewhere."""
+    """Check one dataset of a task: its keys, their types, and that no name leads out of a folder."""
     values: dict[str, Any] = {"id": None, **entry}
     for name, value in values.items():
         if name not in ENTRY:
@@ -122,7 +122,7 @@ def _check_entry(key: str, entry: Mapping[str, Any]) -> None:
 
 
 def _check_name(key: str, name: str) -> None:
-    """Refuse a name that, at the end of a folder's path, would lead out of that folder."""
+    """Refuse a name that would lead out of a folder if appended to its path."""
     leads_out = {"", ".", ".."} & set(name.split("/")) or "\\" in name or re.match(r"\w:", name)
     if leads_out or not name.isprintable() or len(name) > LONGEST_NAME:
         raise ConfigError(

@@ -17,7 +17,7 @@ from cpql import data
 from cpql.data import d4rl, embedded, files
 from cpql.data.request import Request
 from cpql.data.transitions import Transitions
-from cpql.environments import facts
+from cpql.environments import spec_of
 from cpql.errors import ConfigError, DataError
 from cpql.tasks import Task, load_task, task_names
 
@@ -213,7 +213,7 @@ def test_the_widths_are_those_of_the_tasks_environments() -> None:
     tasks = [task for name in task_names() if (task := load_task(name)).datasets]
     assert {task.dataset.partition("-")[0] for task in tasks} == set(d4rl.WIDTHS)
     for name in ("hopper-medium", "halfcheetah-medium", "walker2d-medium", "ant-medium"):
-        assert facts(load_task(name))[0] == d4rl.WIDTHS[name.partition("-")[0]]
+        assert spec_of(load_task(name)).widths == d4rl.WIDTHS[name.partition("-")[0]]
 
 
 def test_a_file_in_the_cache_that_is_not_what_was_downloaded_is_refused(folder: Path) -> None:

@@ -654,12 +654,6 @@ def honest(head: bytes) -> Script:
     return [REST % start + b"Content-Length: %d\r\n\r\n" % (300_000 - start), BODY[start:]]
 
 
-def drip(text: bytes, pause: float = 0.02) -> Script:
-    for letter in text:
-        yield bytes([letter])
-        yield pause
-
-
 def over_and_over(text: bytes, pause: float = 0.0) -> Script:
     while True:
         yield text

@@ -151,9 +151,9 @@ def test_what_is_not_npz_is_refused_in_one_line(tmp_path: Path) -> None:
         "single": "not NPZ",
         "truncated": "not NPZ, or cut off",
         "flipped": "damaged, 'rewards' can't be read",
-        "empty": "not NPZ",
+        "empty": "an empty file",
         "page": "not NPZ",
-        "loop": "no such file",
+        "loop": "a symbolic link that leads nowhere",
         "missing": "no such file in",
         "nothing": "no 'observations', only nothing",
     }.items():

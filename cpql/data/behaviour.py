@@ -167,10 +167,12 @@ def steps(
             found, reward, terminated, truncated, _ = environment.step(
                 low + (action + 1) * ((high - low) / 2)
             )
-            following = np.array(found, np.float32)
-            yield Step(observation, action, float(reward), following, bool(terminated), bool(truncated))
+            next_observation = np.array(found, np.float32)
+            yield Step(
+                observation, action, float(reward), next_observation, bool(terminated), bool(truncated)
+            )
             over = terminated or truncated
-            observation = np.array(environment.reset()[0], np.float32) if over else following
+            observation = np.array(environment.reset()[0], np.float32) if over else next_observation
 
 
 def rollout(
@@ -193,13 +195,13 @@ def rollout(
     """
     with contextlib.closing(steps(task, behaviour, seed)) as acting:
         rows = list(itertools.islice(acting, count))
-    observations, actions, rewards, following, terminated, truncated = zip(*rows, strict=True)
+    observations, actions, rewards, next_observations, terminated, truncated = zip(*rows, strict=True)
     timeouts = np.array(truncated, np.bool_)
     return {
         "observations": np.array(observations, np.float32),
         "actions": np.array(actions, np.float32),
         "rewards": np.array(rewards, np.float32),
-        "next_observations": np.array(following, np.float32),
+        "next_observations": np.array(next_observations, np.float32),
         "terminals": np.array(terminated, np.bool_) & ~timeouts,
         "timeouts": timeouts,
     }

@@ -1,4 +1,4 @@
-"""D4RL's datasets: HDF5 files in its layout, where they lie and where they can be had.
+"""D4RL's datasets: HDF5 files in its layout, their cache folder and the hosts to download them from.
 
 The layout is a flat file of observations [N, S], actions [N, A], rewards [N], terminals [N], timeouts [N]
 and, since v2, next_observations [N, S]. Anything else in it (`infos/*`, `metadata/*`) is ignored. What
@@ -31,6 +31,7 @@ __all__ = [
     "ORIGIN",
     "Origin",
     "cache_folder",
+    "check_file",
     "check_fit",
     "filename",
     "is_bomb",
@@ -41,12 +42,12 @@ __all__ = [
     "write",
 ]
 
-# D4RL's own host, which is asked last as nobody vouches for what it sends, and a copy without its folders.
+# D4RL's own host, tried last because it has no https, and a copy of its files without its folders.
 HOST = "http://rail.eecs.berkeley.edu/datasets/offline_rl/"
 MIRROR = "https://huggingface.co/datasets/imone/D4RL/resolve/main/"
 KEYS = ("observations", "actions", "rewards", "terminals", "timeouts", "next_observations")
 ORIGIN = "cpql_origin"
-# Whose data a file may say that it holds; there may have been acting besides.
+# Sources that a file may name, each also with " + online" after it.
 ORIGINS = ("embedded", "minari", "stable-baselines3")
 # How wide D4RL's observations and actions are, by the first word of a dataset's id.
 WIDTHS = {
@@ -70,9 +71,8 @@ UNSUSPICIOUS_BYTES = 64 << 20
 class D4RL(Source):
     """D4RL's own files, in its cache folder, else downloaded.
 
-    A mirror of one's own is asked first: each folder in `$CPQL_D4RL_MIRROR` (URLs with spaces between) for
-    the last two parts of D4RL's URL, `FOLDER/gym_mujoco_v2/hopper_medium-v2.hdf5`, then for
-    `FOLDER/hopper_medium-v2.hdf5`.
+    `$CPQL_D4RL_MIRROR` names mirrors of the user's own, URLs of folders with spaces between, which are tried
+    first: `FOLDER/gym_mujoco_v2/hopper_medium-v2.hdf5`, then `FOLDER/hopper_medium-v2.hdf5`.
     """
 
     description = "D4RL's"
@@ -83,7 +83,7 @@ class D4RL(Source):
         if not entry:
             return None
         file = cache_folder() / _path(entry).rpartition("/")[2]
-        # Unlike `Path.exists`, it has no objection to a home folder of somebody else's.
+        # Unlike `Path.exists`, this doesn't raise where the folder can't be read.
         return file if os.path.exists(file) else None
 
     def fetch(self, request: Request) -> Path:
@@ -91,7 +91,7 @@ class D4RL(Source):
         entry = request.about("d4rl")
         if not entry:
             raise DataError(f"{request.task.name}: D4RL has no counterpart: expected dataset.id to name one")
-        _ = request.facts  # an environment that can't be made costs no download
+        _ = request.spec  # raises before the download if the environment can't be made
         path = _path(entry)
         name, folders = path.rpartition("/")[2], os.environ.get("CPQL_D4RL_MIRROR", "").split()
         last = "/".join(path.split("/")[-2:])
@@ -135,21 +135,21 @@ def filename(id: str) -> str:
 
 
 def _path(entry: Mapping[str, Any]) -> str:
-    """A dataset's path under D4RL's host: by default in the folder of locomotion, by its id's name."""
+    """A dataset's path under D4RL's host; by default the id's file name in the locomotion folder."""
     return entry.get("path") or f"gym_mujoco_v2/{filename(entry['id'])}"
 
 
 def check_fit(path: Path, id: str, rows: int | None = None) -> None:
-    """Check that a file can be D4RL's: cpql didn't write it, and its shapes are those that are known.
+    """Check that a file can be D4RL's: cpql didn't write it, and its shapes are D4RL's where they are known.
 
     Args:
         path: the file.
         id: D4RL's, whose first word says how wide its rows are.
-        rows: of D4RL's file; None where that isn't known.
+        rows: number of rows of D4RL's file; None where it isn't known.
 
     Raises:
         AnotherDatasetError: it can't be.
-        DataError: it is no file in D4RL's layout at all, or damaged.
+        DataError: it isn't in D4RL's layout, or is damaged.
     """
     with opened(path) as (arrays, origin):
         if origin is not None:
@@ -176,8 +176,8 @@ def read(
     Args:
         path: the file.
         id: the dataset's id, for the provenance.
-        source: "file" or "d4rl". A file that cpql collected says so itself, and that wins, so that it
-            can't pass for D4RL under another name.
+        source: "file" or "d4rl". The origin in a file that cpql wrote overrides it, so that such a file
+            can't pass for D4RL's under another name.
         **reading: see `Reading`.
 
     Raises:
@@ -192,7 +192,7 @@ def read(
 
 
 class Origin(NamedTuple):
-    """What a file says about where its data came from; see `Provenance`."""
+    """Where a file's data came from; see `Provenance`."""
 
     source: str
     id: str
@@ -202,11 +202,15 @@ class Origin(NamedTuple):
 def origin(text: str, where: str) -> Origin:
     """Read what `origin_of` wrote.
 
-    Anyone can write that. So it can say that data are cpql's own or Minari's, never that they are D4RL's:
-    what claims anything else is a file like any other.
+    Anyone can write an origin. So one may claim that data are cpql's own or Minari's, never that they are
+    D4RL's: any other claim is read as "file".
+
+    Args:
+        text: JSON.
+        where: names the file and the place in it in an error.
 
     Raises:
-        DataError: it is damaged; `where` says what of which file it is.
+        DataError: it is damaged.
     """
     try:
         found = json.loads(text)
@@ -217,39 +221,48 @@ def origin(text: str, where: str) -> Origin:
 
 
 def origin_of(provenance: Provenance) -> str | None:
-    """What a file must say about data that came from cpql or Minari: JSON; None for any other data.
+    """The origin to write into a file, as JSON: of data from cpql or Minari; None for any other data.
 
-    D4RL's data carry none: a copy could be changed by anyone, and isn't D4RL's any more.
+    A copy of D4RL's data gets none: anyone could have changed it, so that it isn't D4RL's any more.
     """
     if provenance.source in ("d4rl", "file", "dict"):
         return None
     return json.dumps({"source": provenance.source, "id": provenance.id, "details": provenance.details})
 
 
-@contextlib.contextmanager
-def opened(path: Path) -> Iterator[tuple[dict[str, h5py.Dataset], Origin | None]]:
-    """Open a file in D4RL's layout: its arrays, checked but not read yet, and the origin that cpql wrote.
-
-    What is refused here costs neither time nor memory: a link to elsewhere, and an array that declares far
-    more than the file holds.
+def check_file(path: Path, expected: str) -> None:
+    """Check that there is a file.
 
     Raises:
-        DataError: it isn't such a file, or, inside the block, can't be read to its end.
+        DataError: there is none, or an empty one; says what it is expected to hold.
     """
-    name = path.name
-    found = ""
     if not path.exists():
-        found = "a symbolic link that leads nowhere" if path.is_symlink() else "no such file"
-        found += f" in {path.absolute().parent}"
+        what = "a symbolic link that leads nowhere" if path.is_symlink() else "no such file"
+        found = f"{what} in {path.absolute().parent}"
     elif not path.is_file():
         found = "not a file"
     elif path.stat().st_size == 0:
         found = "an empty file"
-    elif not h5py.is_hdf5(path):
-        found = "not HDF5"
-    if found:
-        raise DataError(f"{name}: {found}: expected HDF5 in D4RL's layout")
+    else:
+        return
+    raise DataError(f"{path.name}: {found}: expected {expected}")
+
+
+@contextlib.contextmanager
+def opened(path: Path) -> Iterator[tuple[dict[str, h5py.Dataset], Origin | None]]:
+    """Open a file in D4RL's layout: its arrays, not read yet, and the origin if cpql wrote the file.
+
+    Links to other files, and arrays that declare far more bytes than are stored, are refused before anything
+    is read.
+
+    Raises:
+        DataError: it isn't such a file, or reading it inside the block fails.
+    """
+    name = path.name
+    check_file(path, "HDF5 in D4RL's layout")
     try:
+        if not h5py.is_hdf5(path):
+            raise DataError(f"{name}: not HDF5: expected HDF5 in D4RL's layout")
         with h5py.File(path, "r") as file:
             arrays = {key: _dataset(file, key, name) for key in KEYS if file.get(key, getlink=True)}
             if not arrays:
@@ -280,7 +293,7 @@ def _dataset(file: h5py.File, key: str, name: str) -> h5py.Dataset:
 
 
 def is_bomb(declared: int, stored: int) -> bool:
-    """Whether a file declares far more bytes than those that it stores can be, compressed."""
+    """Whether `declared` bytes are far more than `stored` bytes can hold, compressed."""
     return declared > UNSUSPICIOUS_BYTES and declared > MOST_EXPANSION * stored
 
 
@@ -292,8 +305,7 @@ def write(
     Args:
         path: the file; its folder is made, and a file of that name is replaced.
         arrays: by D4RL's keys.
-        attributes: of the file, text or numbers. `ORIGIN` is what `read` takes for the provenance: JSON
-            of source, id and details.
+        attributes: of the file, text or numbers; `ORIGIN` is what `origin_of` gives.
 
     Raises:
         DataError: it can't be written.

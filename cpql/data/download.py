@@ -1,8 +1,8 @@
-"""Fetching one file from the first of several mirrors that has it, whole or not at all.
+"""Downloading one file from the first of several mirrors that has it, whole or not at all.
 
-Beside the file `NAME` may lie: `.NAME.part`, what has come so far; `.NAME.lock`, while a process fetches it;
-`NAME.sha256`, the checksum of what first came, as `sha256sum` writes it (and `sha256sum -c` reads it). `NAME`
-itself appears once all of it has been checked.
+There may be further files beside `NAME`: `.NAME.part`, an unfinished download; `.NAME.lock`, while a process
+downloads it; `NAME.sha256`, the checksum of the first download, in `sha256sum`'s format. `NAME` itself
+appears once the whole file has been checked.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from cpql.io import Progress, alone, flush_folder, sha256_of, write_text
 __all__ = ["fetch", "recorded", "verify_recorded"]
 
 TIMEOUT = 30.0
-"""Seconds without an answer after which a URL is given up."""
+"""Seconds without any data after which a URL is given up."""
 
 MOST = 8 << 30
-"""Bytes that a file may have, whatever a server says or doesn't say."""
+"""The largest file that is downloaded, in bytes."""
 
 BLOCK = 1 << 18
 OVERLAP = 1 << 16
-# What a URL that is of no use raises; a DataError is about this machine.
+# What a URL raises that doesn't give the file; a DataError ends the download.
 REFUSALS = (OSError, http.client.HTTPException, ValueError, OverflowError)
 
 
@@ -45,35 +45,36 @@ def fetch(
     progress: Progress | None = None,
     say: Callable[[str], None] = print,
 ) -> Path:
-    """Fetch a file, unless it is there already, and record its SHA-256 beside it.
+    """Download a file, unless it exists already, and record its SHA-256 beside it.
 
-    A file that has a record already, of an earlier download, must have that SHA-256. What an earlier call
-    left unfinished is continued, from any URL: its last 64 KiB are requested again and must be the same, and
-    if the whole doesn't pass the checks it is downloaded anew. Proxies are those of the environment
+    If there is a record of an earlier download, the file must have that SHA-256. An unfinished download is
+    continued, from any of the URLs: its last 64 KiB are requested again and must be the same; if the whole
+    file then fails a check, it is downloaded from the start. Proxies are those of the environment
     (`http_proxy`, `https_proxy`, `no_proxy`).
 
     Args:
         urls: http and https URLs of the same file, tried in this order.
-        path: the file; its folder is made.
-        check: takes a file that has come whole and raises DataError, beginning with the file's name, where it
-            isn't the expected one.
-        progress: called with bytes, about ten times a second.
+        path: the file; its folder is created.
+        check: called with the whole file; raises a DataError, which begins with the file's name, if it isn't
+            the expected one.
+        progress: called with the number of bytes, about ten times a second.
         say: takes the line that another process is waited for.
 
     Returns:
         `path`.
 
     Raises:
-        DataError: no URL had it whole; says what to put where by hand, and what has come is kept. Or the disk
-            is full, the folder can't be written to, or the file that is there isn't the expected one.
+        DataError: no URL gave the whole file; names the file to put into the folder by hand, and keeps the
+            unfinished download. Or the disk is full, the folder can't be written to, or the file that exists
+            isn't the expected one.
     """
     path = Path(path).absolute()
-    # Before the lock: a shared folder may be one that only others can write to.
+    # Before the lock: a shared folder may be read-only.
     if not os.path.lexists(path):
         with alone(path, "downloading", say):
             if not os.path.lexists(path):
                 return _Download(path, check, progress).run(urls)
-    # It may be the user's own: it is checked, and never replaced.
+    # It may be the user's own file: it is checked and never replaced.
     if not path.is_file():
         raise DataError(f"{path.name}: not a file in {path.parent}: expected a file or nothing")
     verify_recorded(path)
@@ -125,7 +126,7 @@ def verify_recorded(path: Path, found: str | None = None) -> None:
 
 
 class _Download:
-    """One file that is being fetched, by the one process that holds its lock."""
+    """The download of one file, by the process that holds its lock."""
 
     def __init__(self, path: Path, check: Callable[[Path], object], progress: Progress | None) -> None:
         self.path, self.check, self.progress = path, check, progress
@@ -141,7 +142,7 @@ class _Download:
                 reasons.append(f"{url} ({_reason(error)})")
                 continue
             with self.writing(self.size()):
-                # The record first: a file without one would never get it.
+                # The record first: a file without a record would never get one.
                 write_text(_record(self.path), f"{sha256}  {self.path.name}\n")
                 os.replace(self.part, self.path)
                 flush_folder(self.path.parent)
@@ -155,20 +156,20 @@ class _Download:
         raise DataError(f"{name} can't be downloaded from {where}: put {name} into {folder} by hand")
 
     def bring(self, url: str) -> str:
-        """Have the whole file in `part`, and give its SHA-256; raises one of REFUSALS where that fails."""
+        """Download the whole file to `part` and return its SHA-256; failures are among REFUSALS."""
         start = self.size() - OVERLAP
         if start > 0 and self.receive(url, start):
-            # What doesn't fit may be the bytes from before, not this server's.
+            # If the check fails, the earlier bytes may be wrong rather than this server's.
             with contextlib.suppress(ValueError):
                 return self.examine()
         self.receive(url, 0)
         return self.examine()
 
     def receive(self, url: str, start: int) -> bool:
-        """Receive the file from byte `start` on, or all of it where the server sends that.
+        """Receive the file from byte `start` on, or all of it if the server sends that.
 
         Returns:
-            False where what is sent doesn't continue what is there; never for `start=0`.
+            False if the answer doesn't continue `part`; never for `start=0`.
         """
         if not re.match(r"https?://", url, re.IGNORECASE):
             raise ValueError("expected an http or https URL")
@@ -204,12 +205,12 @@ class _Download:
             return self.write(response, start, total)
 
     def write(self, response: http.client.HTTPResponse, start: int, total: int) -> bool:
-        """Write a body to `part` from byte `start` on; False where it isn't what is there already."""
+        """Write a body to `part` from byte `start` on; False where it differs from the bytes there."""
         label, size, done, due = f"download {self.path.name}", self.size() if start else 0, start, 0.0
-        # Without a buffer closing writes nothing, and what is killed has lost nothing.
+        # Without a buffer a killed process loses nothing that has arrived.
         with self.writing(total), open(self.part, "r+b" if start else "w+b", buffering=0) as file:
             file.seek(start)
-            # Whatever follows the last byte isn't waited for.
+            # Nothing is read after the last byte.
             while not total or done < total:
                 try:
                     block = response.read1(min(BLOCK, total - done) if total else BLOCK)
@@ -239,7 +240,7 @@ class _Download:
         return True
 
     def examine(self) -> str:
-        """Check the whole file, and give its SHA-256; what isn't the file goes."""
+        """Check the whole file and return its SHA-256; a wrong file is removed."""
         try:
             with self.writing(0):
                 found = sha256_of(self.part)
@@ -258,14 +259,14 @@ class _Download:
 
     @contextlib.contextmanager
     def writing(self, total: int) -> Iterator[None]:
-        """Tell trouble with the disk from trouble with a server; `total` is of the file in bytes."""
+        """Turn errors of the disk into DataErrors; `total` is the file's number of bytes."""
         try:
             yield
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 name, where = self.path.name, self.path.parent
                 raise DataError(f"{name}: can't be written in {where} ({_reason(error)})") from error
-            # A full disk hinders everything else: what has come gives way.
+            # A full disk stops every other program too: the unfinished download is removed.
             self.part.unlink(missing_ok=True)
             raise self.no_room(total) from error
 
@@ -278,7 +279,7 @@ class _Download:
 
 
 class _Redirections(urllib.request.HTTPRedirectHandler, urllib.request.FTPHandler):
-    """Follows redirections, but not to ftp, and reads nothing else of them: it may have no end."""
+    """Follows redirections, though not to ftp, without reading their bodies, which may be endless."""
 
     def http_error_302(self, req: Any, fp: Any, code: int, msg: str, headers: Any) -> Any:
         fp.close()
@@ -295,7 +296,7 @@ def _record(path: Path) -> Path:
 
 
 def _reason(error: Exception) -> str:
-    """Why a URL is of no use, in one line of printable text."""
+    """Why a URL doesn't give the file, in one line of printable text."""
     cause = error.reason if isinstance(error, urllib.error.URLError) else error
     if isinstance(error, urllib.error.HTTPError):
         text = f"HTTP {error.code} {error.reason}"

@@ -1,19 +1,16 @@
-"""A dataset at a path, whichever of three forms it has: D4RL's HDF5, NPZ with D4RL's keys, a Minari folder.
+"""Reading and writing a dataset in one of three forms: D4RL's HDF5, NPZ with D4RL's keys, a Minari folder.
 
-HDF5 and NPZ keep actions in the environment's bounds and don't say what those are: the caller does. Minari's
-folders say it themselves. `cpql.data.d4rl` and `cpql.data.minari` describe their forms. NPZ is what
-`numpy.savez` makes of observations [N, S], actions [N, A], rewards [N], terminals [N] and, where known,
-timeouts [N] and next_observations [N, S]; arrays of Python objects are pickles and are never read.
+HDF5 and NPZ files keep actions in the environment's bounds, which the caller gives; a Minari folder names its
+own. `cpql.data.d4rl` and `cpql.data.minari` describe their forms. An NPZ file is what `numpy.savez` writes,
+with observations [N, S], actions [N, A], rewards [N], terminals [N] and, where known, timeouts [N] and
+next_observations [N, S]. Arrays of Python objects are pickles and are never read.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import os
-import struct
-import tokenize
 import zipfile
-import zlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, Unpack
@@ -34,26 +31,12 @@ __all__ = ["ENDINGS", "File", "Form", "form", "left_out", "read", "without_forei
 Form = Literal["hdf5", "npz", "minari"]
 
 ENDINGS: dict[str, Form] = {".hdf5": "hdf5", ".h5": "hdf5", ".npz": "npz"}
-"""The form that a file's ending stands for."""
+"""The form of a file by its ending."""
 
 Where = str | os.PathLike[str]
 
-# D4RL's own files carry these besides; they say nothing about the transitions.
+# Further keys of D4RL's own files, which aren't transitions.
 IGNORED = ("infos/", "metadata/")
-# What zipfile, and numpy's parser of headers, raise on damaged bytes.
-DAMAGE = (
-    OSError,
-    RuntimeError,
-    ValueError,
-    EOFError,
-    LookupError,
-    MemoryError,
-    SyntaxError,
-    struct.error,
-    tokenize.TokenError,
-    zipfile.BadZipFile,
-    zlib.error,
-)
 
 
 class File(Source):
@@ -79,7 +62,7 @@ class File(Source):
 
 
 def form(path: Where) -> Form:
-    """Say which form a path has: a folder is Minari's; a file's ending tells, or else what is in it."""
+    """The form of a dataset: a folder is Minari's; a file's form follows from its ending, or its content."""
     path = Path(path)
     if path.is_dir():
         return "minari"
@@ -96,10 +79,10 @@ def read(
 
     Args:
         path: a file, or a Minari dataset's folder.
-        id: the dataset's id, for the provenance; the file's name without its ending by default. Minari's
-            folders, and files that cpql collected or converted, say it themselves.
-        task: whose `observation` says which arrays to take where Minari's observations are dicts.
-        **reading: see `Reading`; of a Minari folder, which says the rest itself, `time_limits` alone counts.
+        id: the dataset's id, for the provenance; by default the file's name without its ending. A Minari
+            folder, or a file that cpql collected or converted, names its own.
+        task: its `observation` selects the arrays where a Minari dataset's observations are dicts.
+        **reading: see `Reading`; for a Minari folder only `time_limits` is used.
 
     Raises:
         DataError: there is no such dataset, it is damaged, or doesn't hold valid transitions.
@@ -126,9 +109,7 @@ def _npz(path: Path) -> dict[str, Any]:
         DataError: the file is missing, damaged, isn't NPZ, has other keys, or declares more than it holds.
     """
     name, key = path.name, "the archive"
-    if not path.is_file():
-        found = "not a file" if path.exists() else f"no such file in {path.absolute().parent}"
-        raise DataError(f"{name}: {found}: expected NPZ with D4RL's keys")
+    d4rl.check_file(path, "NPZ with D4RL's keys")
     try:
         if not zipfile.is_zipfile(path):
             raise DataError(f"{name}: not NPZ, or cut off: expected what numpy.savez writes, whole")
@@ -150,7 +131,9 @@ def _npz(path: Path) -> dict[str, Any]:
             for key in keys:
                 arrays[key] = archive[key]
         return arrays
-    except DAMAGE as error:
+    except DataError:
+        raise
+    except Exception as error:  # zipfile, zlib and numpy raise errors of every kind on damaged bytes
         reason = " ".join(str(error).split())
         raise DataError(f"{name}: damaged, '{key}' can't be read ({reason}): expected whole NPZ") from error
 
@@ -167,18 +150,17 @@ def write(
 ) -> Path:
     """Write a dataset, whole or not at all.
 
-    What `read` gives back is what was written, to the bit; where the actions' bounds aren't -1 and 1, actions
-    are scaled there and back and may differ by rounding. Data that are cpql's own or Minari's say so in
-    whatever form they are written.
+    `read` gives back the same transitions, bit for bit; only actions may differ by rounding, where their
+    bounds aren't -1 and 1. The origin of data from cpql or Minari is written in every form.
 
     Args:
         transitions: what to write.
-        path: the file, whose ending says its form (`ENDINGS`); with any other, or none, the folder that a
-            Minari dataset is put into, as `path/ID`.
+        path: a file with one of `ENDINGS`; any other path is the folder to put a Minari dataset into, as
+            `path/ID`.
         id: Minari's id of the new dataset.
-        task: whose environment a Minari dataset is to name.
-        action_low: the bounds to put actions into, for HDF5 and NPZ: the environment's, [A] or one for all.
-        action_high: the upper ones.
+        task: its environment is named in a Minari dataset.
+        action_low: lower bounds of actions in HDF5 and NPZ files: the environment's, [A] or one for all.
+        action_high: their upper bounds.
         replace: whether an existing dataset may be replaced.
 
     Returns:
@@ -186,7 +168,7 @@ def write(
 
     Raises:
         ConfigError: there is no such environment.
-        DataError: something is there and may not be replaced, or it can't be written.
+        DataError: there is one already that may not be replaced, or it can't be written.
     """
     path = Path(path)
     kind = ENDINGS.get(path.suffix.lower())
@@ -205,7 +187,7 @@ def write(
         d4rl.write(path, arrays, attributes)
         return path
     try:
-        # A stream rather than a name, to which numpy would add an ending.
+        # A stream: to a name numpy would add an ending.
         with aside(path) as temporary, temporary.open("wb") as file:
             np.savez(file, allow_pickle=False, **arrays, **{k: np.array(v) for k, v in attributes.items()})
     except OSError as error:
@@ -214,15 +196,15 @@ def write(
 
 
 def left_out(path: Where, data: Transitions, task: Task | None = None) -> list[str]:
-    """Say what a dataset holds that its transitions don't.
+    """Name what a dataset holds that its transitions don't.
 
     Args:
-        path: as for `read`, which has accepted it.
-        data: what `read` gave.
+        path: as for `read`.
+        data: what `read` gave for it.
         task: as for `read`.
 
     Returns:
-        A clause for each thing that no reader here takes over; none where there is nothing.
+        A clause for each kind of content that isn't read.
     """
     path = Path(path)
     kind = form(path)
@@ -265,15 +247,15 @@ def _left_out_of_minari(path: Path, task: Task | None) -> list[str]:
 
 
 def _both_flags(pairs: Iterable[tuple[Any, Any]]) -> list[str]:
-    """A clause for the rows where the task ended and the clock ran out at once."""
+    """A clause for the rows that are both terminal and at a time limit."""
     rows = sum(int(((one[:].ravel() != 0) & (other[:].ravel() != 0)).sum()) for one, other in pairs)
     return [f"terminals at a time limit: {rows:,}, where the time limit wins"] if rows else []
 
 
 def without_foreign_references(task: Task, data: Transitions) -> Task:
-    """Take D4RL's references from a task whose data came from Minari by way of a file.
+    """Remove D4RL's reference returns from a task whose data are Minari's, converted to a file.
 
-    Minari's own references stay in its folders; scores by D4RL's would mix two benchmarks.
+    Only Minari's folders have Minari's references, and scores by D4RL's would mix two benchmarks.
     """
     if data.provenance.source != "minari" or task.benchmark == "Minari" or task.random_return is None:
         return task

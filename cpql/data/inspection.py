@@ -14,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from cpql.data.rows import returns_and_lengths, row_blocks
 from cpql.data.transitions import Transitions
 from cpql.errors import DataError
 from cpql.io import aside
@@ -27,7 +28,6 @@ Numbers = NDArray[np.float64]
 AT_BOUND = 1e-3
 # Fractions of the rows above which something is a finding.
 MANY_DUPLICATES, MANY_AT_BOUNDS, MANY_SEAMS = 0.01, 0.5, 0.5
-BLOCK_ROWS = 1 << 14
 BINS = 10
 BAR = 40  # characters
 
@@ -78,8 +78,8 @@ class Inspection:
         self.provenance = data.provenance
         self.episodes, self.terminated = int(ends.sum()), int(terminated.sum())
         self.truncated, self.unflagged = int(truncated.sum()), int(unflagged.sum())
-        complete = self.provenance.episodes
-        self.returns, self.lengths = _complete_episodes(table[:, -2], ends, flagged, complete)
+        complete = _complete(ends, flagged, self.provenance.episodes)
+        self.returns, self.lengths = returns_and_lengths(table[:, -2], ends, complete)
         actions = slice(data.state_dim, data.state_dim + data.action_dim)
         spread = _spread(table)
         self.observations, self.actions, self.rewards = (
@@ -115,31 +115,21 @@ class Inspection:
         return findings
 
 
-def _complete_episodes(
-    rewards: NDArray[np.float32], ends: NDArray[np.bool_], flagged: NDArray[np.bool_], complete: int
-) -> tuple[Numbers, NDArray[np.int64]]:
-    """Returns and lengths of the complete episodes: those that end with a flag.
+def _complete(ends: NDArray[np.bool_], flagged: NDArray[np.bool_], count: int) -> NDArray[np.bool_]:
+    """Which of the episodes are complete: those that end with a flag.
 
     The provenance may count more, if the rows with the flags were dropped or if there were no `timeouts` and
     seams stand for them. Then only an episode cut by the end of the data is incomplete.
     """
-    episode: NDArray[np.int64] = np.cumsum(ends) - ends
-    returns = np.bincount(episode, weights=rewards).astype(np.float64)
-    lengths = np.bincount(episode).astype(np.int64)
-    whole = flagged[ends]
-    if whole.sum() < complete:
-        whole = np.arange(len(whole)) < max(complete, len(whole) - 1)
-    return returns[whole], lengths[whole]
-
-
-def _blocks(table: NDArray[np.float32]) -> list[NDArray[np.float32]]:
-    """Views of the rows, so that no copy is larger than a block."""
-    return [table[start : start + BLOCK_ROWS] for start in range(0, len(table), BLOCK_ROWS)]
+    complete = flagged[ends]
+    if complete.sum() >= count:
+        return complete
+    return np.arange(len(complete)) < max(count, len(complete) - 1)
 
 
 def _spread(table: NDArray[np.float32]) -> Spread:
     """The spread of each column, in float64."""
-    blocks = _blocks(table)
+    blocks = [table[part] for part in row_blocks(*table.shape)]
     low = np.min([block.min(0) for block in blocks], 0).astype(np.float64)
     high = np.max([block.max(0) for block in blocks], 0).astype(np.float64)
     mean = np.sum([block.sum(0, dtype=np.float64) for block in blocks], 0) / len(table)
@@ -154,10 +144,11 @@ def _duplicates(table: NDArray[np.float32]) -> int:
     with the same hash are compared.
     """
     odd = np.random.default_rng(0).integers(2**64, size=table.shape[1], dtype=np.uint64) | np.uint64(1)
-    hashes = np.concatenate([block.view(np.uint32).astype(np.uint64) @ odd for block in _blocks(table)])
-    bits, order = table.view(np.uint32), np.argsort(hashes, kind="stable")
+    bits = table.view(np.uint32)
+    hashes = np.concatenate([bits[part].astype(np.uint64) @ odd for part in row_blocks(*bits.shape)])
+    order = np.argsort(hashes, kind="stable")
     alike = np.flatnonzero(hashes[order[1:]] == hashes[order[:-1]])
-    parts = (alike[start : start + BLOCK_ROWS] for start in range(0, len(alike), BLOCK_ROWS))
+    parts = (alike[part] for part in row_blocks(len(alike), bits.shape[1]))
     return sum(int((bits[order[part]] == bits[order[part + 1]]).all(1).sum()) for part in parts)
 
 

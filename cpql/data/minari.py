@@ -203,11 +203,11 @@ def write(
     elif folder.exists():
         raise DataError(f"{id}: there is one in {path} already: expected a new id, or that one removed")
     rows = transitions.to_dict()
-    observations, following = rows["observations"], rows["next_observations"]
+    observations, next_observations = rows["observations"], rows["next_observations"]
     ended = rows["terminals"] | rows["timeouts"]
     last = ended | transitions.ends.cpu().numpy()
     # Bit by bit: one array holds both, and a round trip must not turn -0.0 into 0.0.
-    last[:-1] |= (following[:-1].view(np.uint32) != observations[1:].view(np.uint32)).any(1)
+    last[:-1] |= (next_observations[:-1].view(np.uint32) != observations[1:].view(np.uint32)).any(1)
     last[-1] = True
     stops = np.flatnonzero(last) + 1
     truncations = rows["timeouts"] | (last & ~rows["terminals"])
@@ -227,7 +227,7 @@ def write(
     spaces = Box(-math.inf, math.inf, observations.shape[1:]), Box(-1.0, 1.0, (width,))
     episodes = (
         EpisodeBuffer(
-            observations=np.concatenate([observations[start:stop], following[stop - 1 : stop]]),
+            observations=np.concatenate([observations[start:stop], next_observations[stop - 1 : stop]]),
             actions=rows["actions"][start:stop],
             rewards=rows["rewards"][start:stop],
             terminations=rows["terminals"][start:stop],

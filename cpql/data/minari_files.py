@@ -45,6 +45,8 @@ ARRAYS, METADATA = "main_data.hdf5", "metadata.json"
 # Minari's own rule: (namespace/)name-vN, with a namespace of at least two characters.
 NAME = r"(?:(?:[-\w]{2,}|[-\w]/[-\w]+)(?:/[-\w]+)*/)?[-\w]+-v\d+"
 MOST_METADATA_BYTES = 16 << 20
+# Where an episode has D4RL's columns, besides observations.
+PATHS = {"actions": "actions", "rewards": "rewards", "terminals": "terminations", "timeouts": "truncations"}
 FLOAT32 = float(np.finfo(np.float32).max)
 
 Where = str | os.PathLike[str]
@@ -258,9 +260,9 @@ def _arrays(
             f"{steps:,} steps declared, {declared / 2**30:,.1f} GiB, in a file of {size / 2**20:,.2f} MiB: "
             "expected arrays that are written"
         )
-    observations, following = np.empty((2, steps, ends[-1]), np.float32)
-    others = {key: np.empty(steps, np.float32) for key in ("rewards", "terminations", "truncations")}
-    others["actions"] = np.empty((steps, width), np.float32)
+    observations, next_observations = np.empty((2, steps, ends[-1]), np.float32)
+    columns = {key: np.empty(steps, np.float32) for key in PATHS if key != "actions"}
+    columns["actions"] = np.empty((steps, width), np.float32)
     start = 0
     for number in range(about.total_episodes):
         label = f"episode_{number}"
@@ -274,21 +276,19 @@ def _arrays(
                 f"and {steps:,} in all, as {METADATA} says"
             )
         with np.errstate(over="ignore"):  # from_dict reports infinity, with its row
-            for key, array in others.items():
-                array[rows] = _values(episode, key, label, (length, *array.shape[1:]))
+            for key, column in columns.items():
+                column[rows] = _values(episode, PATHS[key], label, (length, *column.shape[1:]))
             for path, part in parts.items():
                 table = _values(episode, path, label, (length + 1, part.stop - part.start))
-                observations[rows, part], following[rows, part] = table[:-1], table[1:]
+                observations[rows, part], next_observations[rows, part] = table[:-1], table[1:]
         start = rows.stop
         if number in about.cpql_cut_episodes:
-            others["truncations"][start - 1] = 0
+            columns["timeouts"][start - 1] = 0
     if start != steps:
         raise DataError(f"{start:,} steps: expected {steps:,}, as {METADATA} says")
     if (label := f"episode_{about.total_episodes}").encode() in file:
         raise DataError(f"an '{label}': expected {about.total_episodes:,} episodes, as {METADATA} says")
-    names = {"terminals": "terminations", "timeouts": "truncations"}
-    columns = {key: others[names.get(key, key)] for key in ("actions", "rewards", *names)}
-    return {"observations": observations, "next_observations": following} | columns
+    return {"observations": observations, "next_observations": next_observations} | columns
 
 
 def _observations(episode: Any, keys: Sequence[str]) -> list[str]:

@@ -1,4 +1,4 @@
-"""What every source of datasets is asked, and what it answers."""
+"""The interface of the sources of datasets."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from cpql.data.transitions import Reading, TimeLimits, Transitions
-from cpql.environments import Facts, facts
+from cpql.environments import EnvironmentSpec, spec_of
 from cpql.errors import DataError
 from cpql.io import Progress
 from cpql.tasks import Task
@@ -18,21 +18,21 @@ __all__ = ["AnotherDatasetError", "Request", "Source"]
 
 
 class AnotherDatasetError(DataError):
-    """A file that is whole, and can't be the dataset that was asked for."""
+    """A dataset that is valid, but not the requested one."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """The dataset that is asked for.
+    """A requested dataset.
 
     Attributes:
-        task: whose dataset.
-        id: of another dataset than the task's own; None for the task's own.
-        path: a file or folder of the user's, for the source `file` alone.
-        size: transitions to collect, for sources that collect.
+        task: the task whose dataset it is.
+        id: the id of another dataset than the task's own; None for the task's own.
+        path: a file or folder of the user's; only for the source `file`.
+        size: number of transitions to collect, for sources that collect.
         seed: of the collection.
         time_limits: see `cpql.data.transitions.Reading`.
-        progress: called while something is downloaded or collected.
+        progress: called during a download or a collection.
         say: takes a line for the user.
     """
 
@@ -46,67 +46,67 @@ class Request:
     say: Callable[[str], None] = print
 
     def about(self, source: str) -> dict[str, Any]:
-        """What is known of the dataset at a source: the task's entry, or `id` alone, or nothing."""
+        """The dataset at a source: the task's entry, or only `id`, or nothing; see `Task.datasets`."""
         entry = self.task.datasets.get(source, {})
         return entry if self.id in (None, entry.get("id")) else {"id": self.id}
 
     @functools.cached_property
-    def facts(self) -> Facts | None:
-        """The shapes, bounds and time limit of the task's environment; None for a task without one.
+    def spec(self) -> EnvironmentSpec | None:
+        """The widths, bounds and time limit of the task's environment; None for a task without one.
 
         Raises:
             ConfigError: the environment can't be made.
         """
-        return None if self.task.id is None else facts(self.task)
+        return None if self.task.id is None else spec_of(self.task)
 
     @property
     def reading(self) -> Reading:
-        """What arrays don't say about themselves, see `Reading`."""
+        """How the source's arrays are to be read."""
         reading: Reading = {"time_limits": self.time_limits}
-        if self.facts is not None:
-            _, reading["action_low"], reading["action_high"], reading["episode_limit"] = self.facts
+        if self.spec is not None:
+            _, reading["action_low"], reading["action_high"], reading["episode_limit"] = self.spec
         return reading
 
 
 class Source(Protocol):
-    """A place that datasets come from.
+    """A family of datasets: where they are kept, how to get them and how to read them.
 
-    A new one is a class in a file of its own and a row in `cpql.data.sources.SOURCES`. Its module is imported
-    for `--help`, so that it imports large packages within its functions.
+    A new one is a class in a module of its own and a row in `cpql.data.sources.SOURCES`. The command line
+    imports that module for `--help`, so it imports large packages inside functions.
 
     Attributes:
-        description: whose data these are, for the user: "D4RL's".
+        description: whose data these are, for messages: "D4RL's".
     """
 
     description: str
 
     def locate(self, request: Request) -> Path | None:
-        """The dataset's path on this disk; None where it isn't there. Looks, and neither reads nor downloads.
+        """The dataset's path on this disk, or None. Nothing is read or downloaded.
 
         Raises:
-            DataError: this source can't have such a dataset.
+            DataError: the source has no such dataset.
         """
 
     def fetch(self, request: Request) -> Path | Transitions:
-        """Download or collect the dataset, which `locate` hasn't found.
+        """Download or collect a dataset that `locate` doesn't find.
 
         Returns:
-            Its path; or, where it can't be kept on this disk, the data.
+            Its path; or the data themselves, if they can't be kept on this disk.
 
         Raises:
-            DataError: it can't be had; says why, and what to do by hand.
+            DataError: that failed; says why, and what can be done by hand.
         """
 
     def read(self, path: Path, request: Request) -> Transitions:
-        """Read and check the dataset at a path that `locate` or `fetch` gave.
+        """Read and check the dataset at a path from `locate` or `fetch`.
 
         Raises:
-            AnotherDatasetError: it is whole, and another one than the one that was asked for.
+            AnotherDatasetError: it is valid, but not the requested one.
             DataError: it is damaged, or doesn't hold valid transitions.
         """
 
     def task(self, path: Path, request: Request) -> Task:
-        """The task as the dataset at a path has it: the request's own, unless the dataset names another.
+        """The task of the dataset at a path: the request's, unless the dataset names its own environment.
 
         Raises:
             DataError: it is damaged.

@@ -1,6 +1,6 @@
-"""What `Transitions.from_dict` does to D4RL's rows, as numpy arrays: checks, scaling, the ends of episodes.
+"""Steps of `Transitions.from_dict` on numpy arrays: checks, scaling of actions, ends of episodes, statistics.
 
-Arrays are read in blocks of rows, so that a file of many gigabytes never lies in memory twice.
+Arrays are read in blocks of rows, so that a file of many gigabytes is never in memory twice.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ __all__ = [
     "read_blocks",
     "read_flags",
     "return_statistics",
+    "returns_and_lengths",
+    "row_blocks",
     "scale_actions",
 ]
 
@@ -31,7 +33,7 @@ BLOCK_BYTES = 1 << 20
 
 
 def checked(mapping: Mapping[str, Any], key: str, where: str) -> Any:
-    """One key of a mapping, not read yet: an array of numbers, [rows, width], [rows] or [rows, 1]."""
+    """One key of a mapping as an array of numbers, not read yet: [rows, width], [rows] or [rows, 1]."""
     if key not in mapping:
         found = ", ".join(sorted(map(str, mapping))) or "nothing"
         raise DataError(
@@ -53,16 +55,19 @@ def checked(mapping: Mapping[str, Any], key: str, where: str) -> Any:
     return value
 
 
-def _parts(rows: int, width: int, chunk: int = 1) -> Iterator[slice]:
-    """Slices of about BLOCK_BYTES of rows of float32; of whole chunks, so that none is read twice."""
+def row_blocks(rows: int, width: int, chunk: int = 1) -> Iterator[slice]:
+    """Slices of rows, each about BLOCK_BYTES of float32 and a multiple of `chunk` rows."""
     size = -(-max(1, BLOCK_BYTES // (4 * width)) // chunk) * chunk
     return (slice(start, min(start + size, rows)) for start in range(0, rows, size))
 
 
 def read_blocks(array: Any, key: str, where: str) -> Iterator[tuple[slice, NDArray[np.float32]]]:
-    """Read an array in blocks [n, width] that are finite; says which rows they are."""
+    """Read an array in blocks [n, width] of finite numbers, with the slice of rows of each.
+
+    Blocks are whole chunks of an HDF5 dataset, so that none is decompressed twice.
+    """
     width = array.shape[1] if len(array.shape) == 2 else 1
-    for part in _parts(array.shape[0], width, (getattr(array, "chunks", None) or (1,))[0]):
+    for part in row_blocks(array.shape[0], width, (getattr(array, "chunks", None) or (1,))[0]):
         with np.errstate(over="ignore"):
             block = np.asarray(array[part], np.float32).reshape(-1, width)
         _check_finite(block, part.start, key, where)
@@ -101,7 +106,7 @@ def scale_actions(actions: NDArray[np.float32], low: ArrayLike, high: ArrayLike,
             f"{where}: actions between {low!r} and {high!r}: expected finite bounds, lower below upper"
         )
     unit = bool((bounds[0] == -1).all() and (bounds[1] == 1).all())
-    for part in _parts(*actions.shape):
+    for part in row_blocks(*actions.shape):
         block = actions[part]
         scaled = block if unit else 2 * (block - bounds[0]) / (bounds[1] - bounds[0]) - 1
         out = np.abs(scaled) > 1 + ACTION_TOLERANCE
@@ -120,18 +125,18 @@ def find_seams(
 ) -> NDArray[np.bool_]:
     """Where a row doesn't lead to the one after it, [N - 1]."""
     seams = np.empty(len(observations) - 1, np.bool_)
-    for part in _parts(len(seams), observations.shape[1]):
+    for part in row_blocks(len(seams), observations.shape[1]):
         here, there = next_observations[part], observations[part.start + 1 : part.stop + 1]
         apart = (here != there).any(1)
         rows = np.flatnonzero(apart)
-        # Few rows differ at all; files that were rounded on the way may still join up.
+        # Few rows differ at all; rows that differ by rounding still join up.
         apart[rows] = ~np.isclose(here[rows], there[rows], rtol=1e-5, atol=1e-6).all(1)
         seams[part] = apart
     return seams
 
 
 def find_limits(ends: NDArray[np.bool_], limit: int | None) -> NDArray[np.bool_]:
-    """Where episodes reach the limit, counted in steps from the last end."""
+    """Where episodes reach the limit, in steps since the last end, [N]."""
     if limit is None:
         return np.zeros(len(ends), np.bool_)
     rows = np.arange(len(ends))
@@ -141,22 +146,29 @@ def find_limits(ends: NDArray[np.bool_], limit: int | None) -> NDArray[np.bool_]
 
 
 def compacted(table: NDArray[np.float32], keep: NDArray[np.bool_]) -> NDArray[np.float32]:
-    """Move the kept rows to the front of the same memory, and give those."""
+    """The kept rows, moved to the front of the same memory."""
     end = 0
-    for part in _parts(*table.shape):
+    for part in row_blocks(*table.shape):
         kept = table[part][keep[part]]
         table[end : end + len(kept)] = kept
         end += len(kept)
     return table[:end]
 
 
+def returns_and_lengths(
+    rewards: NDArray[np.float32], ends: NDArray[np.bool_], which: NDArray[np.bool_]
+) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+    """Undiscounted returns and lengths of some of the episodes; `which` has an entry for each episode."""
+    episode: NDArray[np.int64] = np.cumsum(ends) - ends
+    returns = np.bincount(episode, rewards).astype(np.float64)
+    return returns[which], np.bincount(episode).astype(np.int64)[which]
+
+
 def return_statistics(
     rewards: NDArray[np.float32], ends: NDArray[np.bool_], complete: NDArray[np.bool_]
 ) -> dict[str, Any]:
-    """Count the complete episodes and describe their returns; `complete` is read at the ends."""
-    episode: NDArray[np.int64] = np.cumsum(ends) - ends
-    whole = complete[ends]
-    returns, lengths = np.bincount(episode, rewards)[whole], np.bincount(episode)[whole]
+    """The number of complete episodes and statistics of their returns; `complete` is read at the ends."""
+    returns, lengths = returns_and_lengths(rewards, ends, complete[ends])
     names = ("return_mean", "return_std", "return_min", "return_max", "length_mean")
     if not len(returns):
         return {"episodes": 0} | dict.fromkeys(names)

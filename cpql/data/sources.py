@@ -25,10 +25,10 @@ SOURCES: dict[str, Source] = {
     "embedded": Embedded(),
     "file": File(),
 }
-"""Sources by name; `file` reads what `dataset.path` names, the others are chosen by `dataset=NAME`."""
+"""Sources by name: `dataset=NAME` chooses one, and `dataset.path` the source `file`."""
 
 AUTO = ("d4rl", "embedded")
-"""The sources that `dataset=auto` tries, in this order; a later one is a stand-in, and called so."""
+"""The sources that `dataset=auto` tries, in this order."""
 
 
 def check_source(name: str) -> None:
@@ -56,27 +56,27 @@ def load(
     """Load a task's dataset, on the CPU.
 
     Args:
-        task: whose dataset.
-        source: a name of `SOURCES`, strictly: "d4rl" reads its cache folder or downloads,
-            "minari" does the same with Minari's, "embedded" collects, or reads what it has collected before.
-            "auto" tries D4RL, then embedded, and `say` takes a warning with the reason.
-        path: a file in D4RL's layout, HDF5 or NPZ, or the folder of a Minari dataset; then no source counts.
-        id: of another dataset than the task's own, D4RL's or Minari's. Nothing is collected in its place.
-        size: how many transitions to collect, for the embedded source.
+        task: the task whose dataset it is.
+        source: a name in `SOURCES`, used strictly: "d4rl" and "minari" read a local dataset or download it,
+            "embedded" collects one, or reads it from its cache. "auto" tries D4RL, then embedded, with a
+            warning that gives the reason.
+        path: a file in D4RL's layout, HDF5 or NPZ, or the folder of a Minari dataset; overrides `source`.
+        id: the id of another dataset than the task's own, of D4RL or Minari; embedded data never replace it.
+        size: number of transitions to collect, for the embedded source.
         seed: of the collection.
         time_limits: "drop" leaves out the rows at a time limit, as `d4rl.qlearning_dataset` does.
-        progress: called with what is being done, how much of it is done, and how much there is.
-        say: takes a line for the user: a warning where D4RL's data can't be had, and one for each finding of
+        progress: called during a download or a collection.
+        say: takes a line for the user: a warning if embedded data replace D4RL's, and one for each finding of
             `cpql.data.inspection` in data that cpql didn't collect itself.
 
     Returns:
-        The task as the data have it (Minari's name their own environment and references), and the data, as
-        wide as that environment, actions scaled from its bounds. A task without an environment takes data of
-        any width, actions in [-1, 1].
+        The task of the data (a Minari dataset names its own environment and references), and the data, with
+        the widths of that environment and actions scaled from its bounds. A task without an environment
+        accepts data of any width with actions in [-1, 1].
 
     Raises:
         ConfigError: there is no such source, or the environment can't be made.
-        DataError: the data can't be had, or aren't valid.
+        DataError: the data aren't available, or aren't valid.
     """
     check_source(source)
     if path is None and id is None and not task.datasets:
@@ -86,12 +86,12 @@ def load(
         )
     names: tuple[str, ...] = (source if path is None else "file",)
     if names == ("auto",):
-        # The task's stand-in is none for a dataset that was named.
+        # Embedded data replace the task's own dataset only.
         names = AUTO if id is None else AUTO[:1]
     local = None if path is None else Path(path)
     request, data = _first(names, Request(task, id, local, size, seed, time_limits, progress, say))
-    if request.facts is not None:
-        data.validate_for(*request.facts.widths)
+    if request.spec is not None:
+        data.validate_for(*request.spec.widths)
     if data.provenance.source != "embedded":
         for finding in inspection.Inspection(data).findings:
             say(f"warning: {data.provenance.name}: {finding}")
@@ -99,7 +99,7 @@ def load(
 
 
 def _first(names: tuple[str, ...], request: Request) -> tuple[Request, Transitions]:
-    """Read from the first source that can have the data; a later one in place of the first says why."""
+    """Read from the first source that has the data; a later one gives the reason in a warning."""
     reasons: list[DataError] = []
     for name in names:
         source = SOURCES[name]
@@ -115,8 +115,10 @@ def _first(names: tuple[str, ...], request: Request) -> tuple[Request, Transitio
             reasons.append(error)
             continue
         if isinstance(found, Path):
-            request = dataclasses.replace(request, task=source.task(found, request))
-            _ = request.facts  # an environment that can't be made is an error before anything is read
+            task = source.task(found, request)
+            if task is not request.task:
+                request = dataclasses.replace(request, task=task)
+            _ = request.spec  # raises before anything is read if the environment can't be made
             try:
                 data = source.read(found, request)
             except AnotherDatasetError as error:

@@ -1,7 +1,7 @@
-"""What may be done to a dataset before training: other rewards, normalised observations, n-step returns.
+"""Transforms of a dataset before training: other rewards, normalised observations, n-step returns.
 
-Each takes transitions and gives new ones, whose provenance says what was done. The order is rewards,
-observations, n steps: a sum over steps is of the rewards that the agent is to see.
+Each takes transitions and returns new ones, whose provenance names the transform. They are applied in the
+order rewards, observations, n steps, so that n-step returns are sums of the transformed rewards.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ REWARD_RULES: dict[str, str] = {
 }
 """The rules by name, as Diffusion-QL's, Consistency-AC's and CPQL's codes name them (`reward_tune`)."""
 
-# Added to standard deviations, so that a number that never changes isn't divided by zero (as in TD3+BC).
+# Added to standard deviations, so that a constant number isn't divided by zero (as in TD3+BC).
 EPSILON = 1e-3
 
 
 def _replaced(data: Transitions, done: dict[str, Any], batch: Batch, **changes: Any) -> Transitions:
-    """The same data with other columns; `done` goes into the provenance."""
+    """The same data with other columns; `done` is added to the provenance."""
     details = data.provenance.details
     details = details | {"transforms": details.get("transforms", {}) | done}
     provenance = dataclasses.replace(data.provenance, details=details)

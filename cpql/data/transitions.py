@@ -1,14 +1,14 @@
-"""Transitions: the only form that data takes in cpql, checked once at the door.
+"""Transitions: the only form of data in cpql, checked once when they are made.
 
 D4RL keeps rows in the order they were collected and two flags that say how an episode ended:
 
     row          0     1     2  |  3     4     5  |  6     7
     terminals    .     .     X  |  .     .     .  |  .     .      the task ended: stops bootstrapping
-    timeouts     .     .     .  |  .     .     X  |  .     .      the clock ran out: bootstraps as ever
+    timeouts     .     .     .  |  .     .     X  |  .     .      the time limit was reached: bootstraps
     ends         .     .     X  |  .     .     X  |  .     X      last of its episode; row 7 is cut by
     complete     '--- yes ---'     '--- yes ---'     '- no '      the end of the data, with neither flag
 
-A row with both flags was truncated: at the time limit D4RL lets the clock win.
+A row with both flags counts as truncated, as in D4RL.
 
 Rows that don't join up, `next_observations[i] != observations[i + 1]`, end an episode whatever the flags
 say: medium-expert files are two files laid end to end, and a row that was written twice doesn't lead to
