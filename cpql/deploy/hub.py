@@ -243,17 +243,10 @@ def _table(rows: Mapping[str, str]) -> str:
 
 
 def download(name: str) -> Path:
-    """Download a policy's files, or find them in the Hub's cache on this machine.
-
-    Args:
-        name: `hf://owner/name`, or `hf://owner/name@revision` for a branch, a tag or a commit.
+    """Download a policy's files, or find them in the Hub's cache; for name and errors see `Policy.load`.
 
     Returns:
         The folder of one commit's files.
-
-    Raises:
-        ConfigError: huggingface_hub isn't installed.
-        CheckpointError: there is no such repository or revision, or the Hub can't be reached.
     """
     id, _, revision = name.removeprefix(PREFIX).partition("@")
     if not looks_like_an_id(id) or (revision and not re.fullmatch(r"(?!.*\.\.)\w[\w./-]*", revision)):
@@ -265,15 +258,7 @@ def download(name: str) -> Path:
 
 
 def upload(folder: Path, id: str, *, private: bool | None, token: str | None, message: str) -> str:
-    """Upload a folder's files to a model repository, as one commit; the repository is created if need be.
-
-    Returns:
-        The repository's URL.
-
-    Raises:
-        ConfigError: huggingface_hub isn't installed.
-        CheckpointError: the Hub can't be reached or refuses.
-    """
+    """Upload a folder's files, see `Policy.push_to_hub`."""
 
     def act(hub: Any) -> str:
         api = hub.HfApi(token=token)

@@ -160,12 +160,10 @@ class Policy:
         if deterministic:
             batch, generator = 1, torch.Generator(self.device).manual_seed(0)
         policy = policy.with_rule(self.candidates, 0.0 if deterministic else self.temperature)
-        drawn = {
-            name: (torch.rand if name == "uniform" else torch.randn)(
-                shape, generator=generator, device=self.device
-            )
-            for name, shape in policy.shapes(batch).items()
-        }
+        drawn = {}
+        for name, shape in policy.shapes(batch).items():
+            draw = torch.rand if name == "uniform" else torch.randn
+            drawn[name] = draw(shape, generator=generator, device=self.device)
         actions: Tensor = policy(observations, **drawn, xp=torch)
         return actions
 
