@@ -183,7 +183,7 @@ def members(content: DictConfig, overrides: list[str]) -> list[tuple[TrainConfig
         ConfigError: lists of different lengths, or a setting that isn't valid.
         CheckpointError: there is no such run to continue from.
     """
-    agent = AGENTS.get(content.agent.name)
+    agent = AGENTS.get(str(content.agent.name))
     rates = {f"agent.{name}": content.agent.get(name) for name in agent.by_member} if agent else {}
     lists = {key: list(value) for key, value in rates.items() if OmegaConf.is_list(value)}
     if content.seeds is not None:
@@ -196,7 +196,7 @@ def members(content: DictConfig, overrides: list[str]) -> list[tuple[TrainConfig
             raise ConfigError(f"{key}=[]: expected a value for each member, found none")
         if len(values) != count:
             raise ConfigError(f"{key}={values}: {len(values)} values: expected {count}, one for each member")
-    if "env.id" in overrides and content.env.id is not None:
+    if "env.id" in overrides and isinstance(content.env.id, str):
         OmegaConf.update(content, "env.id", import_environment(content.env.id))
     found = []
     for k in range(count):
@@ -223,7 +223,7 @@ def _checked(plain: Plain, overrides: list[str]) -> TrainConfig:
         raise ConfigError(
             "no environment: expected env.id, such as env.id=Pendulum-v1, or a task, such as env=hopper"
         )
-    if plain["checkpoint"] is not None:
+    if isinstance(plain["checkpoint"], str):
         _continue_from(plain, overrides)
     _drop_inapplicable(plain["agent"], overrides)
     config = build(TrainConfig, plain, "configuration")
@@ -272,11 +272,15 @@ def _drop_inapplicable(agent: Plain, overrides: list[str]) -> None:
             if not any(f"{given}.".startswith(f"{where}.{key}.") for given in overrides):
                 settings.pop(key, None)
 
-    if agent.get("name") in AGENTS:
+    if kind := AGENTS.get(str(agent["name"])):
         presets = (cast(DictConfig, OmegaConf.load(file)) for file in (config_folder() / "preset").iterdir())
-        fields = AGENTS[agent["name"]].config_class.__dataclass_fields__.keys()
+        fields = kind.config_class.__dataclass_fields__.keys()
         drop(agent, "agent", {str(key) for preset in presets for key in preset} - fields)
-    objective = OBJECTIVES.get(agent["actor"].get("objective"))
-    options, own = "agent.actor.objective_options", agent["actor"].get("objective_options", {})
-    if objective and "agent.actor.objective" in overrides and options not in overrides:
-        drop(own, options, own.keys() - objective.settings)
+    options = "agent.actor.objective_options"
+    if "agent.actor.objective" in overrides and options not in overrides:
+        objective, own = (
+            OBJECTIVES.get(str(agent["actor"]["objective"])),
+            agent["actor"].get("objective_options"),
+        )
+        if objective and own:
+            drop(own, options, own.keys() - objective.settings)

@@ -197,7 +197,8 @@ def test_a_chosen_objective_goes_without_the_settings_that_it_hasnt() -> None:
         ([chosen, f"{options}.weight"], "meanflow", {"weight": "interval"}),
         ([chosen, options], "meanflow", own),
     ):
-        agent: dict[str, Any] = {"actor": {"objective": objective, "objective_options": dict(own)}}
+        actor = {"objective": objective, "objective_options": dict(own)}
+        agent: dict[str, Any] = {"name": "consistency_ac", "actor": actor}
         configuration._drop_inapplicable(agent, overrides)
         assert agent["actor"]["objective_options"] == left
 

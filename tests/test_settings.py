@@ -433,6 +433,10 @@ HOSTILE: list[tuple[Prepare, tuple[str, ...], str]] = [
     (nothing, ("train", "seed=x"), "seed: Input should be a valid integer"),
     (nothing, ("train", "device=tpu"), "device: Input should be 'auto', 'cpu' or 'cuda'"),
     (nothing, ("train", "agent.eta=much"), "agent: eta: Input should be a valid number"),
+    (nothing, ("train", "agent.actor=3"), "agent: actor: Input should be a dictionary"),
+    (nothing, ("train", "env.id=3"), "env.id: Input should be a valid string, found 3"),
+    (nothing, ("train", "agent.actor.objective=[1]"), "actor.objective: Input should be"),
+    (nothing, ("train", "checkpoint=3"), "checkpoint: Input should be a valid string, found 3"),
     (nothing, ("train", "mode=online"), "no environment: expected env.id, such as env.id=Pendulum-v1"),
     (
         nothing,
