@@ -47,7 +47,7 @@ class _Shared(dict[str, Any]):
 
 
 def register(**commands: Any) -> None:
-    """Give Hydra the tasks, the dataclasses' defaults (so that no YAML repeats them) and our resolvers.
+    """Register the tasks, the dataclasses' defaults (so that no YAML repeats them) and resolvers with Hydra.
 
     Args:
         **commands: dataclasses with all settings of a command, for `/schema/NAME`.
@@ -99,7 +99,7 @@ def _settings(*, _root_: DictConfig) -> str:
 
 
 def resolved(content: DictConfig) -> Plain:
-    """The settings as plain values, without the table that some of them come from."""
+    """The settings as plain values, without the table that some of them are read from."""
     plain = cast(Plain, OmegaConf.to_container(content, resolve=True))
     plain.pop("published", None)
     return plain
@@ -112,7 +112,7 @@ def choices(group: str) -> list[str]:
 
 
 def check_words(command: str, words: list[str]) -> None:
-    """Refuse what Hydra would refuse, but name what is nearest.
+    """Refuse words that Hydra would refuse, and name the nearest valid ones.
 
     Args:
         command: name of its configuration, `train`.
@@ -170,7 +170,7 @@ def _instead(key: str, known: set[str]) -> str:
 
 
 def members(content: DictConfig, overrides: list[str]) -> list[tuple[TrainConfig, Plain]]:
-    """The runs that a command asks for: one, or one for each of `seeds` and of a list of rates.
+    """The runs of a command: one, or one for each of `seeds` or of a list of rates.
 
     Args:
         content: all settings.
@@ -217,7 +217,7 @@ def members(content: DictConfig, overrides: list[str]) -> list[tuple[TrainConfig
 
 
 def _checked(plain: Plain, overrides: list[str]) -> TrainConfig:
-    """One run's configuration, from its settings, which are completed."""
+    """Complete one run's settings, and check them."""
     del plain["seeds"]
     if plain["env"]["name"] is None:
         raise ConfigError(
@@ -261,10 +261,10 @@ def _continue_from(plain: Plain, overrides: list[str]) -> None:
 
 
 def _drop_inapplicable(agent: Plain, overrides: list[str]) -> None:
-    """Drop what applies to other agents or objectives, unless the command line gives it.
+    """Drop settings of other agents and objectives, unless the command line gives them.
 
-    That is what a preset sets and this agent lacks, and, where the command chooses the objective, options
-    of the agent's own one, such as Consistency-AC's weight.
+    A preset may set what the agent doesn't have. If the command line chooses the objective, options of the
+    agent's own objective, such as Consistency-AC's weight, may not apply.
     """
 
     def drop(settings: Plain, where: str, keys: Iterable[str]) -> None:

@@ -93,7 +93,7 @@ def everything(folder: Path) -> set[str]:
 
 
 def numbers_without_a_range(kind: Any, ranged: bool = False) -> list[Any]:
-    """The numbers in a field's type, a dataclass's own left out, that nothing is said of."""
+    """The numbers in a field's type, a dataclass's own left out, that have no range."""
     if typing.get_origin(kind) is typing.Annotated:
         inner = typing.get_args(kind)[0]
         return numbers_without_a_range(inner, ranged=typing.get_origin(inner) is None)
@@ -466,7 +466,7 @@ HOSTILE: list[tuple[Prepare, tuple[str, ...], str]] = [
     (nothing, ("train", "dataset.path=/dev/null"), "null: not a file"),
     (nothing, ("train", "dataset=d4rl"), "hopper_medium-v2.hdf5"),
     (nothing, ("train", "dataset=minari", "env=hopper-random"), "Minari has no counterpart"),
-    # where it is to be written, and what it is to go on with
+    # where it is to be written, and what it is to continue
     (nothing, ("train", "resume=true"), "holds no run to resume"),
     (nothing, ("train", f"run_dir={LONG}"), f"{LONG}: can't be written to (File name too long)"),
     (data_and_a_file, (*DATA, "run_dir=file"), "file: "),
@@ -695,8 +695,8 @@ def test_the_name_of_an_agent_comes_from_the_run_that_it_comes_from(
     assert isinstance(parts, dict)
     parts = {key: parts[key] for key in ("env", "agent", "dataset")}
     content.checkpoint = str(before)
-    for said, name in (({"configuration": "recommended"}, "recommended"), ({}, "")):
-        (before / "config.yaml").write_text(yaml.safe_dump(parts | said))
+    for more, name in (({"configuration": "recommended"}, "recommended"), ({}, "")):
+        (before / "config.yaml").write_text(yaml.safe_dump(parts | more))
         ((config, resolved),) = configuration.members(content, [])
         assert config.configuration == resolved["configuration"] == name
         assert config.env.name == "hopper-medium"
@@ -746,8 +746,8 @@ def test_what_a_policy_says_of_itself_is_text(command: Command, checkpoint: str,
     os.rename(tmp_path / checkpoint, tmp_path / STRANGE)
     done = command("evaluate", f"checkpoint='{STRANGE}'", "episodes=1")
     assert done.code == 0 and "\x1b" not in done.out, done
-    said = " ".join(done.out.split())  # a table breaks lines
-    assert all(f"{what} {PRINTED}" in said for what in ("agent", "id", "note")) and "task [red]" in said
+    printed = " ".join(done.out.split())  # a table breaks lines
+    assert all(f"{what} {PRINTED}" in printed for what in ("agent", "id", "note")) and "task [red]" in printed
     assert done.out.rstrip().endswith(f"{PRINTED}/evaluation_1_1000.json")
 
 
