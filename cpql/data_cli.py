@@ -1,4 +1,4 @@
-"""Look at datasets, fetch, check and convert them.
+"""Look at datasets, download, check and convert them.
 
     python scripts/data.py list hopper
     python scripts/data.py show hopper-medium --png hopper-medium.png
@@ -13,174 +13,139 @@ Minari dataset. docs/data.md says what has to be in it.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import fnmatch
-import hashlib
 import io
 import json
 import os
 import re
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import Any, TextIO
 
-from cpql.errors import ConfigError, CpqlError, DataError, did_you_mean, printable
+from rich import progress as rich
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 
-if TYPE_CHECKING:
-    from cpql.data.transitions import Reading, Transitions
-    from cpql.io import Progress
-    from cpql.tasks import Task
+from cpql.data import catalogue, conversion, files, inspection, minari
+from cpql.data.download import recorded, verify_recorded
+from cpql.data.sources import SOURCES, Request
+from cpql.data.transitions import Transitions
+from cpql.environments import import_environment
+from cpql.errors import (
+    ConfigError,
+    CpqlError,
+    DataError,
+    did_you_mean,
+    errors_in_one_line,
+    print_error,
+    printable,
+)
+from cpql.io import Progress, sha256_of
+from cpql.tasks import Task, load_task, task_names
 
 __all__ = ["main"]
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command line; 0 when it went well, 1 after an error the user can mend."""
+    """Run the command line.
+
+    Returns:
+        0, or 1 if one of several datasets is at fault.
+
+    Raises:
+        SystemExit: after an error, with its exit code.
+    """
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # not every encoding has a ±
-    options = parser().parse_args(arguments)
-    try:
-        code = int(options.run(options) or 0)
-        print(end="", flush=True)
-        return code
-    except CpqlError as error:
-        if options.traceback:
-            raise
-        _complain(error)
-        return error.exit_code
-    except BrokenPipeError:
-        # Whoever read this has seen enough (`| head`); Python would complain once more on its way out.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    except OSError as error:
-        if options.traceback:
-            raise
-        reason = error.strerror or str(error)
-        _complain(CpqlError(reason if error.filename is None else f"{error.filename}: {reason}"))
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-
-
-def _complain(error: CpqlError) -> None:
-    _print(f"error: {' '.join(str(error).splitlines())}", file=sys.stderr)
+    options = _parser().parse_args(arguments)
+    with errors_in_one_line(options.traceback):
+        try:
+            code = int(options.run(options) or 0)
+            print(end="", flush=True)
+        except BrokenPipeError:  # the reader has seen enough (`| head`)
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            code = 1
+    return code
 
 
 def _print(text: str, file: TextIO | None = None) -> None:
-    """Print what may come from a file, a server or a path as text."""
+    """Print text that may come from a file, a server or a path."""
     print(printable(text), file=file)
 
 
-def parser() -> argparse.ArgumentParser:
-    """Describe the commands."""
+def _parser() -> argparse.ArgumentParser:
+    """The commands; the help of each is its function's docstring."""
     form = argparse.RawDescriptionHelpFormatter
     top = argparse.ArgumentParser(prog="data.py", description=__doc__, formatter_class=form)
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--traceback", action="store_true", help="show where an error came from")
     commands = top.add_subparsers(required=True, metavar="COMMAND")
-
-    def command(name: str, run: Any, text: str, more: str = "") -> argparse.ArgumentParser:
-        description = f"{text[0].upper()}{text[1:]}.\n\n{more}".rstrip()
-        sub = commands.add_parser(
-            name, help=text, description=description, parents=[common], formatter_class=form
-        )
-        sub.set_defaults(run=run)
-        return sub
-
     environment = "a task's name, hopper-medium, or a Gymnasium id, Hopper-v4"
 
-    sub = command(
-        "list",
-        list_tasks,
-        "list the tasks, and which of their data are on this disk",
-        "A table on a terminal; elsewhere a line of names, then one a task, with tabs between columns.\n"
-        "`here` names the sources whose data are on this disk, or says that the embedded source can collect\n"
-        "some. A * marks tasks whose scores can't be compared with D4RL's tables; the note says why.",
-    )
-    sub.add_argument(
-        "pattern", nargs="?", default="", help="part of a name, or with wildcards: 'antmaze-*-v2'"
-    )
-    sub.add_argument("--json", action="store_true", help="all that is known, as JSON")
+    def command(name: str, run: Callable[[argparse.Namespace], int | None]) -> Callable[..., Any]:
+        text = re.sub(r"(?m)^    ", "", run.__doc__ or "")
+        summary = text.partition(".")[0]
+        sub = commands.add_parser(
+            name,
+            help=summary[0].lower() + summary[1:],
+            description=text,
+            parents=[common],
+            formatter_class=form,
+        )
+        sub.set_defaults(run=run)
+        return sub.add_argument
 
-    sub = command(
-        "show",
-        show,
-        "say what a dataset is like",
-        "Counts, the returns of its episodes, the score of the policy that made it, the ranges of its\n"
-        "numbers, and what is suspicious about it. Nothing is downloaded or collected. A task's name wins\n"
-        "over a file of that name: ./NAME is the file.",
-    )
-    sub.add_argument("what", metavar="NAME|FILE|FOLDER", help="a task's name, a file, a Minari folder or id")
-    sub.add_argument(
-        "--source", choices=("d4rl", "embedded", "minari"), help="of a task (default: the first that is here)"
-    )
-    sub.add_argument(
-        "--env", metavar="NAME", help=f"{environment}: a file's environment, and its reference returns"
-    )
-    sub.add_argument("--png", type=Path, metavar="FILE", help="draw returns, lengths and actions as well")
+    add = command("list", list_tasks)
+    add("pattern", nargs="?", default="", help="part of a name, or with wildcards: 'antmaze-*-v2'")
+    add("--json", action="store_true", help="everything that is known, as JSON")
 
-    sub = command(
-        "download",
-        download,
-        "fetch the data of tasks",
-        "D4RL's files go to $D4RL_DATASET_DIR, else ~/.d4rl/datasets, and are asked of $CPQL_D4RL_MIRROR\n"
-        "first; Minari's to $MINARI_DATASETS_PATH, else ~/.minari/datasets. What was interrupted goes on\n"
-        "where it stopped; what is there is only checked. Proxies are those of http_proxy, https_proxy and\n"
-        "no_proxy.",
-    )
-    sub.add_argument(
-        "names", nargs="+", metavar="NAME", help="a task's name; with --source minari also a Minari id"
-    )
-    sub.add_argument(
-        "--source", choices=("d4rl", "minari"), default="d4rl", help="where from (default: %(default)s)"
-    )
+    add = command("show", show)
+    add("what", metavar="NAME|FILE|FOLDER", help="a task's name, a file, a Minari folder or id")
+    add("--source", choices=catalogue.WAYS, help="of a task (default: the first whose data are here)")
+    add("--env", metavar="NAME", help=f"{environment}: a file's environment, and its reference returns")
+    add("--png", type=Path, metavar="FILE", help="draw returns, lengths and actions as well")
 
-    sub = command(
-        "verify",
-        verify,
-        "check that files can be trained on",
-        "Exits with 0 where all of them can, warnings included, and with 1 where one can't, and says in one\n"
-        "line why. A checksum recorded beside a file (NAME.sha256) has to fit.",
-    )
-    sub.add_argument("files", nargs="+", metavar="FILE", help="HDF5, NPZ, or a Minari folder")
-    sub.add_argument(
-        "--env", metavar="NAME", help=f"{environment}: the widths and the actions' bounds have to fit it"
-    )
+    add = command("download", download)
+    add("names", nargs="+", metavar="NAME", help="a task's name; with --source minari also a Minari id")
+    sources = [source for source in catalogue.WAYS if source != "embedded"]
+    add("--source", choices=sources, default="d4rl", help="where from (default: %(default)s)")
 
-    sub = command(
-        "convert",
-        convert,
-        "convert between D4RL's HDF5, NPZ and Minari",
-        "OUT's ending says the form: .hdf5, .h5, .npz; with --id it is the folder that a Minari dataset is\n"
-        "put into, as OUT/ID. What was written is read back and compared, and anything lost is named.",
+    add = command("verify", verify)
+    add("files", nargs="+", metavar="FILE", help="HDF5, NPZ, or a Minari folder")
+    add("--env", metavar="NAME", help=f"{environment}: the widths and the actions' bounds have to fit it")
+
+    add = command("convert", convert)
+    add("source", metavar="IN", help="HDF5, NPZ, or a Minari folder")
+    add("target", metavar="OUT", type=Path, help="a file, or with --id a folder")
+    add("--id", help="Minari's id of the new dataset: mine/hopper/mixed-v0")
+    bounds = (
+        "its bounds are those of actions in HDF5 and NPZ (default: -1 and 1), and a new Minari dataset names "
+        "it; a task also says which parts of dict observations to take"
     )
-    sub.add_argument("source", metavar="IN", help="HDF5, NPZ, or a Minari folder")
-    sub.add_argument("target", metavar="OUT", type=Path, help="a file, or with --id a folder")
-    sub.add_argument("--id", help="Minari's id of the new dataset: mine/hopper/mixed-v0")
-    sub.add_argument(
-        "--env",
-        metavar="NAME",
-        help=f"{environment}: its bounds are those of actions in HDF5 and NPZ (default: -1 and 1), and a new "
-        "Minari dataset names it; a task also says which parts of dict observations to take",
-    )
-    sub.add_argument("--force", action="store_true", help="replace OUT where it is there")
+    add("--env", metavar="NAME", help=f"{environment}: {bounds}")
+    add("--force", action="store_true", help="replace OUT if it exists")
     return top
 
 
 def list_tasks(options: argparse.Namespace) -> None:
-    """List the tasks."""
-    from cpql.tasks import load_task, task_names
+    """List the tasks, and which of their data are on this disk.
 
+    A table on a terminal; elsewhere a line of names, then a line for each task, with tabs between columns.
+    `here` names the sources whose data are on this disk, or says that the embedded source can collect
+    some. A * marks tasks whose scores can't be compared with D4RL's tables; the note says why.
+    """
     tasks = {name: task for name in task_names() if (task := load_task(name)).datasets}
     names = [name for name in tasks if fnmatch.fnmatchcase(name, f"*{options.pattern}*")]
     if not names:
         raise ConfigError(
             f"no task's name has '{options.pattern}' in it: {did_you_mean(options.pattern, tasks)}"
         )
-    rows = [_facts(tasks[name]) for name in names]
+    rows = [catalogue.entry(tasks[name]) for name in names]
     if options.json:
         print(json.dumps(rows, indent=2))
     elif sys.stdout and sys.stdout.isatty():
@@ -188,122 +153,51 @@ def list_tasks(options: argparse.Namespace) -> None:
     else:
         print("name", "transitions", "d4rl", "minari", "here", "note", sep="\t")
         for row in rows:
-            transitions = "" if row["transitions"] is None else row["transitions"]
-            cells = (row["name"], transitions, row["d4rl"], row["minari"], _where(row), row["note"])
-            print(*cells, sep="\t")
-
-
-def _facts(task: Task) -> dict[str, Any]:
-    """What `list` says of a task."""
-    from cpql.data.sources import SOURCES, Request
-
-    request = Request(task)
-    d4rl_file, folder = (SOURCES[name].locate(request) for name in ("d4rl", "minari"))
-    d4rl_entry, minari_entry = (task.datasets.get(name, {}) for name in ("d4rl", "minari"))
-    collected = _embedded_files(task)
-    here = {
-        "d4rl": d4rl_file and str(d4rl_file),
-        "minari": folder and str(folder),
-        "embedded": [str(path) for path in collected],
-    }
-    return {
-        "name": task.name,
-        "environment": task.id,
-        "transitions": d4rl_entry.get("rows"),
-        "d4rl": d4rl_entry.get("path", "").rpartition("/")[2],
-        "minari": minari_entry.get("id", ""),
-        "here": here,
-        "bytes": d4rl_file.stat().st_size if d4rl_file else None,
-        "collectable": _collectable(task),
-        "note": task.note,
-    }
-
-
-def _where(row: dict[str, Any]) -> str:
-    sources = [source for source, found in row["here"].items() if found]
-    if row["collectable"] and "embedded" not in sources:
-        sources.append("can be collected")
-    return ", ".join(sources)
+            cells = (row["name"], row["transitions"] or "", row["d4rl"], row["minari"])
+            print(*cells, catalogue.where(row), row["note"], sep="\t")
 
 
 def _print_table(rows: list[dict[str, Any]]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
     table = Table(header_style="bold", show_edge=False, pad_edge=False)
     for column in ("task", "transitions", "D4RL", "Minari", "on this disk"):
         table.add_column(column, justify="right" if column == "transitions" else "left", overflow="fold")
-    notes: dict[str, list[str]] = {}
-    for row, following in zip(rows, [*rows[1:], None], strict=True):
-        name, transitions = row["name"], row["transitions"]
+    families = [row["name"].partition("-")[0] for row in rows]
+    notes: dict[str, dict[str, None]] = {}
+    for row, family, following in zip(rows, families, [*families[1:], families[-1]], strict=True):
         if row["note"]:
-            notes.setdefault(row["note"], []).append(name)
+            notes.setdefault(row["note"], {})[family] = None
+        size = f" ({row['bytes'] / 1e6:,.0f} MB)" if row["bytes"] else ""
         cells = (
-            f"{name} *" if row["note"] else name,
-            "" if transitions is None else f"{transitions:,}",
-            row["d4rl"] + (f" ({row['bytes'] / 1e6:,.0f} MB)" if row["bytes"] else ""),
+            row["name"] + (" *" if row["note"] else ""),
+            f"{row['transitions']:,}" if row["transitions"] else "",
+            row["d4rl"] + size,
             row["minari"],
-            _where(row),
+            catalogue.where(row),
         )
-        table.add_row(
-            *map(Text, cells),
-            end_section=following is not None and _family(following["name"]) != _family(name),
-        )
+        table.add_row(*map(Text, cells), end_section=following != family)
     console = Console()
     console.print(table)
-    for note, names in notes.items():
-        families = ", ".join(dict.fromkeys(_family(name) for name in names))
-        console.print(f"* {families}: {note}", highlight=False, markup=False)
-
-
-def _family(name: str) -> str:
-    return name.partition("-")[0]
-
-
-def _embedded_files(task: Task) -> list[Path]:
-    """What the embedded source has collected for a task, the newest first."""
-    from cpql.data import embedded
-
-    found = embedded.cache_folder().glob(f"{task.name}-embedded-*.hdf5")
-    return sorted(found, key=lambda path: path.stat().st_mtime, reverse=True)
-
-
-def _collectable(task: Task) -> bool:
-    from cpql.data import embedded
-
-    try:
-        embedded.prepare(task, 1_000_000, 0)
-    except DataError:
-        return False
-    return True
+    for note, marked in notes.items():
+        console.print(f"* {', '.join(marked)}: {note}", highlight=False, markup=False)
 
 
 def show(options: argparse.Namespace) -> None:
-    """Say what a dataset is like."""
-    from cpql.data import files, inspection
-    from cpql.data.sources import SOURCES, Request
-    from cpql.tasks import task_names
+    """Say what a dataset is like.
 
+    Counts, the returns of its episodes, the score of the policy that made it, the ranges of its numbers,
+    and what is suspicious about it. Nothing is downloaded or collected. A task's name wins over a file of
+    that name: ./NAME is the file.
+    """
     task: Task | None
     if options.what in task_names():
         if options.env:
             raise ConfigError(f"--env={options.env}: expected none with a task, which {options.what} is")
-        task = _with_data(options.what)
-        path, source = _on_disk(task, options.source)
-        if source == "embedded":
-            data = files.read(path, task.dataset)
-        else:
-            task = SOURCES[source].task(path, Request(task))
-            data = SOURCES[source].read(path, Request(task))
-        _check_record(path, data)
+        data, task = _read_task(_with_data(options.what), options.source)
+    elif options.source:
+        raise ConfigError(f"--source={options.source}: expected none with a file, only with a task's name")
     else:
-        if options.source:
-            raise ConfigError(
-                f"--source={options.source}: expected none with a file, only with a task's name"
-            )
-        data, task = _read_own(_own_path(options.what), options.env)
-    found = inspection.inspect(data)
+        data, task = _read_file(_own_path(options.what), options.env)
+    found = inspection.Inspection(data)
     _print(inspection.describe(found, task))
     if options.png:
         _print(f"\ndrawn in {inspection.picture(found, options.png, task)}")
@@ -311,294 +205,181 @@ def show(options: argparse.Namespace) -> None:
 
 def _with_data(name: str) -> Task:
     """A task that has a dataset."""
-    from cpql.tasks import load_task
-
     task = load_task(name)
     if not task.datasets:
         raise ConfigError(f"{name} has no dataset: `cpql-data list` names the tasks that have one")
     return task
 
 
-def _on_disk(task: Task, source: str | None) -> tuple[Path, str]:
-    """Where a task's data are, and from which source."""
-    from cpql.data.sources import SOURCES, Request
-
-    for candidate in (source,) if source else ("d4rl", "embedded", "minari"):
-        if candidate == "embedded":
-            path = next(iter(_embedded_files(task)), None)
-        else:
-            path = SOURCES[candidate].locate(Request(task))
-        if path is not None:
-            return path, candidate
-    ways = [f"`cpql-data download {task.name}` fetches D4RL's"]
-    if "minari" in task.datasets:
-        ways.append(f"`cpql-data download {task.name} --source minari` Minari's")
-    if _collectable(task):
-        ways.append(f"`python scripts/collect.py dataset {task.name}` collects a stand-in")
+def _read_task(task: Task, source: str | None) -> tuple[Transitions, Task]:
+    """Read a task's data from a source, or from the first that has them on this disk."""
+    for name in (source,) if source else catalogue.WAYS:
+        for path in catalogue.on_disk(task, name)[:1]:
+            return _read("file" if name == "embedded" else name, path, task, task.dataset)
     what = f"no {source} data" if source else "no data"
-    raise DataError(f"{task.name}: {what} on this disk: {', '.join(ways)}")
+    raise DataError(f"{task.name}: {what} on this disk: {', '.join(catalogue.ways(task))}")
+
+
+def _read_file(path: Path, env: str | None) -> tuple[Transitions, Task | None]:
+    """Read a file or folder as training would with `--env`; also return the task that it is for, if any."""
+    known = env or (files.form(path) == "minari" and minari.metadata(path).env_spec)
+    task = _task(env) if env else Task(path.stem or "file", None)
+    data, task = _read("file", path, task, path.stem, fit=bool(env))
+    return data, task if known else None
+
+
+def _read(source: str, path: Path, task: Task, id: str, *, fit: bool = False) -> tuple[Transitions, Task]:
+    """Read a dataset from a source; with `fit` as wide as the task's environment, and in its bounds."""
+    task = SOURCES[source].task(path, Request(task, path=path))
+    # Without an environment nothing has to be installed for it.
+    request = Request(task if fit else dataclasses.replace(task, id=None), id, path)
+    with _advice_on_bounds(fit):
+        data = SOURCES[source].read(path, request)
+    if path.is_file():
+        verify_recorded(path, data.provenance.sha256)
+    if request.facts is not None:
+        data.validate_for(*request.facts.widths)
+    return data, files.without_foreign_references(task, data)
+
+
+@contextmanager
+def _advice_on_bounds(known: bool) -> Iterator[None]:
+    try:
+        yield
+    except DataError as error:
+        if known or not str(error).endswith("expected [-1, 1]"):
+            raise
+        raise DataError(f"{error}, or --env with the environment whose bounds they have") from error
 
 
 def _own_path(what: str) -> Path:
-    """The path that a word means which is no task's name: a file, a folder, or a local Minari id."""
-    from cpql.data import files, minari
-    from cpql.tasks import load_task
-
+    """What a word that is no task's name means: a file, a folder, or the id of a local Minari dataset."""
     path = Path(what)
     if os.path.lexists(path) or path.suffix.lower() in files.ENDINGS:
         return path
     folder = minari.find(what) if minari.ID.fullmatch(what) else None
     if folder is None and "/" not in what:
-        load_task(what)
+        load_task(what)  # raises, and names the nearest task
     return folder or path
 
 
 def _task(name: str) -> Task:
     """The task that --env names, or one made of a Gymnasium id."""
-    from cpql.environments import import_environment
-    from cpql.tasks import Task, load_task, task_names
-
     if name in task_names() or not re.search(r"-v\d+$", name):
         return load_task(name)
     id = import_environment(name)
     return Task(name=id, id=id)
 
 
-def _environment_facts(task: Task) -> tuple[tuple[int, int], Reading]:
-    """An environment's widths, and what it says of files."""
-    from cpql.environments import facts
-
-    widths, low, high, limit = facts(task)
-    return widths, {"action_low": low, "action_high": high, "episode_limit": limit}
-
-
-def _read_own(path: Path, env: str | None) -> tuple[Transitions, Task | None]:
-    """Read a file or folder as training would with `--env`, and give the task that it is for, if any."""
-    from cpql.data import files, minari
-
-    task = _task(env) if env else None
-    if files.form(path) == "minari" and (task or minari.metadata(path).get("env_spec")):
-        task = minari.task(task, path)
-    both, facts = _environment_facts(task) if env and task else (None, {})
-    data = _read(path, task, facts)
-    _check_record(path, data)
-    if both:
-        data.validate_for(*both)
-    if task and files.form(path) != "minari":
-        task = files.without_foreign_references(task, data)
-    return data, task
-
-
-def _read(path: Path, task: Task | None, facts: Reading) -> Transitions:
-    from cpql.data import files
-
-    try:
-        return files.read(path, task=task, **facts)
-    except DataError as error:
-        if not facts and str(error).endswith("expected [-1, 1]"):
-            raise DataError(f"{error}, or --env with the environment whose bounds they have") from error
-        raise
-
-
-def _check_record(path: Path, data: Transitions) -> None:
-    """Hold a file against the checksum beside it, where a download left one."""
-    from cpql.data.download import verify_recorded
-
-    if path.is_file():
-        verify_recorded(path, data.provenance.sha256)
-
-
 def download(options: argparse.Namespace) -> int:
-    """Fetch the data of tasks."""
-    failed = False
-    for name in options.names:
+    """Download the data of tasks.
+
+    D4RL's files go to $D4RL_DATASET_DIR, else ~/.d4rl/datasets, and are looked for at $CPQL_D4RL_MIRROR
+    first; Minari's go to $MINARI_DATASETS_PATH, else ~/.minari/datasets. An interrupted download continues
+    where it stopped; data that are here are only checked. Proxies are those of http_proxy, https_proxy and
+    no_proxy.
+    """
+    return _for_each(options.names, lambda name: _download(name, options.source), options.traceback)
+
+
+def _for_each(names: list[str], run: Callable[[str], None], traceback: bool) -> int:
+    """Go on after an error with one of several; 1 if there was any."""
+    failed = 0
+    for name in names:
         try:
-            path = _fetch(name, options.source)
+            run(name)
         except CpqlError as error:
-            if options.traceback:
+            if traceback:
                 raise
-            _complain(error)
-            failed = True
-        else:
-            _print(f"{path}: {path.stat().st_size:,} bytes, SHA-256 {_sha256(path)}")
-    return int(failed)
+            print_error(error)
+            failed = 1
+    return failed
 
 
-def _fetch(name: str, source: str) -> Path:
-    from cpql.data import minari
-    from cpql.data.sources import SOURCES, Request
-    from cpql.tasks import load_task, task_names
-
+def _download(name: str, source: str) -> None:
     def say(line: str) -> None:
         _print(line, file=sys.stderr)
 
-    if source == "minari":
-        id = (
-            name
-            if "/" in name and name not in task_names()
-            else load_task(name).datasets.get("minari", {}).get("id")
-        )
-        if not id:
-            raise ConfigError(f"{name}: Minari has no such data: expected another task, or a Minari id")
-        folder = minari.locate(id, say=say)
-        minari.metadata(folder)
-        return folder / "data" / minari.ARRAYS
-    task = _with_data(name)
+    if source == "minari" and "/" in name and name not in task_names():
+        task = Task(name, None, datasets={"minari": {"id": name}})
+    else:
+        task = _with_data(name)
     with _progress() as progress:
-        found = SOURCES["d4rl"].fetch(Request(task, progress=progress, say=say))
-    assert isinstance(found, Path)
-    return found
-
-
-def _sha256(path: Path) -> str:
-    from cpql.data.download import recorded
-
-    known = recorded(path)  # which fetching has checked
-    if known is None:
-        with path.open("rb") as file:
-            known = hashlib.file_digest(file, "sha256").hexdigest()
-    return known
+        path = SOURCES[source].fetch(Request(task, progress=progress, say=say))
+    assert isinstance(path, Path)
+    if path.is_dir():
+        minari.metadata(path)
+        path = path / "data" / minari.ARRAYS
+    _print(f"{path}: {path.stat().st_size:,} bytes, SHA-256 {recorded(path) or sha256_of(path)}")
 
 
 @contextmanager
 def _progress() -> Iterator[Progress]:
-    """Show bytes as they come: a bar on a terminal, a line every ten seconds elsewhere."""
-    from rich import progress as rich
+    """Show downloaded bytes: a bar on a terminal, a line every ten seconds elsewhere."""
+    columns = (
+        rich.TextColumn("{task.description}", markup=False),
+        rich.BarColumn(),
+        rich.DownloadColumn(),
+        rich.TransferSpeedColumn(),
+        rich.TimeRemainingColumn(),
+    )
+    terminal, shown = sys.stderr.isatty(), time.monotonic()
+    ids: dict[str, rich.TaskID] = {}
+    with rich.Progress(*columns, console=Console(stderr=True), disable=not terminal) as bars:
 
-    if sys.stderr.isatty():
-        from rich.console import Console
+        def report(label: str, done: int, total: int) -> None:
+            nonlocal shown
+            if terminal:
+                if label not in ids:
+                    ids[label] = bars.add_task(printable(label))
+                bars.update(ids[label], completed=done, total=total or None)
+            elif time.monotonic() - shown >= 10:
+                shown = time.monotonic()
+                _print(f"{label}: {done:,}{f' of {total:,}' if total else ''} bytes", file=sys.stderr)
 
-        columns = (
-            rich.TextColumn("{task.description}", markup=False),
-            rich.BarColumn(),
-            rich.DownloadColumn(),
-            rich.TransferSpeedColumn(),
-            rich.TimeRemainingColumn(),
-        )
-        with rich.Progress(*columns, console=Console(stderr=True)) as bars:
-            made: dict[str, rich.TaskID] = {}
-
-            def draw(label: str, done: int, total: int) -> None:
-                if label not in made:
-                    made[label] = bars.add_task(printable(label))
-                bars.update(made[label], completed=done, total=total or None)
-
-            yield draw
-        return
-    said = time.monotonic()
-
-    def tell(label: str, done: int, total: int) -> None:
-        nonlocal said
-        if time.monotonic() - said >= 10:
-            said = time.monotonic()
-            of = f" of {total:,}" if total else ""
-            _print(f"{label}: {done:,}{of} bytes", file=sys.stderr)
-
-    yield tell
+        yield report
 
 
 def verify(options: argparse.Namespace) -> int:
-    """Check that files can be trained on."""
-    from cpql.data import inspection
+    """Check that files can be trained on.
 
-    failed = False
-    for file in options.files:
-        try:
-            data, _ = _read_own(Path(file), options.env)
-        except CpqlError as error:
-            if options.traceback:
-                raise
-            _complain(error)
-            failed = True
-            continue
-        found = inspection.inspect(data)
-        for finding in found.findings:
+    Exits with 0 if all of them can, warnings included, and with 1 if one can't, and says in one line why. A
+    checksum recorded beside a file (NAME.sha256) has to fit.
+    """
+
+    def check(file: str) -> None:
+        data, _ = _read_file(Path(file), options.env)
+        findings = inspection.Inspection(data).findings
+        for finding in findings:
             _print(f"warning: {file}: {finding}")
-        warnings = len(found.findings)
         _print(
             f"{file}: can be trained on: {len(data):,} transitions, {data.provenance.episodes:,} complete "
-            f"episodes, {warnings or 'no'} warning{'' if warnings == 1 else 's'}"
+            f"episodes, {len(findings) or 'no'} warning{'' if len(findings) == 1 else 's'}"
         )
-    return int(failed)
+
+    return _for_each(options.files, check, options.traceback)
 
 
 def convert(options: argparse.Namespace) -> None:
-    """Convert between D4RL's HDF5, NPZ and Minari."""
-    from cpql.data import files, minari
+    """Convert between D4RL's HDF5, NPZ and Minari.
 
-    source, target = Path(options.source), options.target
-    ending = target.suffix.lower()
-    if ending in files.ENDINGS and options.id:
-        raise ConfigError(f"--id={options.id}: expected none with a file, only with a folder for Minari")
-    if ending not in files.ENDINGS and not options.id:
+    OUT's ending says the form: .hdf5, .h5, .npz; with --id it is the folder that a Minari dataset is put
+    into, as OUT/ID. What was written is read back and compared, and anything lost is named.
+    """
+    target, id = options.target, options.id or ""
+    named = target.suffix.lower() in files.ENDINGS
+    if named and id:
+        raise ConfigError(f"--id={id}: expected none with a file, only with a folder for Minari")
+    if not named and not id:
         endings = ", ".join(files.ENDINGS)
         raise ConfigError(
             f"{target}: expected a name with one of the endings {endings}, or, for Minari, a folder and --id"
         )
-    made = target / (options.id or "")
-    if os.path.lexists(made) and not options.force:
-        raise DataError(f"{made}: there is one already: expected a new name, or --force")
+    if os.path.lexists(target / id) and not options.force:
+        raise DataError(f"{target / id}: there is one already: expected a new name, or --force")
     task = _task(options.env) if options.env else None
-    facts = _bounds(source, target, task)
-    data = _read(source, task, facts)
-    bounds: Any = {key: facts[key] for key in ("action_low", "action_high") if key in facts}
-    made = files.write(data, target, id=options.id or "", task=task, replace=options.force, **bounds)
-    again = files.read(made, **bounds)
-    rounded = _compare(data, again, made)
-    _print(f"{made}: {len(data):,} transitions, read back the same {rounded or 'to the bit'}")
-    losses = files.left_out(source, data, task)
-    ends = int((data.ends & ~again.ends).sum())
-    if ends:
-        losses.append(f"ends of episodes: {ends:,}, where no flag says so and rows join up")
-    before, after = data.provenance.episodes, again.provenance.episodes
-    if before != after:
-        losses.append(
-            f"complete episodes: {before - after:,} of {before:,}, no flag says any more that they are"
-        )
-    if options.id:
-        cuts = len(minari.metadata(made)[minari.CUTS])
-        if cuts:
-            losses.append(f"cut episodes: {cuts:,}, which other readers of Minari's files take for truncated")
-    for loss in losses:
+    with _advice_on_bounds(task is not None):
+        done = conversion.convert(Path(options.source), target, id=id, task=task, replace=options.force)
+    _print(f"{done.path}: {done.transitions:,} transitions, read back the same {done.same}")
+    for loss in done.losses:
         _print(f"lost: {loss}")
-
-
-def _bounds(source: Path, target: Path, task: Task | None) -> Reading:
-    """The bounds that actions in HDF5 and NPZ have, and the time limit, for `files.read`."""
-    from cpql.data import files, minari
-
-    if files.form(source) == "minari":
-        if target.suffix.lower() not in files.ENDINGS:
-            return {}
-        about = minari.metadata(source)
-        space = json.loads(about.get("action_space") or "{}")
-        unit = {*space.get("low", ())} == {-1.0} and {*space.get("high", ())} == {1.0}
-        if unit and "RescaleAction" not in str(about.get("env_spec")):
-            return {}
-        if task is None:
-            raise DataError(
-                f"{source}: its environment's actions aren't in [-1, 1]: expected --env with the environment "
-                f"whose bounds they are to have in {target.name}"
-            )
-    return _environment_facts(task)[1] if task else {}
-
-
-def _compare(data: Transitions, again: Transitions, made: Path) -> str:
-    """Hold what was read back against what was written; a clause where actions were rounded."""
-    import torch
-
-    same = torch.equal(data.terminated, again.terminated) and torch.equal(data.truncated, again.truncated)
-    bits, others = (x.table.view(torch.int32).clone() for x in (data, again))
-    actions = slice(data.state_dim, data.state_dim + data.action_dim)
-    rounded = not torch.equal(bits[:, actions], others[:, actions])
-    bits[:, actions] = others[:, actions]
-    if not (same and torch.equal(bits, others)):
-        raise DataError(f"{made}: reads back as other transitions: expected those that were written")
-    if not rounded:
-        return ""
-    apart = float((data.actions - again.actions).abs().max())
-    return f"but for actions, which scaling to their bounds and back has moved by up to {apart:.1g}"
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,9 +1,11 @@
-"""Files that appear whole or not at all, are on the disk, and are worked on by one process at a time."""
+"""Files that appear whole or not at all and are worked on by one process at a time; and what they record."""
 
 from __future__ import annotations
 
 import contextlib
+import glob
 import hashlib
+import importlib.metadata
 import os
 import shutil
 import socket
@@ -15,8 +17,11 @@ from pathlib import Path
 
 import filelock
 
+from cpql.errors import DataError
+
 __all__ = [
     "Progress",
+    "alone",
     "aside",
     "aside_of",
     "clear_leftovers",
@@ -24,6 +29,8 @@ __all__ = [
     "flush_folder",
     "held",
     "sha256_of",
+    "user_folder",
+    "versions",
     "write_text",
 ]
 
@@ -31,6 +38,30 @@ ASIDE = ".aside"
 
 Progress = Callable[[str, int, int], None]
 """Called with what is being done, how much of it is done, and how much there is (0 where nobody knows)."""
+
+
+def user_folder(variable: str, default: str) -> Path:
+    """The folder that an environment variable names, or else `default`; either may begin with `~`.
+
+    Raises:
+        DataError: it begins with `~`, and there is no home folder.
+    """
+    path = os.environ.get(variable) or default
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise DataError(
+            f"there is no home folder for {path}: expected {variable} to name a folder"
+        ) from error
+
+
+def versions(*packages: str) -> dict[str, str]:
+    """The versions of those packages that are installed."""
+    found = {}
+    for package in packages:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[package] = importlib.metadata.version(package)
+    return found
 
 
 def write_text(path: Path, text: str) -> None:
@@ -41,18 +72,25 @@ def write_text(path: Path, text: str) -> None:
 
 @contextmanager
 def aside(final: Path) -> Iterator[Path]:
-    """A path beside `final` to write to.
+    """A path beside `final` to write a file or a folder to; the folder that `final` is in is made.
 
-    When the block ends well, what is there is flushed to the disk and replaces `final`; else it vanishes.
+    When the block ends well, what was written is flushed to the disk and replaces `final`; else it vanishes.
     """
+    final.parent.mkdir(parents=True, exist_ok=True)
     holder = aside_of(final)
     try:
         temporary = holder / final.name
         yield temporary
         flush(temporary)
+        old = holder / "old"
         if os.path.lexists(final) and (_is_folder(final) or _is_folder(temporary)):
-            final.replace(holder / "old")  # no move replaces a folder, or anything by one
-        os.replace(temporary, final)
+            final.replace(old)  # no move replaces a folder, or anything by one
+        try:
+            os.replace(temporary, final)
+        except OSError:
+            if os.path.lexists(old):
+                old.replace(final)
+            raise
         flush_folder(final.parent)
     finally:
         shutil.rmtree(holder, ignore_errors=True)
@@ -67,9 +105,12 @@ def _is_folder(path: Path) -> bool:
     return path.is_dir() and not path.is_symlink()
 
 
-def clear_leftovers(folder: Path) -> None:
-    """Remove what processes that were killed have left of `aside` in a folder; no other may be writing."""
-    for path in folder.glob(f".*{ASIDE}"):
+def clear_leftovers(folder: Path, name: str = "") -> None:
+    """Remove what killed processes have left of `aside` in a folder, or for one file of that name alone.
+
+    No other process may be writing in the folder, or to that file.
+    """
+    for path in folder.glob(f".{glob.escape(name)}*{ASIDE}"):
         shutil.rmtree(path, ignore_errors=True)
 
 
@@ -149,6 +190,32 @@ def held(file: Path, busy: Callable[[str], None]) -> Iterator[None]:
         with contextlib.suppress(OSError):  # something lies in it
             for each in missing:
                 each.rmdir()
+
+
+@contextmanager
+def alone(path: Path, doing: str, say: Callable[[str], None]) -> Iterator[None]:
+    """Be the only process that makes a file, and clear what killed ones have left of theirs.
+
+    Args:
+        path: the file.
+        doing: how it is made, "downloading", for the line that another process is waited for.
+        say: takes that line.
+
+    Raises:
+        DataError: the file's folder can't be written to.
+    """
+
+    def busy(holder: str) -> None:
+        say(f"{path.name}: {holder} is {doing} it: waiting until that has ended")
+
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(held(path.with_name(f".{path.name}.lock"), busy))
+        except OSError as error:
+            where, reason = path.absolute().parent, error.strerror or str(error)
+            raise DataError(f"{path.name}: can't be written in {where} ({reason})") from error
+        clear_leftovers(path.parent, f"{path.name}.")
+        yield
 
 
 def _holder(file: Path) -> str:

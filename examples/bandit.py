@@ -8,7 +8,7 @@ bandit the state turns the circle, by a quarter of the gap between two modes at 
 modes of all states together would be an even ring: denoise, ct and cd then don't notice the state within
 15,000 updates, and spread their samples over the ring.) Every objective trains the same network for the same
 number of updates of the same batches. The levels of the later steps are then searched for, with other noise:
-by the distance of the shares of samples that are near each mode, or near none, from what is due.
+by how far the fractions of samples near each mode, and near none, are from the true ones.
 """
 
 from __future__ import annotations
@@ -125,14 +125,14 @@ def turned_back(action: Tensor, state: Tensor, bandit: Bandit) -> Tensor:
     return torch.stack([cos * x + sin * y, cos * y - sin * x], -1)
 
 
-def shares(action: Tensor, state: Tensor, bandit: Bandit) -> Tensor:
-    """The share [8] of actions [N, 2] within three deviations of each mode."""
+def fractions(action: Tensor, state: Tensor, bandit: Bandit) -> Tensor:
+    """The fraction [8] of actions [N, 2] within three deviations of each mode."""
     near: Tensor = (action.unsqueeze(-2) - bandit.centres(state)).norm(dim=-1) < 3 * SPREAD
     return near.double().mean(0)
 
 
 def variation(found: Tensor) -> float:
-    """Total variation distance of the shares [8] and of what is near no mode from an eighth each and none."""
+    """Total variation distance of the fractions [8], and that near no mode, from an eighth each and zero."""
     missing = 1.0 - found.sum()
     return 0.5 * float((found - 1 / MODES).abs().sum() + missing.abs())
 
@@ -140,10 +140,10 @@ def variation(found: Tensor) -> float:
 def score(action: Tensor, state: Tensor, bandit: Bandit, fresh: Tensor) -> Row:
     """How actions [N, 2] compare with the bandit's own.
 
-    `covered` is the share within three deviations of a mode, `least` that of the least visited mode relative
-    to the 1/8 which is its due, `mmd` and `w2` are distances of the first 1000 to fresh actions [1000, 2].
+    `covered` is the fraction within three deviations of a mode, `least` that of the least visited mode
+    divided by 1/8, `mmd` and `w2` are distances of the first 1000 to fresh actions [1000, 2].
     """
-    found = shares(action, state, bandit)
+    found = fractions(action, state, bandit)
     first = turned_back(action, state, bandit)[: len(fresh)]
     square = torch.cdist(first, fresh).square().numpy()
     rows, columns = linear_sum_assignment(square)
@@ -169,7 +169,7 @@ def evaluate(
         actor.function(trial),
         torch.randn(steps[-1], len(trial), 2, generator=generator),
         levels,
-        lambda action: variation(shares(action, trial, bandit)),
+        lambda action: variation(fractions(action, trial, bandit)),
         sweeps=1,
         clamp=1.0,
     )

@@ -53,7 +53,7 @@ class Network(nn.Module):
 
 
 def load() -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Images [N, 64] in [-1, 1] and labels [N]: 1500 to learn from, 297 that are held out."""
+    """Images [N, 64] in [-1, 1] and labels [N]: 1500 for training, 297 for testing."""
     try:
         from sklearn.datasets import load_digits  # type: ignore[import-untyped]
     except ImportError:
@@ -119,7 +119,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    images, labels, held, held_labels = load()
+    images, labels, test, test_labels = load()
     f = train(images, options.updates, options.seed)
     random = torch.Generator().manual_seed(options.seed + 1)
 
@@ -132,10 +132,10 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
             for steps in (1, 2, 3)
         }
         hole = torch.arange(PIXELS) >= PIXELS // 2
-        filled = inpaint(f, held, ~hole, noise(len(EDITING), len(held), PIXELS), LEVELS, EDITING)
-        pasted = torch.where(hole, by_steps[3][: len(held)], held)
-        small = held.view(-1, 4, 2, 4, 2).mean((2, 4)).flatten(1)
-        z = noise(len(EDITING), len(held), PIXELS)
+        filled = inpaint(f, test, ~hole, noise(len(EDITING), len(test), PIXELS), LEVELS, EDITING)
+        pasted = torch.where(hole, by_steps[3][: len(test)], test)
+        small = test.view(-1, 4, 2, 4, 2).mean((2, 4)).flatten(1)
+        z = noise(len(EDITING), len(test), PIXELS)
         large = super_resolve(f, small, z, LEVELS, EDITING, height=SIDE, width=SIDE, patch=2)
         ends = noise(2, 5, PIXELS)
         between = interpolate(f, ends[0], ends[1], torch.linspace(0, 1, 12), LEVELS).clamp(-1, 1)
@@ -145,35 +145,35 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     judge = LogisticRegression(max_iter=2000).fit(images, labels)
 
     def read(x: Tensor) -> float:
-        return float(judge.score(x, held_labels))
+        return float(judge.score(x, test_labels))
 
     coarse = small.view(-1, 4, 1, 4, 1).expand(-1, 4, 2, 4, 2).reshape(-1, PIXELS)
     scores = {
         "updates": options.updates,
         "distance_to_the_nearest_digit": {
-            "held-out digits": nearest(held, images),
+            "held-out digits": nearest(test, images),
             **{f"samples, {steps} steps": nearest(x, images) for steps, x in by_steps.items()},
             "noise of the pixels' means and deviations": nearest(
                 (images.mean(0) + images.std(0) * noise(1000, PIXELS)).clamp(-1, 1), images
             ),
         },
         "inpainting": {
-            "error_of_known_pixels": (filled - held)[:, ~hole].abs().max().item(),
-            "hole_to_the_truth": (filled - held)[:, hole].norm(dim=-1).mean().item(),
-            "hole_to_the_truth_pasted": (pasted - held)[:, hole].norm(dim=-1).mean().item(),
+            "error_of_known_pixels": (filled - test)[:, ~hole].abs().max().item(),
+            "hole_to_the_truth": (filled - test)[:, hole].norm(dim=-1).mean().item(),
+            "hole_to_the_truth_pasted": (pasted - test)[:, hole].norm(dim=-1).mean().item(),
             "distance_to_the_nearest_digit": nearest(filled, images),
             "distance_to_the_nearest_digit_pasted": nearest(pasted, images),
             "read_right": read(filled),
             "read_right_pasted": read(pasted),
-            "read_right_truth": read(held),
+            "read_right_truth": read(test),
         },
         "super_resolution": {
             "error_of_known_means": (large.view(-1, 4, 2, 4, 2).mean((2, 4)).flatten(1) - small)
             .abs()
             .max()
             .item(),
-            "to_the_truth": (large - held).norm(dim=-1).mean().item(),
-            "to_the_truth_coarse": (coarse - held).norm(dim=-1).mean().item(),
+            "to_the_truth": (large - test).norm(dim=-1).mean().item(),
+            "to_the_truth_coarse": (coarse - test).norm(dim=-1).mean().item(),
             "distance_to_the_nearest_digit": nearest(large, images),
             "distance_to_the_nearest_digit_coarse": nearest(coarse, images),
             "read_right": read(large),
@@ -183,15 +183,15 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     out.mkdir(parents=True, exist_ok=True)
     grid = [x[:16] for x in (*by_steps.values(), images)]
     show(out / "samples.png", grid, ["1 step", "2 steps", "3 steps", "real"])
-    given = torch.where(hole, -1.0, held)
+    given = torch.where(hole, -1.0, test)
     show(
         out / "inpainting.png",
-        [x[:16] for x in (given, filled, pasted, held)],
+        [x[:16] for x in (given, filled, pasted, test)],
         ["given", "filled in", "pasted in", "truth"],
     )
     show(
         out / "super_resolution.png",
-        [x[:16] for x in (coarse, large, held)],
+        [x[:16] for x in (coarse, large, test)],
         ["given", "made of it", "truth"],
     )
     show(out / "interpolation.png", list(between.unbind(1)), [""] * between.shape[1])

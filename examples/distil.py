@@ -3,13 +3,13 @@
     python examples/distil.py --checkpoint runs/hopper-medium/cpql/quick/seed0 --folder runs/distilled
     python examples/distil.py --checkpoint ... --candidates 50 --folder ...      # what the papers act by
 
-The teacher is any cpql checkpoint, however it acts: in several steps, by the best of many candidates. The
-pupil is a consistency actor of one step. It acts in the environment, the teacher says what it would have done
-there (Ross et al. 2011, DAgger; the teacher itself acts in the first round), and the pupil descends
+The teacher is any cpql checkpoint, however it acts: in several steps, or by the best of many candidates. The
+pupil is a consistency actor of one step. It acts in the environment, the teacher labels the states that it
+visits (Ross et al. 2011, DAgger; in the first round the teacher acts), and the pupil minimises
 
     mean |a - a_teacher|^2 / A - eta mean min_i Q_i(s, a) / mean |Q|,    a = pupil(s, z)
 
-where the second term is DDPG's (Lillicrap et al. 2016), by the critic that the checkpoint holds. Without
+where the second term is DDPG's (Lillicrap et al. 2016), by the critic in the checkpoint. Without
 candidates the teacher starts from the pupil's own noise z, so that the pupil keeps all of its modes.
 """
 
@@ -52,7 +52,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def visit(policy: Policy, task: Task, steps: int, seed: int) -> NDArray[np.float32]:
-    """Observations [steps, S] on the policy's way, in ten environments at once."""
+    """Observations [steps, S] that the policy visits, in ten environments at once."""
     policy.seed(seed)
     environments = [make_task_environment(task) for _ in range(10)]
     now = [environment.reset(seed=seed + i)[0] for i, environment in enumerate(environments)]
@@ -70,7 +70,7 @@ def visit(policy: Policy, task: Task, steps: int, seed: int) -> NDArray[np.float
 
 
 class Teacher:
-    """A policy's actions in [-1, 1], and what its critic thinks of others'."""
+    """A policy's actions in [-1, 1] for given observations."""
 
     def __init__(self, policy: Policy) -> None:
         self.policy, c = policy, policy.config
@@ -143,7 +143,7 @@ def distil(policy: Policy, o: argparse.Namespace) -> Policy:
 
 
 def describe(name: str, policy: Policy, result: Evaluation) -> None:
-    """One line: what it scores, and what an action costs it."""
+    """Print its score and the time of an action, in one line."""
     observation = np.zeros(policy.config.state_dim, np.float32)
     policy.predict(observation)
     began = time.perf_counter()

@@ -74,11 +74,11 @@ def demonstrate(arm: Arm, random: np.random.Generator) -> NDArray[np.float32]:
     """One of the many actions that move the hand towards the target: what joints are free to do is random."""
     jacobian = arm.jacobian()
     way = arm.target - arm.hand()
-    wanted = way * min(1.0, 0.08 / float(np.linalg.norm(way)))
+    target = way * min(1.0, 0.08 / float(np.linalg.norm(way)))
     inverse = jacobian.T @ np.linalg.inv(jacobian @ jacobian.T + 1e-3 * np.eye(2))
     free = random.uniform(-1.0, 1.0, JOINTS)
     free -= inverse @ (jacobian @ free)  # only what leaves the hand where it is
-    action = inverse @ wanted / SPEED + free
+    action = inverse @ target / SPEED + free
     return np.asarray(action / max(1.0, np.abs(action).max()), np.float32)
 
 
@@ -96,7 +96,7 @@ def collect(rows: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def learn(states: torch.Tensor, actions: torch.Tensor, updates: int) -> ConsistencyActor:
-    """Imitate the demonstrations, in seven steps: from the second on, what is held tells the rest."""
+    """Imitate the demonstrations, in seven steps: from the second on, a fixed joint conditions the rest."""
     levels = (2.0, 1.0, 0.7, 0.5, 0.35, 0.25)
     config = ActorConfig("ect", t_max=5.0, refinements=levels, hidden=(128, 128, 128))
     actor = ConsistencyActor(states.shape[1], actions.shape[1], config)
@@ -113,9 +113,9 @@ def learn(states: torch.Tensor, actions: torch.Tensor, updates: int) -> Consiste
 
 
 def operate(actor: ConsistencyActor, how: str, speed: float, limit: float, arms: int) -> float:
-    """The hand's distance from the target in the last ten of 40 steps, while the first joint is held."""
+    """The hand's distance from the target in the last ten of 40 steps, while the first joint is fixed."""
     torch.manual_seed(0)
-    held, which = torch.tensor([speed, 0, 0, 0]), torch.tensor([True, False, False, False])
+    fixed, which = torch.tensor([speed, 0, 0, 0]), torch.tensor([True, False, False, False])
     environments = [Arm() for _ in range(arms)]
     states = np.stack([arm.reset(seed=1_000_000 + i)[0] for i, arm in enumerate(environments)])
     distances = []
@@ -123,13 +123,13 @@ def operate(actor: ConsistencyActor, how: str, speed: float, limit: float, arms:
         seen = torch.from_numpy(states)
         with torch.no_grad():
             if how == "edited":
-                actions = actor.sample(seen, known=held, mask=which, low=-limit, high=limit)
+                actions = actor.sample(seen, known=fixed, mask=which, low=-limit, high=limit)
             else:
                 actions = actor.sample(seen, low=-limit, high=limit)
             if how == "pasted":
-                actions = torch.where(which, held, actions)
+                actions = torch.where(which, fixed, actions)
         if how != "free":
-            assert (actions[:, 0] == held[0]).all()
+            assert (actions[:, 0] == fixed[0]).all()
         assert actions[:, 1:].abs().max() <= limit
         results = [arm.step(action) for arm, action in zip(environments, actions.numpy(), strict=True)]
         states = np.stack([result[0] for result in results])
@@ -145,7 +145,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     add = parser.add_argument
     add("--rows", type=int, default=40_000, help="of demonstrations (default: %(default)s)")
     add("--updates", type=int, default=8_000, help="of the actor (default: %(default)s)")
-    add("--speed", type=float, default=0.6, help="of the held joint, in [-1, 1] (default: %(default)s)")
+    add("--speed", type=float, default=0.6, help="of the fixed joint, in [-1, 1] (default: %(default)s)")
     add("--limit", type=float, default=0.8, help="of the other joints' speed (default: %(default)s)")
     add("--arms", type=int, default=50, help="that it is tried on (default: %(default)s)")
     o = parser.parse_args(argv)
@@ -155,8 +155,8 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     means = {}
     for how, words in (
         ("free", "no operator"),
-        ("pasted", "first joint held, the rest as it was"),
-        ("edited", "first joint held, the rest made to fit"),
+        ("pasted", "first joint fixed, the rest as it was"),
+        ("edited", "first joint fixed, the rest made to fit"),
     ):
         means[how] = operate(actor, how, o.speed, o.limit, o.arms)
         print(f"{words}: {means[how]:.3f} from the target (the arm is 1 long)")

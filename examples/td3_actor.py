@@ -1,7 +1,7 @@
 """TD3 with a consistency actor in one file: learn online, save a cpql policy, score it.
 
     python examples/td3_actor.py --folder runs/td3-pendulum
-    python scripts/evaluate.py checkpoint=runs/td3-pendulum      # again, with all its figures
+    python scripts/evaluate.py checkpoint=runs/td3-pendulum      # again, with all metrics
 
 Of cpql it takes the actor, the critic and, when it has learnt, the policy: the algorithm is all here. It is
 TD3 (Fujimoto et al. 2018, Algorithm 1) but for two things. The actor follows the critic's gradient through

@@ -1,15 +1,15 @@
-"""Make embedded datasets, and the behaviours that they are collected with.
+"""Collect embedded datasets, and make the behaviours that they are collected with.
 
     python scripts/collect.py dataset hopper-medium --size 1000000 --seed 0
     python scripts/collect.py dataset pen-human --policy random --size 20000 --out pen-random.hdf5
     python scripts/collect.py train Hopper-v4 --out runs/hopper_s0 --steps 1000000
     python scripts/collect.py card runs/hopper_s0 --out cpql/data/behaviours/hopper
 
-`dataset` is what training does by itself where D4RL can't be had; here it can go to a file of your own. With
-`--policy random` it takes uniform random actions, in any task's environment, and the file says so: something
-to try a task with (`train.py env=pen-human dataset.path=pen-random.hdf5`), and never D4RL's data.
-`train` and `card` made the behaviours that cpql ships: SAC by sbx (pip install 'cpql[behaviours]'), with a
-snapshot every 5,000 steps; the expert is the best, medium the one at a third of the expert's return.
+`dataset` does what training does by itself where D4RL's data can't be had, into a file of your own if you
+name one. With `--policy random` it takes uniform random actions in any task's environment, and the file is
+marked as such: data to try a task with (`train.py env=pen-human dataset.path=pen-random.hdf5`), not D4RL's.
+`train` and `card` made the behaviours that cpql ships: SAC by sbx (pip install 'cpql[behaviours]') with a
+snapshot every 5,000 steps; the expert is the best one, medium the one at a third of the expert's return.
 """
 
 from __future__ import annotations
@@ -17,29 +17,21 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from cpql.errors import ConfigError, CpqlError, DataError
-
-if TYPE_CHECKING:
-    from cpql.tasks import Task
+from cpql.errors import ConfigError, DataError, errors_in_one_line
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run the command line; 0 when it went well, 1 after an error the user can mend, 130 after Ctrl-C."""
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line; an error ends it with `SystemExit`."""
     options = parser().parse_args(arguments)
-    try:
-        options.run(options)
-    except CpqlError as error:
-        if options.traceback:
+    with errors_in_one_line(options.traceback):
+        try:
+            options.run(options)
+        except KeyboardInterrupt:
+            if sys.stderr.isatty():  # the cursor is behind the progress
+                print(file=sys.stderr)
             raise
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        # On a terminal the cursor is behind the progress.
-        print("\ninterrupted" if sys.stderr.isatty() else "interrupted", file=sys.stderr)
-        return 130
-    return 0
 
 
 def parser() -> argparse.ArgumentParser:
@@ -133,33 +125,37 @@ def say(line: str) -> None:
 def dataset(options: argparse.Namespace) -> None:
     """Collect a dataset."""
     from cpql.data import embedded
+    from cpql.data.request import Request
+    from cpql.tasks import load_task
 
-    task = find_task(options.task)
-    if options.out is None:
-        if options.policy is not None:
-            raise ConfigError(
-                f"--policy={options.policy}: expected --out as well, a file for what it collects"
-            )
-        data = embedded.cached(task, options.size, options.seed, show, say)
+    task, file = load_task(options.task), options.out
+    if file is not None:
+        data = embedded.collect(
+            task, options.size, options.seed, file, policy=options.policy, progress=show, say=say
+        )
+    elif options.policy is not None:
+        raise ConfigError(f"--policy={options.policy}: expected --out as well, a file for what it collects")
+    else:
+        source = embedded.Embedded()
+        request = Request(task, size=options.size, seed=options.seed, progress=show, say=say)
+        path = source.locate(request)
+        data = source.fetch(request) if path is None else source.read(path, request)
         if data.provenance.file is None:
             raise DataError(f"{task.name} was collected and isn't kept: expected --out to name a file")
-    else:
-        data = embedded.save(
-            task, options.size, options.seed, options.out, show, policy=options.policy, say=say
-        )
+        file = embedded.cache_folder() / data.provenance.file
     print(data.provenance.line())
-    print(f"in {options.out or embedded.cache_folder() / str(data.provenance.file)}")
+    print(f"in {file}")
 
 
 def train(options: argparse.Namespace) -> None:
     """Train a behaviour."""
-    from cpql.data import embedded
+    from behaviours import train_behaviour
 
-    embedded.train_behaviour(
+    train_behaviour(
         options.environment,
         options.out,
         seed=options.seed,
-        steps=options.steps,
+        total=options.steps,
         period=options.period,
         progress=lambda _, done, total: print(f"{done:,} of {total:,} steps", flush=True),
     )
@@ -167,40 +163,29 @@ def train(options: argparse.Namespace) -> None:
 
 def card(options: argparse.Namespace) -> None:
     """Choose snapshots."""
-    from cpql.data import embedded
+    from behaviours import make_card
 
-    written = embedded.make_card(
+    names = ["seed", "period", "first_episodes", "episodes", "replay"]
+    names += ["expert_step", "medium_step", "medium_return"]
+    chosen = {name: getattr(options, name) for name in names}
+    written = make_card(
         options.snapshots,
         options.out,
         options.environment,
-        seed=options.seed,
-        period=options.period,
-        first_episodes=options.first_episodes,
-        episodes=options.episodes,
-        replay=options.replay,
-        expert_step=options.expert_step,
-        medium_step=options.medium_step,
-        medium_return=options.medium_return,
-        versions=dict(options.version),
+        **chosen,
+        packages=dict(options.version),
         progress=show,
     )
     for entry in written["snapshots"]:
         for rule in ("sampled", "deterministic"):
-            figures = entry[rule]
+            metrics = entry[rule]
             print(
                 f"{entry['role']:<7} step {entry['step']:>8,} {rule:<13} "
-                f"return {figures['return_mean']:8.1f} ± {figures['return_std']:6.1f}, "
-                f"length {figures['length_mean']:6.1f}, {figures['episodes']} episodes"
+                f"return {metrics['return_mean']:8.1f} ± {metrics['return_std']:6.1f}, "
+                f"length {metrics['length_mean']:6.1f}, {metrics['episodes']} episodes"
             )
-    print(written["falls_short"] or "as good as D4RL's figures, where those are known")
-
-
-def find_task(name: str) -> Task:
-    """Look up a task by its name."""
-    from cpql.tasks import load_task
-
-    return load_task(name)
+    print(written["falls_short"] or "as good as D4RL's returns, where those are known")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

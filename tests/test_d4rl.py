@@ -15,6 +15,7 @@ import torch
 
 from cpql import data
 from cpql.data import d4rl, embedded, files
+from cpql.data.request import Request
 from cpql.data.transitions import Transitions
 from cpql.environments import facts
 from cpql.errors import ConfigError, DataError
@@ -128,9 +129,9 @@ def test_names_and_folders(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         with pytest.raises(DataError, match="isn't a D4RL id"):
             d4rl.filename(bad)
     assert d4rl.cache_folder() == folder
-    assert d4rl.find("hopper-medium-v2") is None
+    assert d4rl.D4RL().locate(Request(TASK)) is None
     d4rl.write(folder / NAME, arrays(), {})
-    assert d4rl.find("hopper-medium-v2") == folder / NAME
+    assert d4rl.D4RL().locate(Request(TASK)) == folder / NAME
     monkeypatch.delenv("D4RL_DATASET_DIR")
     assert d4rl.cache_folder() == Path.home() / ".d4rl" / "datasets"
 
@@ -178,7 +179,7 @@ def test_what_lies_in_the_cache_counts_as_d4rls_only_if_it_fits(
     task = with_rows(40)
     stand_in = Transitions.from_dict(arrays(10), source="embedded", id="hopper-medium")
     monkeypatch.setattr(embedded.Embedded, "locate", lambda *_: None)
-    monkeypatch.setattr(embedded, "cached", lambda *_: stand_in)
+    monkeypatch.setattr(embedded.Embedded, "fetch", lambda *_: stand_in)
     d4rl.write(folder / NAME, arrays() | changed, {})
     said: list[str] = []
     if not reason:
@@ -268,6 +269,6 @@ def test_no_file_can_call_itself_d4rls(
     # Not even where it fits, under D4RL's name and in D4RL's folder.
     folder.mkdir()
     path.rename(folder / NAME)
-    assert d4rl.read(folder / NAME, "hopper-medium-v2", source="d4rl", rows=40).provenance.source == believed
+    assert d4rl.read(folder / NAME, ID, source="d4rl").provenance.source == believed
     with pytest.raises(DataError, match=rf"^{NAME}: carries 'cpql_origin', as cpql's own files do: expected"):
         data.load(with_rows(40), source="d4rl", size=1)

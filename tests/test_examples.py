@@ -67,12 +67,12 @@ def test_td3_actor_and_its_distillation(
     module = load("td3_actor", monkeypatch)
     options = ["--steps", "600", "--warm-up", "300", "--batch-size", "16", "--refinements", "0.8"]
     trained = module.main([*options, "--episodes", "3", "--folder", str(folder)])
-    said = capsys.readouterr().out
-    assert said.startswith("episodes 1 to 3: mean return -")
+    output = capsys.readouterr().out
+    assert output.startswith("episodes 1 to 3: mean return -")
     policy = Policy.load(folder)
     assert policy.actor.steps == 2 and policy.config.action_high == (2.0,)
     result = evaluate(policy, policy.config.task, 3, seed=1000)
-    assert f"return {result.mean:.0f} ± {result.std:.0f} over 3 episodes of Pendulum-v1" in said
+    assert f"return {result.mean:.0f} ± {result.std:.0f} over 3 episodes of Pendulum-v1" in output
     for name, weight in trained.actor.state_dict().items():
         assert torch.equal(policy.actor.state_dict()[name], weight)
     with pytest.raises(SystemExit, match="is there already: name another folder"):
@@ -82,16 +82,18 @@ def test_td3_actor_and_its_distillation(
     few = ["--rounds", "2", "--steps", "200", "--episodes", "3", "--batch-size", "64"]
     options = ["--checkpoint", str(folder), *few, "--updates", "300"]
     pupil = module.main([*options, "--folder", str(tmp_path / "pupil")])
-    said = capsys.readouterr().out
-    assert "teacher: return -" in said and "pupil: return -" in said and said.endswith("sampled, 1 step\n")
+    output = capsys.readouterr().out
+    assert (
+        "teacher: return -" in output and "pupil: return -" in output and output.endswith("sampled, 1 step\n")
+    )
     assert pupil.actor.steps == Policy.load(tmp_path / "pupil").actor.steps == 1
     # it does what the teacher does
     observations = module.visit(policy, policy.config.task, 300, 7)
     z = torch.randn(300, 1)
     states = torch.from_numpy(observations)
-    wanted = policy.actor.sample(states, noise=torch.stack([z, torch.zeros(300, 1)]))
-    error = (pupil.actor.sample(states, noise=z[None]) - wanted).square().mean()
-    assert error < 0.2 * (wanted - wanted.mean()).square().mean()
+    target = policy.actor.sample(states, noise=torch.stack([z, torch.zeros(300, 1)]))
+    error = (pupil.actor.sample(states, noise=z[None]) - target).square().mean()
+    assert error < 0.2 * (target - target.mean()).square().mean()
 
     # by the candidates' rule and DDPG's term, its own values are higher
     options = ["--checkpoint", str(folder), *few, "--updates", "100", "--hidden", "32", "32"]

@@ -1,4 +1,4 @@
-"""Files that mean harm, or look like it, are refused quickly and in little memory."""
+"""Files that mean harm, or look like it, are refused quickly and in little memory, in both HDF5 layouts."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,11 @@ import h5py  # type: ignore[import-untyped]
 import numpy as np
 import pytest
 
+from cpql.data import d4rl, minari
+from cpql.data.transitions import Transitions
+
 ROWS = 40
+KEYS = ("observations", "next_observations", "actions", "rewards", "terminals", "timeouts")
 
 
 def honest() -> dict[str, Any]:
@@ -29,74 +34,115 @@ def honest() -> dict[str, Any]:
     }
 
 
-def bomb(file: h5py.File, key: str, rows: int, width: int) -> None:
+def bomb(group: h5py.Group, key: str, shape: tuple[int, ...], width: int = 1 << 20) -> None:
     """Zeros that are written, compressed: a thousandth of what they say they are."""
-    chunk = 1 << 20
-    shape, chunks = (rows, width), (chunk, width)
-    dataset = file.create_dataset(key, shape, np.float32, chunks=chunks, compression="gzip")
-    packed = zlib.compress(bytes(4 * chunk * width))
-    for start in range(0, rows, chunk):
-        dataset.id.write_direct_chunk((start, 0), packed)
+    chunks = (min(width, shape[0]), *shape[1:])
+    dataset = group.create_dataset(key, shape, np.float32, chunks=chunks, compression="gzip")
+    packed = zlib.compress(bytes(4 * int(np.prod(chunks))))
+    for start in range(0, shape[0], chunks[0]):
+        dataset.id.write_direct_chunk((start, *(0 for _ in shape[1:])), packed)
+
+
+def virtual(group: h5py.Group, key: str) -> None:
+    layout = h5py.VirtualLayout((ROWS,), np.float32)
+    layout[:] = h5py.VirtualSource("/etc/passwd", "rewards", (ROWS,))
+    group.create_virtual_dataset(key, layout)
+
+
+# What the rewards may be in both forms, and what the error says about them.
+REWARDS: dict[str, tuple[Callable[[h5py.Group, str], Any], str]] = {
+    "external": (
+        lambda g, k: g.update({k: h5py.ExternalLink("/etc/passwd", "/x")}),
+        "is a link to elsewhere",
+    ),
+    "soft": (lambda g, k: g.update({k: h5py.SoftLink(f"/{k}")}), "is a link to elsewhere"),
+    "storage": (
+        lambda g, k: g.create_dataset(k, (ROWS,), np.float32, external=[("/etc/passwd", 0, 4 * ROWS)]),
+        "keeps its numbers in another file",
+    ),
+    "virtual": (virtual, "keeps its numbers in another file"),
+    "group": (lambda g, k: g.create_group(k), "is a group"),
+    "object": (lambda g, k: g.create_dataset(k, (ROWS,), h5py.string_dtype()), "holds object"),
+    "compound": (lambda g, k: g.create_dataset(k, (ROWS,), [("a", "f4")]), "holds [('a', '<f4')]"),
+    "null": (lambda g, k: g.create_dataset(k, data=h5py.Empty("f4")), "has shape []"),
+    "long": (lambda g, k: g.create_dataset(k, (20_000_000_000,), "f4", chunks=(1 << 20,)), "20000000000"),
+    "absent": (lambda g, k: None, "rewards'"),
+}
+
+
+def tables(file: h5py.File, rows: int) -> None:
+    for key, width in zip(KEYS, (11, 11, 3, 0, 0, 0), strict=True):
+        file.create_dataset(key, (rows, width) if width else (rows,), np.float32)
+
+
+# What else a file in D4RL's layout may be: the key to leave out, what to write, and what the error says.
+FILES: dict[str, tuple[str, Callable[[h5py.File], Any], str]] = {
+    "declared": (
+        "observations",
+        lambda f: f.create_dataset("observations", (2_000_000_000, 11), np.float32),
+        "'observations' declares 82.0 GiB and holds 0.0 MiB",
+    ),
+    "zeros": (
+        "observations",
+        lambda f: bomb(f, "observations", (200 << 20, 11)),
+        "'observations' declares 8.6 GiB and holds 8.6 MiB",
+    ),
+    "flat": (
+        "observations",
+        lambda f: f.create_dataset("observations", (20_000_000_000,), np.float32, chunks=(1 << 20,)),
+        "'observations' has shape [20000000000]",
+    ),
+    "cube": (
+        "terminals",
+        lambda f: f.create_dataset("terminals", (ROWS, 1_000_000_000), bool, chunks=(1, 1 << 20)),
+        "'terminals' declares 37.3 GiB",
+    ),
+    "everything": ("", lambda f: tables(f, 2_000_000_000), "declares 82.0 GiB"),
+}
 
 
 def make(folder: Path) -> dict[str, str]:
-    """Write the files; what the error about each must say."""
+    """Write the files and folders; what the error about each must say."""
     expected = {}
-
-    def named(name: str, text: str, **replaced: Any) -> h5py.File:
+    for name, (key, fill, text) in FILES.items():
+        with h5py.File(folder / f"{name}.hdf5", "w") as file:
+            if key:
+                file.update({other: value for other, value in honest().items() if other != key})
+            fill(file)
         expected[f"{name}.hdf5"] = text
-        file = h5py.File(folder / f"{name}.hdf5", "w")
-        for key, value in (honest() | replaced).items():
-            if value is not None:
-                file[key] = value
-        return file
-
-    with named("declared", "'observations' declares 82.0 GiB and holds 0.0 MiB", observations=None) as file:
-        file.create_dataset("observations", (2_000_000_000, 11), np.float32)
-    with named("zeros", "'observations' declares 8.6 GiB and holds 8.6 MiB", observations=None) as file:
-        bomb(file, "observations", 200 << 20, 11)
-    with named("long", "'rewards' has 20000000000 rows: expected 40", rewards=None) as file:
-        file.create_dataset("rewards", (20_000_000_000,), np.float32, chunks=(1 << 20,))
-    with named("flat", "'observations' has shape [20000000000]", observations=None) as file:
-        file.create_dataset("observations", (20_000_000_000,), np.float32, chunks=(1 << 20,))
-    with named("cube", "'terminals' declares 37.3 GiB", terminals=None) as file:
-        file.create_dataset("terminals", (ROWS, 1_000_000_000), bool, chunks=(1, 1 << 20))
-    with named("everything", "declares 82.0 GiB", **dict.fromkeys(honest())) as file:
-        for key, width in (("observations", 11), ("next_observations", 11), ("actions", 3)):
-            file.create_dataset(key, (2_000_000_000, width), np.float32)
-        for key in ("rewards", "terminals", "timeouts"):
-            file.create_dataset(key, (2_000_000_000,), np.float32)
-    with named("external", "'observations' is a link to elsewhere", observations=None) as file:
-        file["observations"] = h5py.ExternalLink("/etc/passwd", "/x")
-    with named("soft", "'observations' is a link to elsewhere", observations=None) as file:
-        file["observations"] = h5py.SoftLink("/observations")
-    with named("storage", "'rewards' keeps its numbers in another file", rewards=None) as file:
-        file.create_dataset("rewards", (ROWS,), np.float32, external=[("/etc/passwd", 0, 4 * ROWS)])
-    with named("virtual", "'actions' keeps its numbers in another file", actions=None) as file:
-        layout = h5py.VirtualLayout((ROWS, 3), np.float32)
-        layout[:] = h5py.VirtualSource("/etc/passwd", "actions", (ROWS, 3))
-        file.create_virtual_dataset("actions", layout)
-    with named("group", "'actions' is a group", actions=None) as file:
-        file.create_group("actions")
-    with named("object", "'rewards' holds object", rewards=None) as file:
-        file.create_dataset("rewards", (ROWS,), h5py.string_dtype())
-    with named("compound", "'rewards' holds [('a', '<f4')]", rewards=np.zeros(ROWS, [("a", "f4")])):
-        pass
-    with named("null", "'rewards' has shape []", rewards=h5py.Empty("f4")):
-        pass
+    data = Transitions.from_dict(honest())
+    for name, (write, text) in REWARDS.items():
+        path = folder / f"rewards-{name}.hdf5"
+        d4rl.write(path, honest(), {})
+        dataset = minari.write(data, folder, id=f"{name}-v0")
+        for place, within in ((path, ""), (dataset / "data/main_data.hdf5", "episode_0/")):
+            with h5py.File(place, "a") as file:
+                del file[f"{within}rewards"]
+                write(file[within or "/"], "rewards")
+        expected |= {path.name: text, dataset.name: text}
+    steps = 9_000_000
+    dataset = minari.write(data, folder, id="zeros-v0") / "data"
+    about = json.loads((dataset / "metadata.json").read_text()) | {"total_steps": steps}
+    (dataset / "metadata.json").write_text(json.dumps(about))
+    with h5py.File(dataset / "main_data.hdf5", "w") as file:
+        group = file.create_group("episode_0")
+        for key, shape in (("observations", (steps + 1, 11)), ("actions", (steps, 3)), ("rewards", (steps,))):
+            bomb(group, key, shape)
+    expected["zeros-v0"] = "9,000,000 steps declared, 0.5 GiB, in a file of 0.5"
     (folder / "loop.hdf5").symlink_to("loop.hdf5")
-    expected["loop.hdf5"] = "a symbolic link that leads nowhere"
     (folder / "folder.hdf5").mkdir()
-    expected["folder.hdf5"] = "not a file"
     os.mkfifo(folder / "pipe.hdf5")
-    expected["pipe.hdf5"] = "not a file"
-    return expected
+    return expected | {
+        "loop.hdf5": "a symbolic link that leads nowhere",
+        "folder.hdf5": "not a file",
+        "pipe.hdf5": "not a file",
+    }
 
 
 READ = """
 import json, resource, sys, time
 from pathlib import Path
-from cpql.data import d4rl
+from cpql.data import d4rl, minari
 from cpql.errors import DataError
 
 def peak():
@@ -104,9 +150,9 @@ def peak():
 
 found = {}
 for name in json.loads(sys.argv[2]):
-    before, began = peak(), time.monotonic()
+    before, began, path = peak(), time.monotonic(), Path(sys.argv[1]) / name
     try:
-        d4rl.read(Path(sys.argv[1]) / name, "id")
+        d4rl.read(path, "id") if name.endswith(".hdf5") else minari.read(path)
         message = "was read"
     except DataError as error:
         message = str(error)
@@ -124,7 +170,8 @@ def test_hostile_files_are_refused_quickly_and_in_little_memory(tmp_path: Path) 
     )  # fmt: skip
     assert run.returncode == 0, run.stderr
     for name, (message, seconds, megabytes) in json.loads(run.stdout).items():
-        assert message.startswith(f"{name}: ") and expected[name] in message, message
+        where = f"{name}: " if name.endswith(".hdf5") else f"{name}/data/main_data.hdf5: "
+        assert message.startswith(where) and expected[name] in message, message
         assert "\n" not in message
         assert seconds < 5, (name, seconds)
         assert megabytes < 100, (name, megabytes)
@@ -132,11 +179,9 @@ def test_hostile_files_are_refused_quickly_and_in_little_memory(tmp_path: Path) 
 
 def test_what_is_merely_compressed_is_read(tmp_path: Path) -> None:
     """D4RL's own files are compressed, and flags shrink a thousand times."""
-    from cpql.data import d4rl
-
     rows = 60_000
     states = np.random.default_rng(0).normal(size=(rows + 1, 11)).astype(np.float32)
-    arrays = honest() | {"observations": states[:-1], "next_observations": states[1:]}
+    arrays = {"observations": states[:-1], "next_observations": states[1:]}
     arrays |= {"actions": np.zeros((rows, 3), np.float32)}
     arrays |= {key: np.zeros(rows, np.float32) for key in ("rewards", "terminals", "timeouts")}
     with h5py.File(tmp_path / "whole.hdf5", "w") as file:

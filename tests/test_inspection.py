@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cpql.data.inspection import describe, inspect, picture
+from cpql.data.inspection import Inspection, describe, picture
 from cpql.data.transitions import Transitions
 from cpql.errors import DataError
 from cpql.tasks import Task
@@ -49,7 +49,7 @@ def clean(rows: int = 400) -> dict[str, Any]:
 
 
 def test_the_drawing_by_hand() -> None:
-    found = inspect(Transitions.from_dict(drawing(), id="drawn"))
+    found = Inspection(Transitions.from_dict(drawing(), id="drawn"))
     assert (found.episodes, found.terminated, found.truncated, found.unflagged) == (3, 1, 1, 1)
     assert found.returns.tolist() == [3, 12]
     assert found.lengths.tolist() == [3, 3]
@@ -60,11 +60,11 @@ def test_the_drawing_by_hand() -> None:
     assert (found.rewards.mean.tolist(), found.rewards.std.tolist()) == ([3.5], [np.sqrt(5.25)])
     assert found.at_bounds.tolist() == [2 / 8]
     assert found.duplicates == 0
-    assert found.findings == ("observation 1 of 2: always the same value",)
+    assert found.findings == ["observation 1 of 2: always the same value"]
 
 
 def test_the_drawing_in_words() -> None:
-    found = inspect(Transitions.from_dict(drawing(), id="drawn", file="drawn.hdf5", sha256="ab" * 32))
+    found = Inspection(Transitions.from_dict(drawing(), id="drawn", file="drawn.hdf5", sha256="ab" * 32))
     expected = f"""\
 drawn (dict): 8 transitions, 2 complete episodes, return 7.5 ± 4.5 (3.0 to 12.0), mean length 3
 file       drawn.hdf5, SHA-256 {"ab" * 32}
@@ -100,8 +100,8 @@ warning: observation 1 of 2: always the same value"""
 
 
 def test_nothing_is_found_where_nothing_is_wrong() -> None:
-    found = inspect(Transitions.from_dict(clean()))
-    assert found.findings == ()
+    found = Inspection(Transitions.from_dict(clean()))
+    assert found.findings == []
     assert describe(found).endswith("\n\nno findings")
 
 
@@ -145,7 +145,7 @@ def constant(key: str, column: int) -> Callable[[dict[str, Any]], dict[str, Any]
 )
 def test_findings(change: Callable[[dict[str, Any]], dict[str, Any]], findings: list[str]) -> None:
 
-    found = inspect(Transitions.from_dict(change(clean()))).findings
+    found = Inspection(Transitions.from_dict(change(clean()))).findings
     assert len(found) == len(findings), found
     for text, pattern in zip(found, findings, strict=True):
         assert re.fullmatch(pattern, text), text
@@ -154,14 +154,14 @@ def test_findings(change: Callable[[dict[str, Any]], dict[str, Any]], findings: 
 def test_a_finding_starts_above_its_share() -> None:
     data = clean()
     four = {key: np.concatenate([value[:-4], value[:4]]) for key, value in data.items()}
-    assert inspect(Transitions.from_dict(four)).duplicates == 4
-    assert inspect(Transitions.from_dict(four)).findings == ()  # 1% of 400
+    assert Inspection(Transitions.from_dict(four)).duplicates == 4
+    assert Inspection(Transitions.from_dict(four)).findings == []  # 1% of 400
     data["actions"][:200, 1] = 1
-    assert inspect(Transitions.from_dict(data)).findings == ()
+    assert Inspection(Transitions.from_dict(data)).findings == []
     data["actions"][200, 1] = -1
-    assert inspect(Transitions.from_dict(data)).findings == (
-        "action 1 is at its bounds in 50.2% of the rows",
-    )
+    assert Inspection(Transitions.from_dict(data)).findings == [
+        "action 1 is at its bounds in 50.2% of the rows"
+    ]
 
 
 def test_runs_of_constant_numbers_are_named_in_short() -> None:
@@ -169,7 +169,7 @@ def test_runs_of_constant_numbers_are_named_in_short() -> None:
     wide = np.zeros((401, 9), np.float32)
     wide[:, [1, 5]] = np.random.default_rng(2).normal(size=(401, 2))
     data |= {"observations": wide[:-1], "next_observations": wide[1:]}
-    text = describe(inspect(Transitions.from_dict(data)))
+    text = describe(Inspection(Transitions.from_dict(data)))
     assert "\nobservations 0, 2 to 4, 6 to 8: constant\n" in text
     assert "warning: observations 0, 2 to 4, 6 to 8 of 9: always the same value" in text
 
@@ -182,7 +182,7 @@ def test_complete_episodes_are_those_that_the_provenance_counts(missing: tuple[s
     # a reset lies between two episodes
     data["next_observations"] = data["next_observations"] + (data["terminals"] | data["timeouts"])[:, None]
     made = Transitions.from_dict({key: value for key, value in data.items() if key not in missing})
-    found = inspect(made)
+    found = Inspection(made)
     assert len(found.returns) == made.provenance.episodes > 0
 
 
@@ -217,7 +217,7 @@ def test_random_episodes_equal_a_plain_loop(draw: st.DataObject) -> None:
         if ending != "cut":
             returns.append(total)
     columns = np.array([row[:3] for row in rows], np.float32)
-    found = inspect(
+    found = Inspection(
         Transitions.from_dict(
             {
                 "observations": columns[:, :1],
@@ -243,11 +243,11 @@ def test_random_episodes_equal_a_plain_loop(draw: st.DataObject) -> None:
 
 def test_the_picture_is_a_png_and_whole_or_absent(tmp_path: Path) -> None:
     path = picture(
-        inspect(Transitions.from_dict(drawing(), id="drawn")), tmp_path / "new" / "drawn.png", TASK
+        Inspection(Transitions.from_dict(drawing(), id="drawn")), tmp_path / "new" / "drawn.png", TASK
     )
     assert path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size > 5_000
     assert [entry.name for entry in path.parent.iterdir()] == ["drawn.png"]
     nothing = {key: value[6:] for key, value in drawing().items()}
-    assert picture(inspect(Transitions.from_dict(nothing)), tmp_path / "none.png").exists()
+    assert picture(Inspection(Transitions.from_dict(nothing)), tmp_path / "none.png").exists()
     with pytest.raises(DataError, match=r"x\.png: can't be written in .*drawn\.png"):
-        picture(inspect(Transitions.from_dict(nothing)), path / "x.png")
+        picture(Inspection(Transitions.from_dict(nothing)), path / "x.png")

@@ -5,8 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-import sys
-import tracemalloc
 import types
 import warnings
 from collections.abc import Callable
@@ -20,29 +18,31 @@ import pytest
 import torch
 from gymnasium.spaces import Box
 from hypothesis import given, settings
-from numpy.typing import NDArray
+from minari.dataset._storages.hdf5_storage import HDF5Storage  # type: ignore[import-untyped]
 from test_npz import assert_same, datasets
 
-from cpql.data import minari, npz
+from cpql.data import files, minari
+from cpql.data.request import Request
 from cpql.data.transitions import Transitions
 from cpql.environments import make_task_environment
 from cpql.errors import ConfigError, DataError
 from cpql.tasks import Task
 
 ID = "mine/pendulum/mixed-v0"
+SOURCE = minari.Minari()
 TASK = Task(
     "hopper-medium",
     "Hopper-v4",
     -20.272305,
     3234.3,
-    {"d4rl": {"id": "hopper-medium-v2", "path": "x/y.hdf5"}},
+    datasets={"d4rl": {"id": "hopper-medium-v2", "path": "x/y.hdf5"}},
     reset_options={"a": 1},
 )
 MAZE = Task("maze", "Maze-v0", observation=("achieved_goal", "observation"))
 
 
-def box(*shape: int, low: Any = -1.0, high: Any = 1.0, dtype: str = "float32") -> str:
-    return json.dumps({"type": "Box", "dtype": dtype, "shape": shape, "low": low, "high": high})
+def box(low: list[float], high: list[float], dtype: str = "float32") -> str:
+    return json.dumps({"type": "Box", "dtype": dtype, "shape": [len(low)], "low": low, "high": high})
 
 
 def about(**changes: Any) -> dict[str, Any]:
@@ -52,8 +52,8 @@ def about(**changes: Any) -> dict[str, Any]:
         "total_episodes": 2,
         "total_steps": 4,
         "data_format": "hdf5",
-        "observation_space": box(2, dtype="float64"),
-        "action_space": box(1, low=[-1.0], high=[1.0]),
+        "observation_space": box([-1.0] * 2, [1.0] * 2, "float64"),
+        "action_space": box([-1.0], [1.0]),
         "env_spec": json.dumps(spec | {"entry_point": "no.such.module:Trap", "additional_wrappers": []}),
         "dataset_id": ID,
         "minari_version": "0.5.4",
@@ -120,7 +120,7 @@ def official(id: str) -> Any:
 
 def test_a_dataset_is_read_by_hand_computed_rows(make: Callable[..., Path]) -> None:
     folder = make()
-    for where in (ID, folder, str(folder.parent), Path(ID)):
+    for where in (folder, str(folder.parent)):
         data = minari.read(where)
         assert_same(
             data.to_dict(),
@@ -154,7 +154,7 @@ def test_actions_are_scaled_from_the_datasets_space(make: Callable[..., Path]) -
     content = episodes()
     content[0]["actions"] = np.array([[0.0, -2], [1, 2], [4, 0]])
     content[1]["actions"] = np.array([[2.0, 1]])
-    data = minari.read(make(content, action_space=box(2, low=[0.0, -2.0], high=[4.0, 2.0])))
+    data = minari.read(make(content, action_space=box([0.0, -2.0], [4.0, 2.0])))
     assert data.actions.tolist() == [[-1, -1], [-0.5, 1], [1, 0], [0, 0.5]]
     # Without a space, as in old datasets, the environment's bounds count: the pendulum's are ±2.
     content = episodes()
@@ -173,17 +173,10 @@ def test_dicts_are_laid_end_to_end_in_the_tasks_order(make: Callable[..., Path])
             "achieved_goal": table[:, :1] * 10,
             "inner": {"x": table},
         }
-    spaces = {
-        "observation": json.loads(box(2)),
-        "achieved_goal": json.loads(box(1)),
-        "image": {"type": "Box"},
-    }
-    space = json.dumps({"type": "Dict", "subspaces": spaces})
-    for changes in ({"observation_space": space}, {"observation_space": None}):
-        folder = make(content, **changes)
-        data = minari.read(folder, MAZE)
-        assert data.observations.tolist() == [[0, 0, 1], [20, 2, 3], [40, 4, 5], [80, 8, 8]]
-        assert data.next_observations.tolist() == [[20, 2, 3], [40, 4, 5], [60, 6, 7], [90, 9, 9]]
+    folder = make(content)
+    data = minari.read(folder, MAZE)
+    assert data.observations.tolist() == [[0, 0, 1], [20, 2, 3], [40, 4, 5], [80, 8, 8]]
+    assert data.next_observations.tolist() == [[20, 2, 3], [40, 4, 5], [60, 6, 7], [90, 9, 9]]
     with pytest.raises(
         DataError, match=r"is a dict of 'achieved_goal', 'inner', 'observation': expected a task"
     ):
@@ -227,7 +220,8 @@ def test_a_dataset_made_by_minari_reads_as_minari_reads_it(root: Path) -> None:
             ref_min_score=-1200.0,
             ref_max_score=-150.0,
         )
-    found = minari.read("D4RL/pendulum/human-v0").to_dict()
+    folder = root / "D4RL/pendulum/human-v0"
+    found = minari.read(folder).to_dict()
     parts = list(official("D4RL/pendulum/human-v0").iterate_episodes())
     expected = {
         "observations": np.concatenate([part.observations[:-1] for part in parts]),
@@ -242,7 +236,8 @@ def test_a_dataset_made_by_minari_reads_as_minari_reads_it(root: Path) -> None:
             assert np.allclose(found[key], array, rtol=0, atol=1e-7)
         else:
             assert np.array_equal(found[key], array.astype(found[key].dtype)), key
-    assert minari.references("D4RL/pendulum/human-v0") == (-1200, -150)
+    task = minari.task(None, folder)
+    assert (task.random_return, task.expert_return, task.id) == (-1200, -150, "Pendulum-v1")
 
 
 def data_to_write() -> Transitions:
@@ -286,7 +281,7 @@ def test_what_is_written_is_what_minari_loads(root: Path) -> None:
         assert episode.truncations.tolist() == [False] * (stop - start - 1) + [start != 0]
         assert f"total_steps={stop - start}" in repr(episode)
     steps = [episode["total_steps"] for episode in loaded.storage.get_episode_metadata([0, 3])]
-    assert steps == [2, 2] and "mixed-v0" in minari.metadata(ID)["dataset_id"]
+    assert steps == [2, 2] and minari.metadata(folder).cpql_cut_episodes == {2, 3}
     # Actions are in [-1, 1] and the pendulum's in ±2: the environment comes back rescaled.
     environment = loaded.recover_environment()
     assert environment.action_space == Box(-1, 1, (1,)) and environment.spec.id == "Pendulum-v1"
@@ -317,15 +312,6 @@ def test_a_dataset_keeps_its_environments_options(root: Path) -> None:
     assert (
         minari.task(acts_in("Hopper-v4", reset_options={"a": 1}), folder).reset_options == task.reset_options
     )
-
-
-@pytest.mark.parametrize("how", [{"reset_options": [1]}, {"observation": 3}, {"observation": [3]}])
-def test_damaged_options_are_an_error(root: Path, how: dict[str, Any]) -> None:
-    folder = minari.write(data_to_write(), root, id=ID, task=acts_in("Pendulum-v1"))
-    about = folder / "data/metadata.json"
-    about.write_text(json.dumps(json.loads(about.read_text()) | {minari.HOW: json.dumps(how)}))
-    with pytest.raises(DataError, match=r"'cpql_task' in metadata.json is damaged: expected what cpql wrote"):
-        minari.task(None, folder)
 
 
 def test_rows_that_nearly_join_up_are_two_episodes_of_minaris(root: Path) -> None:
@@ -372,7 +358,7 @@ def test_what_is_not_minaris_says_where_it_came_from(root: Path, source: str) ->
 
 def test_minaris_data_do_not_pass_for_d4rls_as_npz(make: Callable[..., Path], tmp_path: Path) -> None:
     data = minari.read(make())
-    found = npz.read(npz.write(data, tmp_path / "x.npz"), "hopper-medium-v2").provenance
+    found = files.read(files.write(data, tmp_path / "x.npz"), "hopper-medium-v2").provenance
     assert (found.source, found.id) == ("minari", ID)
 
 
@@ -383,7 +369,7 @@ def test_writing_is_whole_or_not_at_all(root: Path, monkeypatch: pytest.MonkeyPa
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(minari, "_write_episode", full)
+        patch.setattr(HDF5Storage, "update_episodes", full)
         with pytest.raises(DataError, match=rf"{ID}: can't be written in .*No space left"):
             minari.write(data, root, id=ID)
     assert [path for path in root.rglob("*") if path.is_file()] == [] and not (root / ID).exists()
@@ -401,24 +387,9 @@ def test_writing_is_whole_or_not_at_all(root: Path, monkeypatch: pytest.MonkeyPa
     assert not (root / "other-v0").exists()
 
 
-def test_references_are_minaris_or_none(make: Callable[..., Path]) -> None:
-    make()
-    assert minari.references(ID) is None
-    make(ref_min_score=-3, ref_max_score=7.5)
-    assert minari.references(ID) == (-3, 7.5)
-    for low, high, text in (
-        (1.0, float("nan"), "a reference score of nan"),
-        ("low", 1.0, "a reference score of 'low'"),
-        (2.0, 1.0, "expected the lower first"),
-    ):
-        make(ref_min_score=low, ref_max_score=high)
-        with pytest.raises(DataError, match=text):
-            minari.references(ID)
-
-
 def test_a_task_becomes_the_datasets(make: Callable[..., Path]) -> None:
-    make()
-    found = minari.task(TASK, ID)
+    folder = make()
+    found = minari.task(TASK, folder)
     assert (found.name, found.id) == ("hopper-medium", "Pendulum-v1")
     assert found.datasets == {"minari": {"id": ID}}
     # The collector's window is none of evaluation's, nor is anything of D4RL's.
@@ -436,7 +407,7 @@ def test_a_task_becomes_the_datasets(make: Callable[..., Path]) -> None:
     wrappers = [{"name": "FlattenObservation"}, {"name": "RescaleAction"}]
     spec = json.dumps(other | {"additional_wrappers": wrappers})
     make(eval_env_spec=spec, ref_min_score=-10.0, ref_max_score=30.0)
-    found = minari.task(None, ID)
+    found = minari.task(None, folder)
     # The environment that Minari evaluates in wins: it made the references in it.
     assert (found.name, found.env_options) == (ID, {})
     assert found.score(10.0) == 50
@@ -446,56 +417,69 @@ def test_a_task_becomes_the_datasets(make: Callable[..., Path]) -> None:
     )
 
     make(env_spec=None)
-    found = minari.task(TASK, ID)
+    found = minari.task(TASK, folder)
     assert (found.id, found.random_return) == ("Hopper-v4", None)
     assert found.note.endswith("it doesn't say which environment it is from: Hopper-v4 is the task's")
     with pytest.raises(DataError, match=r"no 'env_spec' in metadata.json: expected a task"):
-        minari.task(None, ID)
-    make(env_spec=json.dumps({"id": "os:Pendulum-v1"}))
-    with pytest.raises(DataError, match="names 'os:Pendulum-v1': expected a Gymnasium id"):
-        minari.task(TASK, ID)
+        minari.task(None, folder)
 
 
 def test_a_spec_names_no_file_and_imports_nothing(make: Callable[..., Path]) -> None:
     """Its module is no more imported than its wrappers', whose names are shown."""
     wrappers = [{"name": "Mine", "entry_point": "no.such.module:Mine"}, {"name": "\x1b[2J\nx"}, {"name": 3}]
     spec: dict[str, Any] = {"id": "Hopper-v5", "entry_point": "no.such.module:Trap", "max_episode_steps": 7}
-    make(env_spec=json.dumps(spec | {"kwargs": {"xml_file": "hopper.xml"}, "additional_wrappers": wrappers}))
-    found = minari.task(None, ID)
+    options = {"kwargs": {"xml_file": "hopper.xml"}, "additional_wrappers": wrappers}
+    found = minari.task(None, make(env_spec=json.dumps(spec | options)))
     assert found.env_options == {"xml_file": "hopper.xml", "max_episode_steps": 7}
     assert found.note.endswith("collected through Mine, which evaluation goes without")
     make_task_environment(found)
-    for kwargs in ({"xml_file": "/etc/passwd"}, {"a": [{"b": "../x"}]}, {"model": "~/x"}):
-        for key in ("env_spec", "eval_env_spec"):
-            folder = make(action_space=None, **{key: json.dumps(spec | {"kwargs": kwargs})})
-            for ask in (lambda: minari.task(TASK, ID), lambda folder=folder: minari.read(folder)):
-                with pytest.raises(
-                    DataError, match=f"{ID}: '{key}' in metadata.json: options: .* a path"
-                ) as no:
-                    ask()
-                assert "\n" not in str(no.value)
-    make(cpql_task=json.dumps({"observation": [], "reset_options": {"file": "/x"}}))
-    with pytest.raises(DataError, match=f"{ID}: 'cpql_task' in metadata.json: options: '/x' could be a path"):
-        minari.task(TASK, ID)
+    cases: list[tuple[str, dict[str, Any]]] = [
+        (key, {key: json.dumps(spec | {"kwargs": kwargs})})
+        for kwargs in ({"xml_file": "/etc/passwd"}, {"a": [{"b": "../x"}]}, {"model": "~/x"})
+        for key in ("env_spec", "eval_env_spec")
+    ]
+    cases.append(("cpql_task", {"cpql_task": json.dumps({"observation": [], "reset_options": {"f": "/x"}})}))
+    for key, change in cases:
+        folder = make(action_space=None, **change)
+        for ask in (
+            lambda folder=folder: minari.task(TASK, folder),
+            lambda folder=folder: minari.read(folder),
+        ):
+            with pytest.raises(
+                DataError, match=rf"mixed-v0/data/metadata.json: {key}\..*: .*options: .* could be a path"
+            ) as caught:
+                ask()
+            assert "\n" not in str(caught.value)
+    with pytest.raises(DataError, match=r"env_spec.id: .* found 'os:Pendulum-v1'"):
+        minari.task(TASK, make(env_spec=json.dumps({"id": "os:Pendulum-v1"})))
 
 
 def test_finding(root: Path, make: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
     assert minari.root() == root and minari.find(ID) is None
     folder = make()
-    assert minari.find(ID) == folder.parent == minari.locate(ID, download=False)
+    assert minari.find(ID) == folder.parent == SOURCE.locate(Request(TASK, ID))
+    assert SOURCE.locate(Request(TASK)) is None
+    with pytest.raises(DataError, match=r"hopper-medium: Minari has no such data"):
+        SOURCE.fetch(Request(TASK))
     with pytest.raises(DataError, match=r"'../x' isn't a Minari id"):
         minari.find("../x")
-    with pytest.raises(DataError, match=r"nowhere: no such folder: expected a Minari dataset's, or an id"):
-        minari.read(root / "nowhere")
-    with pytest.raises(DataError, match=r"main_data.hdf5: not a folder"):
-        minari.read(folder / "main_data.hdf5")
-    with pytest.raises(DataError, match=r"no metadata.json in it or in its data folder"):
-        minari.read(root)
     (root / "loop").symlink_to("loop")
-    with pytest.raises(DataError, match="loop: no such folder"):
-        minari.read(root / "loop")
+    for path, text in (
+        (root / "nowhere", "nowhere: no such folder: expected a Minari dataset's folder"),
+        (folder / "main_data.hdf5", "main_data.hdf5: not a folder"),
+        (root, "no metadata.json in it or in its data folder"),
+        (root / "loop", "loop: no such folder"),
+    ):
+        with pytest.raises(DataError, match=text):
+            minari.read(path)
     monkeypatch.delenv("MINARI_DATASETS_PATH")
     assert minari.root() == Path.home() / ".minari" / "datasets"
+
+
+def fetched(id: str, say: Callable[[str], None]) -> Transitions:
+    """A dataset by its id, as training gets it."""
+    request = Request(TASK, id, say=say)
+    return SOURCE.read(SOURCE.fetch(request), request)
 
 
 def test_what_is_absent_is_fetched_by_the_package(
@@ -511,38 +495,24 @@ def test_what_is_absent_is_fetched_by_the_package(
             raise ConnectionError("[Errno -2] Name or service\nnot known")
         make()
 
-    fake = types.SimpleNamespace(download_dataset=download_dataset)
-    monkeypatch.setitem(sys.modules, "minari", fake)
-    said: list[str] = []
-    with pytest.raises(DataError) as caught:
-        minari.load(ID, download=False, say=said.append)
-    expected = f"{ID}: no such dataset in {root}: `minari download {ID}`, or put it into {root / ID / 'data'}"
-    assert str(caught.value) == expected and said == [] and asked == []
-    assert len(minari.load(ID, say=said.append)) == 4
+    monkeypatch.setattr("minari.download_dataset", download_dataset)
+    lines: list[str] = []
+    assert len(fetched(ID, lines.append)) == 4
     assert asked == [(ID, True)] and capsys.readouterr().out == ""
-    assert said == [
+    assert lines == [
         f"downloading {ID} from Minari into {root}",
         "warning: We recommend you install a higher dataset version",
     ]
     # What is here isn't fetched again; what a cut download has left is.
-    assert len(minari.load(ID, say=said.append)) == 4 and len(asked) == 1
+    assert len(fetched(ID, lines.append)) == 4 and len(asked) == 1
     (root / ID / "data" / "main_data.hdf5").unlink()
-    assert len(minari.load(ID, say=said.append)) == 4 and len(asked) == 2
+    assert len(fetched(ID, lines.append)) == 4 and len(asked) == 2
     with pytest.raises(DataError) as caught:
-        minari.load("D4RL/pen/human-v2", say=said.append)
-    message = str(caught.value)
-    assert message.startswith(
-        f"D4RL/pen/human-v2: no such dataset in {root}: `minari download D4RL/pen/human-v2`"
+        fetched("D4RL/pen/human-v2", lines.append)
+    assert str(caught.value) == (
+        f"D4RL/pen/human-v2: no such dataset in {root}: `minari download D4RL/pen/human-v2`, or put it into "
+        f"{root}/D4RL/pen/human-v2/data (the download failed: [Errno -2] Name or service not known)"
     )
-    assert (
-        message.endswith("(the download failed: [Errno -2] Name or service not known)")
-        and "\n" not in message
-    )
-    monkeypatch.setitem(sys.modules, "minari", None)
-    with pytest.raises(DataError, match=r"pip install 'minari\[hdf5,hf\]' for downloads"):
-        minari.locate("D4RL/pen/human-v2", say=said.append)
-    # Neither reading nor writing needs the package.
-    minari.write(minari.read(ID), root, id="again-v0")
 
 
 def test_the_package_itself_fetches_what_is_asked_for(
@@ -561,59 +531,74 @@ def test_the_package_itself_fetches_what_is_asked_for(
     )
     monkeypatch.setitem(remotes._registry, "here", lambda: lambda name, token: storage)
     monkeypatch.setenv("MINARI_REMOTE", "here://x")
-    said: list[str] = []
-    assert_same(minari.load(ID, say=said.append).to_dict(), data.to_dict())
-    assert said == [f"downloading {ID} from Minari into {root}"]
+    lines: list[str] = []
+    assert_same(fetched(ID, lines.append).to_dict(), data.to_dict())
+    assert lines == [f"downloading {ID} from Minari into {root}"]
     with pytest.raises(
         DataError, match=r"other-v0: no such dataset .*Couldn't find any version for dataset other"
     ):
-        minari.load("other-v0", say=said.append)
+        fetched("other-v0", lines.append)
 
 
-def test_damaged_metadata_are_refused_in_one_line(make: Callable[..., Path]) -> None:
-    image = json.dumps({"type": "Box", "dtype": "uint8", "shape": [64, 64, 3], "low": 0, "high": 255})
-    for changes, text in (
-        ({"data_format": "arrow"}, "'data_format' is 'arrow': expected 'hdf5'"),
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"data_format": "arrow"}, "data_format: Input should be 'hdf5', found 'arrow'"),
         ({"total_steps": 5}, "4 steps: expected 5, as metadata.json says"),
         (
             {"total_steps": 3},
             "'episode_1/rewards' has shape [1] after 3 steps: expected at least 1, and 3 in all",
         ),
         ({"total_episodes": 3}, "no 'episode_2': expected Minari's layout"),
-        ({"total_episodes": 1, "total_steps": 3}, "an 'episode_1': expected 1, as metadata.json says"),
-        ({"total_episodes": "2"}, "'total_episodes' is '2': expected how many there are"),
-        ({"total_steps": 10**400}, "expected how many there are"),
+        ({"total_episodes": 1, "total_steps": 3}, "an 'episode_1': expected 1 episodes, as metadata.json"),
+        ({"total_episodes": "2"}, "total_episodes: Input should be a valid integer, found '2'"),
+        ({"total_steps": 10**400}, "total_steps: Input should be less than"),
+        ({"total_steps": None}, "total_steps: Field required"),
         ({"total_steps": 10**10}, "10,000,000,000 steps declared, 149.0 GiB, in a file of"),
-        ({"dataset_id": "two\nlines"}, r"'dataset_id' is 'two\nlines'"),
+        ({"dataset_id": "two\nlines"}, r"found 'two\nlines'"),
+        ({"dataset_id": "a/x-v0"}, "dataset_id: String should match pattern"),
         (
-            {"observation_space": image},
-            "'observations' is a 'Box' of [64, 64, 3]: expected a 'Box' of one axis",
+            {"action_space": '{"type": "Discrete", "n": 3}'},
+            "action_space.type: Input should be 'Box', found 'Disc",
         ),
-        ({"observation_space": '{"type": "Discrete", "n": 3}'}, "'observations' is a 'Discrete'"),
-        ({"action_space": '{"type": "Discrete", "n": 3}'}, "actions are a 'Discrete' of 'numbers'"),
-        ({"action_space": box(1, dtype="int64")}, "actions are a 'Box' of 'int64'"),
-        ({"action_space": box(1, low=[-1.0, 0.0])}, "'action_space' in metadata.json is damaged"),
-        ({"action_space": box(1, high=float("inf"))}, "actions without bounds"),
-        ({"action_space": box(1, high=1e300)}, "actions without bounds"),
-        ({"action_space": "{"}, "'action_space' in metadata.json is damaged"),
-        ({"action_space": 5}, "'action_space' in metadata.json is damaged"),
-        ({"env_spec": "[]"}, "'env_spec' in metadata.json is damaged"),
-        ({"env_spec": "{}"}, "'env_spec' in metadata.json names None"),
+        ({"action_space": box([-1], [1], dtype="int64")}, "action_space.dtype: String should match pattern"),
+        ({"action_space": box([-1.0, 0.0], [1.0])}, "has 2 lower and 1 upper bounds: expected 1"),
+        ({"action_space": box([-1.0], [float("inf")])}, "action_space.high.0: Input should be less than"),
+        ({"action_space": box([-1.0], [float("nan")])}, "action_space.high.0: Input should be"),
+        ({"action_space": box([-1.0], [1e300])}, "action_space.high.0: Input should be less than"),
+        ({"action_space": "{"}, "action_space: Invalid JSON"),
+        ({"action_space": 5}, "action_space: JSON input should be string, bytes or bytearray, found 5"),
+        ({"env_spec": "[]"}, "env_spec: Input should be an object, found []"),
+        ({"env_spec": "{}"}, "env_spec.id: Field required"),
         ({"action_space": None, "env_spec": None}, "neither 'action_space' nor 'env_spec'"),
-        ({"cpql_cut_episodes": [2]}, "'cpql_cut_episodes' in metadata.json is damaged"),
+        ({"cpql_cut_episodes": [2]}, "cpql_cut_episodes: expected numbers below 2"),
+        ({"cpql_cut_episodes": [True]}, "cpql_cut_episodes.0: Input should be a valid integer"),
         ({"cpql_origin": {"source": 1}}, "'cpql_origin' is damaged"),
-    ):
-        folder = make(**changes)
-        with pytest.raises(DataError) as caught:
-            minari.read(folder)
-        message = str(caught.value)
-        assert text in message and "\n" not in message, message
+        ({"cpql_task": json.dumps({"observation": 3, "reset_options": {}})}, "cpql_task.observation: "),
+        ({"cpql_task": json.dumps({"observation": [3], "reset_options": {}})}, "cpql_task.observation.0: "),
+        ({"cpql_task": json.dumps({"observation": [], "reset_options": [1]})}, "cpql_task.reset_options: "),
+        ({"ref_min_score": 1.0, "ref_max_score": float("nan")}, "ref_max_score: Input should be a finite"),
+        ({"ref_min_score": "low", "ref_max_score": 1.0}, "ref_min_score: Input should be a valid number"),
+        ({"ref_min_score": 2.0, "ref_max_score": 1.0}, "expected the lower first"),
+    ],
+)
+def test_damaged_metadata_are_refused_in_one_line(
+    make: Callable[..., Path], changes: dict[str, Any], text: str
+) -> None:
+    folder = make(**changes)
+    with pytest.raises(DataError) as caught:
+        minari.read(folder)
+    message = str(caught.value)
+    assert text in message and "\n" not in message, message
+
+
+def test_metadata_that_are_no_json_are_refused_in_one_line(make: Callable[..., Path]) -> None:
     path = make() / "metadata.json"
     for content, text in (
-        (path.read_bytes()[:50], "damaged"),
-        (b"\xff\xfe", "damaged"),
-        (b"[" * 100_000, "damaged"),
-        (b"[]", "holds a list: expected Minari's keys"),
+        (path.read_bytes()[:50], "damaged: Invalid JSON"),
+        (b"\xff\xfe", "damaged: Invalid JSON"),
+        (b"[" * 100_000, "damaged: Invalid JSON: recursion limit exceeded"),
+        (b"[]", "damaged: Input should be an object, found []"),
         (b" " * (17 << 20), "17,825,792 bytes long"),
     ):
         path.write_bytes(content)
@@ -621,6 +606,7 @@ def test_damaged_metadata_are_refused_in_one_line(make: Callable[..., Path]) -> 
             minari.read(path.parent)
         message = str(caught.value)
         assert message.startswith("mixed-v0/data/metadata.json: ") and text in message and "\n" not in message
+        assert len(message) < 300
 
 
 def test_arrays_that_do_not_fit_are_refused_by_name(make: Callable[..., Path]) -> None:
@@ -648,86 +634,15 @@ def test_arrays_that_do_not_fit_are_refused_by_name(make: Callable[..., Path]) -
         assert text in message and "main_data.hdf5: " in message and "\n" not in message, message
 
 
-def test_hostile_files_are_refused_before_they_are_read(make: Callable[..., Path], tmp_path: Path) -> None:
+def test_files_that_are_no_hdf5_are_refused_by_name(make: Callable[..., Path]) -> None:
     path = make() / "main_data.hdf5"
     whole = path.read_bytes()
-    with h5py.File(tmp_path / "other.hdf5", "w") as other:
-        other["x"] = np.zeros(3)
-
-    def change(edit: Callable[[h5py.File], Any]) -> None:
-        path.write_bytes(whole)
-        with h5py.File(path, "a") as file:
-            del file["episode_0/rewards"]
-            edit(file["episode_0"])
-
-    virtual = h5py.VirtualLayout((3,), "f8")
-    virtual[:] = h5py.VirtualSource(tmp_path / "other.hdf5", "x", (3,))
-    space = h5py.string_dtype()
-    cases: list[tuple[Callable[[Any], Any], str]] = [
-        (lambda group: None, "no 'episode_0/rewards'"),
-        (
-            lambda g: g.__setitem__("rewards", h5py.ExternalLink(tmp_path / "other.hdf5", "x")),
-            "a link to elsewhere",
-        ),
-        (lambda g: g.__setitem__("rewards", h5py.SoftLink("rewards")), "is a link to elsewhere"),
-        (lambda g: g.create_virtual_dataset("rewards", virtual), "keeps its numbers in another file"),
-        (
-            lambda g: g.create_dataset("rewards", (3,), "f8", external=[(tmp_path / "raw", 0, 24)]),
-            "keeps its numbers in another file",
-        ),
-        (
-            lambda g: g.create_dataset("rewards", (3,), space),
-            "'episode_0/rewards' holds object: expected numbers",
-        ),
-        (lambda g: g.create_dataset("rewards", (10**10,), "f8"), "declares 80,000,000,000 bytes and holds 0"),
-        (
-            lambda g: g.create_dataset("rewards", (10**10,), "f8", chunks=(1000,)),
-            "80,000,000,000 bytes and holds 0",
-        ),
-        (lambda g: g.create_dataset("rewards", data=h5py.Empty("f8")), "declares 8 bytes and holds 0"),
-    ]
-    (tmp_path / "raw").write_bytes(bytes(24))
-    for edit, text in cases:
-        change(edit)
-        tracemalloc.start()
-        with pytest.raises(DataError) as caught:
-            minari.read(path.parent)
-        assert tracemalloc.get_traced_memory()[1] < 1 << 20
-        tracemalloc.stop()
-        message = str(caught.value)
-        assert (
-            message.startswith("mixed-v0/data/main_data.hdf5: ") and text in message and "\n" not in message
-        )
-    for content, text in ((whole[: len(whole) // 2], "damaged"), (b"<html>", "damaged"), (b"", "damaged")):
+    for content in (whole[: len(whole) // 2], b"<html>", b""):
         path.write_bytes(content)
-        with pytest.raises(DataError, match=rf"^mixed-v0/data/main_data.hdf5: {text}"):
+        with pytest.raises(DataError, match=r"^mixed-v0/data/main_data.hdf5: damaged"):
             minari.read(path.parent)
     path.unlink()
     with pytest.raises(
         DataError, match=rf"main_data.hdf5: no such file beside .*`minari download --force {ID}`"
     ):
         minari.read(path.parent)
-
-
-def test_zeros_that_were_compressed_are_refused_before_they_are_read(make: Callable[..., Path]) -> None:
-    steps = 9_000_000
-    part: dict[str, NDArray[Any]] = {}
-    path = make([part], total_episodes=1, total_steps=steps) / "main_data.hdf5"
-    with h5py.File(path, "a") as file:
-        group = file.require_group("episode_0")
-        for key, shape in {
-            "observations": (steps + 1, 2),
-            "actions": (steps, 1),
-            "rewards": (steps,),
-            "terminations": (steps,),
-            "truncations": (steps,),
-        }.items():
-            made = group.create_dataset(key, shape, "u1", compression="gzip", chunks=(steps // 9, *shape[1:]))
-            made[:1] = 0
-    tracemalloc.start()
-    with pytest.raises(
-        DataError, match=r"main_data.hdf5: 9,000,000 steps declared, 0.1 GiB, in a file of 0.0"
-    ):
-        minari.read(path.parent)
-    assert tracemalloc.get_traced_memory()[1] < 1 << 20
-    tracemalloc.stop()

@@ -19,9 +19,8 @@ from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.vec_env import DummyVecEnv, VecMonitor
 
-from cpql.actors.consistency import ActorConfig, ConsistencyActor
+from cpql.actors import ACTORS, ActorConfig, AnyActorConfig, ConsistencyActor, DeterministicConfig
 from cpql.agents import CPQL, CPQLConfig
-from cpql.critics import TwinCritic
 from cpql.deploy.policy import Policy, PolicyConfig
 from cpql.errors import ConfigError, DataError
 from cpql.interop.sb3 import ConsistencyTD3Policy, batch, transitions
@@ -94,9 +93,9 @@ def test_saved_and_loaded_by_sb3(trained: TD3, tmp_path: Path) -> None:
     loaded = TD3.load(tmp_path / "td3.zip", env=gymnasium.make("Pendulum-v1"))
     policy = ConsistencyTD3Policy.load(str(tmp_path / "policy.pt"))
     assert isinstance(loaded.actor.mu, ConsistencyActor) and loaded.actor.mu.config == ACTOR
-    wanted, _ = trained.predict(observations(20), deterministic=True)
+    target, _ = trained.predict(observations(20), deterministic=True)
     for other in (loaded, policy):
-        np.testing.assert_array_equal(other.predict(observations(20), deterministic=True)[0], wanted)
+        np.testing.assert_array_equal(other.predict(observations(20), deterministic=True)[0], target)
     loaded.learn(70, reset_num_timesteps=False)
     assert loaded.num_timesteps >= trained.num_timesteps + 70
 
@@ -109,11 +108,13 @@ def test_the_actors_widths_are_its_own() -> None:
     assert model.actor.mu.config == ActorConfig(t_max=5.0)
 
 
-def test_sb3_scores_our_policy_as_we_do() -> None:
+@pytest.mark.parametrize(
+    "actor", [ACTOR, DeterministicConfig((16, 16))], ids=["consistency", "deterministic"]
+)
+def test_sb3_scores_our_policy_as_we_do(actor: AnyActorConfig) -> None:
     torch.manual_seed(3)
-    actor = ConsistencyActor(3, 1, ACTOR)
-    config = PolicyConfig(3, 1, (-2.0,), (2.0,), ACTOR, (8,), False, 1, 1.0, PENDULUM)
-    policy = Policy(actor, TwinCritic(3, 1, (8,)), config)
+    config = PolicyConfig(3, 1, (-2.0,), (2.0,), actor, (), False, 1, 1.0, PENDULUM)
+    policy = Policy(ACTORS[actor.kind](3, 1, actor), None, config)
     ours = evaluate(policy, PENDULUM, 4, seed=7, deterministic=True)
     environments = DummyVecEnv([lambda: gymnasium.make("Pendulum-v1")] * 4)
     environments.seed(7)  # environment i with 7 + i, as cpql's episode i

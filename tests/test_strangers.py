@@ -595,6 +595,21 @@ def test_damage_is_noticed_by_the_checksum(tmp_path: Path) -> None:
     assert Policy.load(folder).predict(np.zeros(S))[0].shape == (A,)
 
 
+def test_a_policy_of_an_older_version_acts_as_it_did(tmp_path: Path) -> None:
+    """Actors had no kind, critics no activation, and a task one dataset with places of its own."""
+    folder = saved(tmp_path / "policy", kind=1)
+    content = json.loads((folder / "config.json").read_text())
+    assert content["actor"].pop("kind") == "consistency" and content.pop("critic_activation") == "mish"
+    content["task"] |= {"dataset": "mine-medium-v2", "url": "", "minari": "", "transitions": None}
+    del content["task"]["datasets"]
+    (folder / "config.json").write_text(json.dumps(content))
+    policy, honest = Policy.load(folder), made(1)
+    assert policy.config.actor == honest.config.actor
+    assert policy.config.task.datasets == {"d4rl": {"id": "mine-medium-v2"}}
+    left, right = (p.predict(np.ones((3, S)), deterministic=True)[0] for p in (policy, honest))
+    np.testing.assert_array_equal(left, right)
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e11])
 def test_weights_that_are_no_numbers_are_refused(value: float, tmp_path: Path) -> None:
     policy = made()
@@ -608,7 +623,9 @@ def test_a_header_has_an_end(tmp_path: Path) -> None:
     folder = saved(tmp_path / "policy")
     model = folder / "model.safetensors"
     model.write_bytes(struct.pack("<Q", 90 << 20) + model.read_bytes()[8:])
-    refused(folder, f"{model}: size mismatch: expected at most 1,0")
+    refused(folder, f"{model}: no readable policy: ")
+    model.write_bytes(model.read_bytes() + bytes(2 << 20))
+    refused(folder, f"{model}: size mismatch: expected at most 1,057,")
 
 
 def test_fresh_policies_draw_noise_of_their_own() -> None:

@@ -15,7 +15,7 @@ from torchrl.envs.utils import ExplorationType, set_exploration_type
 from torchrl.modules import ValueOperator
 from torchrl.objectives import DDPGLoss, SoftUpdate
 
-from cpql.actors.consistency import ActorConfig, ConsistencyActor
+from cpql.actors import ActorConfig, ConsistencyActor, DeterministicActor
 from cpql.consistency import OBJECTIVES
 from cpql.interop.torchrl import ConsistencyLoss, ConsistencyModule
 from cpql.noise import draw
@@ -95,6 +95,15 @@ def test_noise_is_drawn_where_torchrl_explores() -> None:
             assert torch.equal(act(), fixed)
 
 
+def test_an_actor_without_noise_is_a_module_too() -> None:
+    torch.manual_seed(0)
+    policy, state = ConsistencyModule(DeterministicActor(3, 2)), data(5)["observation"]
+    for kind in (ExplorationType.RANDOM, ExplorationType.DETERMINISTIC):
+        with set_exploration_type(kind):
+            action = policy(TensorDict({"observation": state}, [5]))["action"]
+        assert torch.equal(action, policy.module.actor(state))
+
+
 @pytest.mark.parametrize("delay_actor", [True, False])
 @pytest.mark.parametrize("objective", list(OBJECTIVES))
 def test_the_loss_is_the_actors_own(objective: str, delay_actor: bool) -> None:
@@ -119,10 +128,10 @@ def test_the_loss_is_the_actors_own(objective: str, delay_actor: bool) -> None:
     state, action = batch["observation"], batch["action"]
     noise = draw(actor.loss_noise(64))
     function = teacher.function(state, noise.get("drop")) if delay_actor else None
-    wanted, metrics = actor.loss(state, action, teacher=function, progress=0.3, noise=noise)
-    torch.testing.assert_close(found["loss_imitation"], wanted.mean())
+    target, metrics = actor.loss(state, action, teacher=function, progress=0.3, noise=noise)
+    torch.testing.assert_close(found["loss_imitation"], target.mean())
     actor.zero_grad()
-    wanted.mean().backward()
+    target.mean().backward()
     for name, parameter in actor.named_parameters():
         torch.testing.assert_close(gradient[name], parameter.grad)
     assert set(found.keys()) == {"loss_imitation", *metrics}
@@ -145,12 +154,12 @@ def test_keys_shapes_masks_and_reductions() -> None:
     each = loss(batch)["loss_imitation"]
     assert each.shape == (4, 6)
     half = torch.arange(24).view(4, 6) < 12
-    for reduction, wanted in (("mean", each[half].mean()), ("sum", each[half].sum())):
+    for reduction, target in (("mean", each[half].mean()), ("sum", each[half].sum())):
         masked = ConsistencyLoss(policy, delay_actor=False, reduction=reduction)
         masked.set_keys(action=("expert", "control"))
         torch.manual_seed(0)
         batch["collector", "mask"] = half.unsqueeze(-1)  # as TorchRL's SliceSampler pads
-        torch.testing.assert_close(masked(batch)["loss_imitation"], wanted)
+        torch.testing.assert_close(masked(batch)["loss_imitation"], target)
     # without TensorDicts
     plain = ConsistencyLoss(make(), delay_actor=False)
     torch.manual_seed(0)

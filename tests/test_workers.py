@@ -16,7 +16,7 @@ import gymnasium
 import numpy as np
 import pytest
 
-from cpql.data.behaviour import Episodes, play, rollout
+from cpql.data.behaviour import rollout
 from cpql.data.workers import in_workers
 from cpql.errors import ActingError, ConfigError, CpqlError, DataError
 from cpql.tasks import Task
@@ -36,7 +36,7 @@ def tell(label, done, total):
 
 if __name__ == "__main__":
     try:
-        embedded.collect(load_task("hopper-random"), 320_000, 0, tell, workers=2)
+        embedded.collect(load_task("hopper-random"), 320_000, 0, progress=tell, workers=2)
     except KeyboardInterrupt:
         sys.exit(130)
 """
@@ -100,11 +100,11 @@ def test_workers_end_with_the_program(number: signal.Signals, group: bool, when:
             assert process.stdout is not None and process.stdout.readline()
         began = time.monotonic()
         (os.killpg if group else os.kill)(process.pid, number)
-        _, said = process.communicate(timeout=60)
+        _, printed = process.communicate(timeout=60)
         while any(map(alive, workers)) and time.monotonic() - began < 60:
             time.sleep(0.01)
         assert time.monotonic() - began < SECONDS
-    assert said == ""
+    assert printed == ""
     assert process.returncode == (130 if number == signal.SIGINT else -number)
 
 
@@ -114,9 +114,9 @@ def test_the_command_leaves_nothing_behind(tmp_path: Path) -> None:
     words = (str(script), "dataset", "hopper-random", "--size", "2000000", "--out", str(out))
     with started(1, *words) as (process, workers):
         process.send_signal(signal.SIGINT)
-        said = process.communicate(timeout=60)
+        printed = process.communicate(timeout=60)
         assert not any(map(alive, workers))
-    assert (process.returncode, *said) == (130, "", "interrupted\n")
+    assert (process.returncode, *printed) == (130, "", "interrupted\n")
     assert not out.parent.exists()
 
 
@@ -148,14 +148,14 @@ def test_answers_are_those_of_the_functions() -> None:
         for key, value in expected.items():
             assert np.array_equal(arrays[key], value) and arrays[key].dtype == value.dtype
     assert seen == [1, 2, 3]
-    episodes = in_workers(play, [(task, None, 2, seeds[0], True)], None)[0]
-    assert isinstance(episodes, Episodes)
-    assert np.array_equal(episodes.returns, play(task, None, 2, seeds[0], True).returns)
 
 
 MINE = """
 import gymnasium
 import numpy as np
+
+def add(task, behaviour, count, seed, more):
+    return {"sum": np.array([count + more, seed.entropy])}
 
 class Mine(gymnasium.Env):
     observation_space = gymnasium.spaces.Box(-1, 1, (2,), np.float32)
@@ -193,6 +193,16 @@ def test_environments_of_the_program_are_known_to_workers(mine: Any) -> None:
     assert made["rewards"].tolist() == [1, 1, 1]
 
 
+def test_any_function_of_a_module_can_be_called(mine: Any) -> None:
+    function = sys.modules["mine_of_the_tests"].add
+    arguments = [(mine(), None, k, np.random.SeedSequence(7), 10) for k in range(3)]
+    assert [made["sum"].tolist() for made in in_workers(function, arguments, None)] == [
+        [10, 7],
+        [11, 7],
+        [12, 7],
+    ]
+
+
 def test_what_goes_wrong_is_said_in_one_line(mine: Any) -> None:
     def refused(kind: type[CpqlError], text: str, task: Task) -> None:
         with pytest.raises(kind) as caught:
@@ -207,13 +217,13 @@ def test_what_goes_wrong_is_said_in_one_line(mine: Any) -> None:
         in_workers(rollout, [(discrete, None, 3, np.random.SeedSequence(0))], 1)
     spec = gymnasium.registry["Mine-v0"]
     spec.kwargs = {"error": object()}
-    with pytest.raises(ConfigError, match="'Mine-v0' can't be registered in worker processes"):
+    with pytest.raises(ConfigError, match=r"'Mine-v0' can't be made in worker processes .*plain kwargs"):
         in_workers(rollout, [(mine(), None, 3, np.random.SeedSequence(0))], 1)
     spec.entry_point = "__main__:Mine"
     refused(
         ConfigError,
-        "environment 'Mine-v0' is made by Mine of the program itself: expected it in a module, "
-        "which worker processes can import",
+        "environment 'Mine-v0' can't be made in worker processes (__main__:Mine is the program itself): "
+        "expected a class in a module that they can import, and plain kwargs",
         mine(),
     )
 

@@ -1,26 +1,25 @@
-"""Behaviour policies in numpy, and the workers that act with them.
+"""Behaviour policies in numpy, and acting with them.
 
-This module runs in worker processes, one a core, which start in a fraction of the time without torch: it
-imports neither torch nor anything that does.
+Worker processes import this module and start much faster without torch, so it must not import torch.
 
-A behaviour is a SAC actor: ReLU layers, then a mean and a log standard deviation, squashed by tanh. Its
-file is safetensors, float32, weights as [in, out] so that acting is `x @ weight + bias`:
+A behaviour is a SAC actor: layers with ReLU, then a mean and a log standard deviation, squashed by tanh. Its
+file is safetensors in float32, with weights as [in, out], so that a layer is `x @ weight + bias`:
 
     layers.0.weight [S, 256]   layers.0.bias [256]
     layers.1.weight [256, 256] layers.1.bias [256]
     mean.weight [256, A]       mean.bias [A]
     log_std.weight [256, A]    log_std.bias [A]
-
-Files with flax's own names (`Dense_0.kernel`, ...; the last two layers are the heads) are read as well.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
+from collections.abc import Generator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import safetensors
@@ -31,7 +30,7 @@ from cpql.environments import action_bounds, make_task_environment, widths
 from cpql.errors import DataError
 from cpql.tasks import Task
 
-__all__ = ["Behaviour", "Episodes", "play", "rollout"]
+__all__ = ["Behaviour", "Step", "rollout", "steps"]
 
 Array = NDArray[np.float32]
 Layer = tuple[Array, Array]
@@ -43,9 +42,9 @@ class Behaviour:
 
     Attributes:
         layers: weight [in, out] and bias [out] of each hidden layer.
-        mean: weight [H, A] and bias [A] of the mean, before tanh.
-        log_std: the same of the log standard deviation, clipped to [-20, 2].
-        sha256: of the file it was read from, "" where there was none.
+        mean: weight [H, A] and bias [A] of the mean before tanh.
+        log_std: weight and bias of the log standard deviation, which is clipped to [-20, 2].
+        sha256: of the file it was read from; "" if there is no file.
     """
 
     layers: tuple[Layer, ...]
@@ -54,17 +53,12 @@ class Behaviour:
     sha256: str = ""
 
     @property
-    def state_dim(self) -> int:
-        """S, how many numbers an observation has."""
-        return int((self.layers or (self.mean,))[0][0].shape[0])
-
-    @property
-    def action_dim(self) -> int:
-        """A, how many numbers an action has."""
-        return int(self.mean[0].shape[1])
+    def dims(self) -> tuple[int, int]:
+        """The widths S and A of an observation and an action."""
+        return len((self.layers or (self.mean,))[0][0]), len(self.mean[1])
 
     def act(self, observation: Array, generator: np.random.Generator | None) -> Array:
-        """Choose an action [A] in [-1, 1] for one observation [S]; without a generator, the mode."""
+        """Sample an action [A] in [-1, 1] for an observation [S]; without a generator, take the mode."""
         x = observation
         for weight, bias in self.layers:
             x = np.maximum(x @ weight + bias, 0)
@@ -77,7 +71,7 @@ class Behaviour:
 
     @classmethod
     def read(cls, path: Path) -> Behaviour:
-        """Read a behaviour's file, in cpql's names or flax's.
+        """Read a behaviour's file.
 
         Raises:
             DataError: the file is missing, isn't safetensors, or holds another network.
@@ -87,52 +81,39 @@ class Behaviour:
             tensors = safetensors.numpy.load(content)
         except (OSError, safetensors.SafetensorError) as error:
             raise DataError(
-                f"{path.name}: can't be read ({error}): expected safetensors of a behaviour"
+                f"{path.name}: can't be read ({error}): expected a behaviour's weights"
             ) from error
-        return cls.from_tensors(tensors, where=path.name, sha256=hashlib.sha256(content).hexdigest())
+        return cls.from_tensors(tensors, path.name, hashlib.sha256(content).hexdigest())
 
     @classmethod
     def from_tensors(
-        cls, tensors: dict[str, Any], *, where: str = "behaviour", sha256: str = ""
+        cls, tensors: Mapping[str, Any], where: str = "behaviour", sha256: str = ""
     ) -> Behaviour:
         """Build a behaviour from named arrays; `where` names them in an error.
 
         Raises:
-            DataError: a key is missing, or the shapes don't fit together.
+            DataError: a name is missing, the shapes don't fit together, or a weight isn't finite.
         """
-        if "Dense_0.kernel" in tensors:
-            count = sum(key.endswith(".kernel") for key in tensors)
-            names = [f"layers.{k}" for k in range(count - 2)] + ["mean", "log_std"]
-            tensors = {
-                f"{name}.{part}": tensors.get(f"Dense_{k}.{flax}")
-                for k, name in enumerate(names)
-                for part, flax in (("weight", "kernel"), ("bias", "bias"))
-            }
-
-        def layer(name: str) -> Layer:
-            weight, bias = tensors.get(f"{name}.weight"), tensors.get(f"{name}.bias")
-            if weight is None or bias is None:
-                found = ", ".join(sorted(tensors)) or "nothing"
-                raise DataError(f"{where}: {found}: expected {name}.weight and {name}.bias among them")
-            if weight.ndim != 2 or bias.shape != weight.shape[1:]:
-                raise DataError(
-                    f"{where}: '{name}' has weight {list(weight.shape)} and bias {list(bias.shape)}: "
-                    "expected [in, out] and [out]"
-                )
-            if not (np.isfinite(weight).all() and np.isfinite(bias).all()):
-                raise DataError(f"{where}: '{name}' holds NaN or infinity: expected finite weights")
-            return np.ascontiguousarray(weight, np.float32), np.ascontiguousarray(bias, np.float32)
-
         count = sum(key.startswith("layers.") and key.endswith(".weight") for key in tensors)
-        layers = tuple(layer(f"layers.{k}") for k in range(count))
-        mean, log_std = layer("mean"), layer("log_std")
-        shapes = [list(weight.shape) for weight, _ in (*layers, mean)]
-        if list(log_std[0].shape) != shapes[-1] or any(a[1] != b[0] for a, b in itertools.pairwise(shapes)):
-            raise DataError(f"{where}: weights of {shapes}: expected each to take what the one before gives")
-        return cls(layers, mean, log_std, sha256)
+        names = [*(f"layers.{k}" for k in range(count)), "mean", "log_std"]
+        expected = [f"{name}.{part}" for name in names for part in ("weight", "bias")]
+        if missing := [key for key in expected if key not in tensors]:
+            raise DataError(f"{where}: no {missing[0]}: expected it among {', '.join(tensors) or 'nothing'}")
+        arrays = [np.ascontiguousarray(tensors[key], np.float32) for key in expected]
+        layers = list(zip(arrays[::2], arrays[1::2], strict=True))
+        (*hidden, mean, log_std), shapes = layers, [[*array.shape] for array in arrays]
+        fit = all(weight.ndim == 2 and bias.shape == weight.shape[1:] for weight, bias in layers)
+        chain = itertools.pairwise(weight for weight, _ in (*hidden, mean))
+        if not fit or log_std[0].shape != mean[0].shape or any(len(b) != len(a.T) for a, b in chain):
+            raise DataError(
+                f"{where}: shapes {shapes}: expected each layer to take what the one before gives"
+            )
+        if not all(np.isfinite(array).all() for array in arrays):
+            raise DataError(f"{where}: holds NaN or infinity: expected finite weights")
+        return cls(tuple(hidden), mean, log_std, sha256)
 
     def to_tensors(self) -> dict[str, Array]:
-        """Name the weights as in cpql's files."""
+        """The weights by their names in a file."""
         named = {f"layers.{k}": layer for k, layer in enumerate(self.layers)}
         named |= {"mean": self.mean, "log_std": self.log_std}
         return {
@@ -142,125 +123,83 @@ class Behaviour:
         }
 
 
-@dataclass(frozen=True)
-class Episodes:
-    """Returns [E] (undiscounted) and lengths [E] of whole episodes."""
+class Step(NamedTuple):
+    """One step in an environment; the action [A] is in [-1, 1], whatever the environment's bounds are."""
 
-    returns: NDArray[np.float64]
-    lengths: NDArray[np.int64]
-
-    def summary(self) -> dict[str, Any]:
-        """Give the statistics that a card states, as plain numbers."""
-        return {
-            "episodes": len(self.returns),
-            "return_mean": round(float(self.returns.mean()), 2),
-            "return_std": round(float(self.returns.std()), 2),
-            "return_min": round(float(self.returns.min()), 2),
-            "return_max": round(float(self.returns.max()), 2),
-            "length_mean": round(float(self.lengths.mean()), 2),
-        }
+    observation: Array
+    action: Array
+    reward: float
+    next_observation: Array
+    terminated: bool
+    truncated: bool
 
 
-class _Actor:
-    """A behaviour in a task's environment: actions in [-1, 1] outside, in the environment's bounds inside."""
+def steps(
+    task: Task, behaviour: Behaviour | None, seed: np.random.SeedSequence, *, sampled: bool = True
+) -> Generator[Step]:
+    """Act in a task's environment without end, one episode after another.
 
-    def __init__(
-        self, task: Task, behaviour: Behaviour | None, seed: np.random.SeedSequence, sampled: bool
-    ) -> None:
-        # The checker wraps every step, and looks at the environment rather than at what is done with it.
-        self.environment = make_task_environment(task, disable_env_checker=True)
-        self.state_dim, self.action_dim = widths(self.environment)
-        if behaviour is not None and (behaviour.state_dim, behaviour.action_dim) != (
-            self.state_dim,
-            self.action_dim,
-        ):
-            raise DataError(
-                f"{task.id}: a behaviour of widths {behaviour.state_dim} and {behaviour.action_dim}: "
-                f"expected {self.state_dim} and {self.action_dim}"
-            )
-        self.low, high = action_bounds(self.environment)
-        self.half = (high - self.low) / 2
-        self.behaviour = behaviour
-        self.sampled = sampled
-        self.seed = int(seed.generate_state(1)[0])
-        self.generator = np.random.default_rng(seed)
+    Args:
+        task: its environment, observations and reset options.
+        behaviour: the policy; None takes uniform actions.
+        seed: of the environment's first episode (the later ones follow from it) and of the actions.
+        sampled: whether to sample the behaviour's actions or take their mode.
 
-    def reset(self) -> Array:
-        """Begin an episode; only the first one is seeded, the others follow from it."""
-        seed, self.seed = self.seed, -1
-        observation, _ = self.environment.reset(seed=None if seed < 0 else seed)
-        return np.asarray(observation, np.float32)
-
-    def step(self, observation: Array) -> tuple[Array, Array, float, bool, bool]:
-        """Act once: the action [A] in [-1, 1], next observation [S], reward, terminated, truncated."""
-        if self.behaviour is None:
-            action = self.generator.uniform(-1, 1, self.action_dim).astype(np.float32)
-        else:
-            action = self.behaviour.act(observation, self.generator if self.sampled else None)
-        following, reward, terminated, truncated, _ = self.environment.step(
-            self.low + (action + 1) * self.half
+    Raises:
+        DataError: the behaviour's widths aren't the environment's.
+    """
+    # Gymnasium's checker would wrap every step.
+    environment = make_task_environment(task, disable_env_checker=True)
+    dims = widths(environment)
+    if behaviour is not None and behaviour.dims != dims:
+        raise DataError(
+            "{}: a behaviour of widths {} and {}: expected {} and {}".format(task.id, *behaviour.dims, *dims)
         )
-        return action, np.asarray(following, np.float32), float(reward), bool(terminated), bool(truncated)
+    low, high = action_bounds(environment)
+    generator = np.random.default_rng(seed)
+    with contextlib.closing(environment):
+        observation = np.array(environment.reset(seed=int(seed.generate_state(1)[0]))[0], np.float32)
+        while True:
+            if behaviour is None:
+                action = generator.uniform(-1, 1, dims[1]).astype(np.float32)
+            else:
+                action = behaviour.act(observation, generator if sampled else None)
+            found, reward, terminated, truncated, _ = environment.step(
+                low + (action + 1) * ((high - low) / 2)
+            )
+            following = np.array(found, np.float32)
+            yield Step(observation, action, float(reward), following, bool(terminated), bool(truncated))
+            over = terminated or truncated
+            observation = np.array(environment.reset()[0], np.float32) if over else following
 
 
 def rollout(
-    task: Task, behaviour: Behaviour | None, steps: int, seed: np.random.SeedSequence
+    task: Task, behaviour: Behaviour | None, count: int, seed: np.random.SeedSequence
 ) -> dict[str, NDArray[Any]]:
-    """Collect `steps` transitions in D4RL's layout, episode after episode, the last one cut without a flag.
+    """Collect transitions in D4RL's layout; the last episode is cut without a flag.
 
-    Rewards and flags are the environment's own. One that ends where the task is solved (antmaze, kitchen) has
-    a terminal there; at the time limit the clock wins, as in D4RL's files.
+    Rewards and flags are the environment's own: one that ends when the task is solved (antmaze, kitchen)
+    gives a terminal there. A step with both flags is a timeout only, as in D4RL's files.
 
     Args:
-        task: what to act in: its environment, observations laid end to end, resets with its options.
-        behaviour: whose sampled actions to take; None for uniform ones.
-        steps: N, how many transitions.
-        seed: of the environment and the actions. The same seed gives the same rows.
+        task: see `steps`, as are `behaviour` and `seed`.
+        behaviour: the policy, whose actions are sampled; None takes uniform actions.
+        count: N, the number of transitions.
+        seed: the same seed gives the same rows.
 
     Returns:
-        observations [N, S], actions [N, A], next_observations [N, S], rewards [N] as float32; terminals
-        [N] and timeouts [N] as bool, never both in one row.
+        observations [N, S], actions [N, A], rewards [N] and next_observations [N, S] as float32;
+        terminals [N] and timeouts [N] as bool, never both in one row.
     """
-    actor = _Actor(task, behaviour, seed, sampled=True)
-    observations = np.empty((steps, actor.state_dim), np.float32)
-    next_observations = np.empty((steps, actor.state_dim), np.float32)
-    actions = np.empty((steps, actor.action_dim), np.float32)
-    rewards = np.empty(steps, np.float32)
-    terminals, timeouts = np.zeros(steps, np.bool_), np.zeros(steps, np.bool_)
-    state = actor.reset()
-    for row in range(steps):
-        action, following, reward, terminated, truncated = actor.step(state)
-        observations[row], actions[row], next_observations[row], rewards[row] = (
-            state,
-            action,
-            following,
-            reward,
-        )
-        terminals[row], timeouts[row] = terminated and not truncated, truncated
-        state = actor.reset() if terminated or truncated else following
-    actor.environment.close()
+    with contextlib.closing(steps(task, behaviour, seed)) as acting:
+        rows = list(itertools.islice(acting, count))
+    observations, actions, rewards, following, terminated, truncated = zip(*rows, strict=True)
+    timeouts = np.array(truncated, np.bool_)
     return {
-        "observations": observations,
-        "actions": actions,
-        "rewards": rewards,
-        "next_observations": next_observations,
-        "terminals": terminals,
+        "observations": np.array(observations, np.float32),
+        "actions": np.array(actions, np.float32),
+        "rewards": np.array(rewards, np.float32),
+        "next_observations": np.array(following, np.float32),
+        "terminals": np.array(terminated, np.bool_) & ~timeouts,
         "timeouts": timeouts,
     }
-
-
-def play(
-    task: Task, behaviour: Behaviour | None, episodes: int, seed: np.random.SeedSequence, sampled: bool
-) -> Episodes:
-    """Play whole episodes, with sampled actions or with the distribution's mode."""
-    actor = _Actor(task, behaviour, seed, sampled)
-    returns, lengths = np.zeros(episodes), np.zeros(episodes, np.int64)
-    for episode in range(episodes):
-        state, over = actor.reset(), False
-        while not over:
-            _, state, reward, terminated, truncated = actor.step(state)
-            over = terminated or truncated
-            returns[episode] += reward
-            lengths[episode] += 1
-    actor.environment.close()
-    return Episodes(returns, lengths)

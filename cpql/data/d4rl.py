@@ -1,51 +1,43 @@
 """D4RL's datasets: HDF5 files in its layout, where they lie and where they can be had.
 
 The layout is a flat file of observations [N, S], actions [N, A], rewards [N], terminals [N], timeouts [N]
-and, since v2, next_observations [N, S]. Anything else in it (`infos/*`, `metadata/*`) is left alone. What
+and, since v2, next_observations [N, S]. Anything else in it (`infos/*`, `metadata/*`) is ignored. What
 cpql itself collects is kept in the same layout, and carries an attribute that says so.
 """
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import glob
 import json
 import os
 import re
-import secrets
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Unpack
-from urllib.parse import urlsplit
+from typing import Any, NamedTuple, Unpack
 
 import h5py  # type: ignore[import-untyped]
 import numpy as np
 from numpy.typing import NDArray
 
-from cpql.data.download import MOST, fetch, verify_recorded
+from cpql.data.download import fetch, verify_recorded
 from cpql.data.request import AnotherDatasetError, Request, Source
 from cpql.data.transitions import Provenance, Reading, Transitions
 from cpql.errors import DataError
-from cpql.io import Progress, sha256_of
+from cpql.io import aside, sha256_of, user_folder
 
 __all__ = [
     "D4RL",
-    "Progress",
+    "KEYS",
+    "ORIGIN",
+    "Origin",
     "cache_folder",
-    "clear",
-    "download",
+    "check_fit",
     "filename",
-    "find",
-    "misfit",
+    "is_bomb",
     "opened",
     "origin",
     "origin_of",
     "read",
-    "replacing",
-    "urls",
-    "user_folder",
     "write",
 ]
 
@@ -70,58 +62,55 @@ WIDTHS = {
     "relocate": (39, 30),
     "kitchen": (60, 9),
 }
-# Ant's rows, the widest, have some 230 numbers of 4 or 8 bytes, and what the simulator said besides.
-MOST_ROW_BYTES = 4096
 # Compressed floating-point data shrink a few times, sparse ones a few ten times; zeros a thousand times.
 MOST_EXPANSION = 100
 UNSUSPICIOUS_BYTES = 64 << 20
 
 
 class D4RL(Source):
-    """D4RL's own files, in its cache folder, else downloaded."""
+    """D4RL's own files, in its cache folder, else downloaded.
+
+    A mirror of one's own is asked first: each folder in `$CPQL_D4RL_MIRROR` (URLs with spaces between) for
+    the last two parts of D4RL's URL, `FOLDER/gym_mujoco_v2/hopper_medium-v2.hdf5`, then for
+    `FOLDER/hopper_medium-v2.hdf5`.
+    """
 
     description = "D4RL's"
 
     def locate(self, request: Request) -> Path | None:
         """See `Source`."""
-        about = request.about("d4rl")
-        return find(about["id"], about.get("path", "")) if about else None
+        entry = request.about("d4rl")
+        if not entry:
+            return None
+        file = cache_folder() / _path(entry).rpartition("/")[2]
+        # Unlike `Path.exists`, it has no objection to a home folder of somebody else's.
+        return file if os.path.exists(file) else None
 
     def fetch(self, request: Request) -> Path:
-        """See `Source`."""
-        about = request.about("d4rl")
-        if not about:
+        """See `Source`; a file that is there already is checked."""
+        entry = request.about("d4rl")
+        if not entry:
             raise DataError(f"{request.task.name}: D4RL has no counterpart: expected dataset.id to name one")
         _ = request.facts  # an environment that can't be made costs no download
-        return download(
-            about["id"],
-            request.progress,
-            path=about.get("path", ""),
-            rows=about.get("rows"),
+        path = _path(entry)
+        name, folders = path.rpartition("/")[2], os.environ.get("CPQL_D4RL_MIRROR", "").split()
+        last = "/".join(path.split("/")[-2:])
+        own = [f"{folder.rstrip('/')}/{place}" for folder in folders for place in (last, name)]
+        return fetch(
+            [*own, MIRROR + name, HOST + path],
+            cache_folder() / name,
+            lambda file: check_fit(file, entry["id"], entry.get("rows")),
+            progress=request.progress,
             say=request.say,
         )
 
     def read(self, path: Path, request: Request) -> Transitions:
         """See `Source`."""
-        about = request.about("d4rl")
-        if reason := misfit(path, about["id"], about.get("rows")):
-            raise AnotherDatasetError(reason)
-        return read(path, about["id"], source="d4rl", rows=about.get("rows"), **request.reading)
-
-
-def user_folder(variable: str, default: str) -> Path:
-    """The folder that an environment variable names, or else `default`; either may begin with `~`.
-
-    Raises:
-        DataError: it begins with `~`, and there is no home folder.
-    """
-    path = os.environ.get(variable) or default
-    try:
-        return Path(path).expanduser()
-    except RuntimeError as error:
-        raise DataError(
-            f"there is no home folder for {path}: expected {variable} to name a folder"
-        ) from error
+        entry = request.about("d4rl")
+        check_fit(path, entry["id"], entry.get("rows"))
+        data = read(path, entry["id"], source="d4rl", **request.reading)
+        verify_recorded(path, data.provenance.sha256)
+        return data
 
 
 def cache_folder() -> Path:
@@ -145,36 +134,42 @@ def filename(id: str) -> str:
     return f"{match[1].replace('-', '_')}-{match[2]}.hdf5"
 
 
-def urls(id: str, path: str = "") -> list[str]:
-    """Where a dataset's file can be had, by https first.
+def _path(entry: Mapping[str, Any]) -> str:
+    """A dataset's path under D4RL's host: by default in the folder of locomotion, by its id's name."""
+    return entry.get("path") or f"gym_mujoco_v2/{filename(entry['id'])}"
+
+
+def check_fit(path: Path, id: str, rows: int | None = None) -> None:
+    """Check that a file can be D4RL's: cpql didn't write it, and its shapes are those that are known.
 
     Args:
-        id: D4RL's.
-        path: of the file under D4RL's host, as in `Task.datasets`; by default the locomotion folder and the
-            id's name.
-    """
-    path = path or f"gym_mujoco_v2/{filename(id)}"
-    return [MIRROR + path.rpartition("/")[2], HOST + path]
-
-
-def find(id: str, path: str = "") -> Path | None:
-    """Give a dataset's file in the cache folder, or None; see `urls` for the arguments.
+        path: the file.
+        id: D4RL's, whose first word says how wide its rows are.
+        rows: of D4RL's file; None where that isn't known.
 
     Raises:
-        DataError: there is no home folder.
+        AnotherDatasetError: it can't be.
+        DataError: it is no file in D4RL's layout at all, or damaged.
     """
-    file = cache_folder() / (path.rpartition("/")[2] or filename(id))
-    # Unlike `Path.exists`, it has no objection to a home folder of somebody else's.
-    return file if os.path.exists(file) else None
+    with opened(path) as (arrays, origin):
+        if origin is not None:
+            raise AnotherDatasetError(
+                f"{path.name}: carries '{ORIGIN}', as cpql's own files do: expected D4RL's {id}"
+            )
+        widths = WIDTHS.get(id.partition("-")[0], (None, None))
+        for key, width in zip(("observations", "actions"), widths, strict=True):
+            if key not in arrays:
+                raise AnotherDatasetError(f"{path.name}: no '{key}': expected D4RL's {id}")
+            found = list(arrays[key].shape or ())
+            if len(found) != 2 or rows not in (None, found[0]) or width not in (None, found[1]):
+                expected = ", ".join("any" if size is None else str(size) for size in (rows, width))
+                raise AnotherDatasetError(
+                    f"{path.name}: '{key}' has shape {found}: expected [{expected}] of D4RL's {id}"
+                )
 
 
 def read(
-    path: str | os.PathLike[str],
-    id: str,
-    *,
-    source: str = "file",
-    rows: int | None = None,
-    **reading: Unpack[Reading],
+    path: str | os.PathLike[str], id: str, *, source: str = "file", **reading: Unpack[Reading]
 ) -> Transitions:
     """Read and check any HDF5 file in D4RL's layout.
 
@@ -183,64 +178,57 @@ def read(
         id: the dataset's id, for the provenance.
         source: "file" or "d4rl". A file that cpql collected says so itself, and that wins, so that it
             can't pass for D4RL under another name.
-        rows: that D4RL's file has, see `misfit`.
         **reading: see `Reading`.
 
     Raises:
-        DataError: the file is missing, empty, truncated, not HDF5 or doesn't hold valid transitions; or its
-            source is to be "d4rl", and it can't be D4RL's or isn't what was downloaded any more.
+        DataError: the file is missing, empty, truncated, not HDF5 or doesn't hold valid transitions.
     """
     path = Path(path)
-    with opened(path) as (arrays, said), ThreadPoolExecutor(1) as beside:
-        if source == "d4rl" and said is None and (reason := _misfit(path.name, arrays, id, rows)):
-            raise DataError(reason)
-        hashing = beside.submit(sha256_of, path)
-        details: dict[str, Any] = {}
-        if said is not None:
-            source, id, details = said
-        data = Transitions.from_dict(arrays, source=source, id=id, file=path.name, details=details, **reading)
-        sha256 = hashing.result()
-    if source == "d4rl":
-        verify_recorded(path, sha256)
-    return dataclasses.replace(data, provenance=dataclasses.replace(data.provenance, sha256=sha256))
+    with opened(path) as (arrays, origin):
+        about = Origin(source, id, {}) if origin is None else origin
+        return Transitions.from_dict(
+            arrays, **about._asdict(), file=path.name, sha256=sha256_of(path), **reading
+        )
 
 
-def misfit(path: str | os.PathLike[str], id: str, rows: int | None = None) -> str:
-    """Say why a file can't be D4RL's.
+class Origin(NamedTuple):
+    """What a file says about where its data came from; see `Provenance`."""
 
-    Args:
-        path: the file.
-        id: D4RL's, whose first word says how wide its rows are.
-        rows: of D4RL's file, its entry in `Task.datasets`; None where that isn't known.
+    source: str
+    id: str
+    details: dict[str, Any]
 
-    Returns:
-        A line that names the file, what was found and what was expected; "" where all that is known fits.
+
+def origin(text: str, where: str) -> Origin:
+    """Read what `origin_of` wrote.
+
+    Anyone can write that. So it can say that data are cpql's own or Minari's, never that they are D4RL's:
+    what claims anything else is a file like any other.
 
     Raises:
-        DataError: it is no file in D4RL's layout at all, or damaged.
+        DataError: it is damaged; `where` says what of which file it is.
     """
-    path = Path(path)
-    with opened(path) as (arrays, said):
-        if said is not None:
-            return f"{path.name}: carries '{ORIGIN}', as cpql's own files do: expected D4RL's {id}"
-        return _misfit(path.name, arrays, id, rows)
+    try:
+        found = json.loads(text)
+        source, id, details = str(found["source"]), str(found["id"]), dict(found["details"])
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise DataError(f"{where} '{ORIGIN}' is damaged: expected what cpql wrote") from error
+    return Origin(source if source.removesuffix(" + online") in ORIGINS else "file", id, details)
 
 
-def _misfit(name: str, arrays: Mapping[str, h5py.Dataset], id: str, rows: int | None) -> str:
-    widths = WIDTHS.get(id.partition("-")[0], (None, None))
-    for key, width in zip(("observations", "actions"), widths, strict=True):
-        if key not in arrays:
-            return f"{name}: no '{key}': expected D4RL's {id}"
-        found: tuple[int, ...] = arrays[key].shape or ()
-        if len(found) != 2 or rows not in (None, found[0]) or width not in (None, found[1]):
-            expected = ", ".join("any" if size is None else str(size) for size in (rows, width))
-            return f"{name}: '{key}' has shape {list(found)}: expected [{expected}] of D4RL's {id}"
-    return ""
+def origin_of(provenance: Provenance) -> str | None:
+    """What a file must say about data that came from cpql or Minari: JSON; None for any other data.
+
+    D4RL's data carry none: a copy could be changed by anyone, and isn't D4RL's any more.
+    """
+    if provenance.source in ("d4rl", "file", "dict"):
+        return None
+    return json.dumps({"source": provenance.source, "id": provenance.id, "details": provenance.details})
 
 
 @contextlib.contextmanager
-def opened(path: Path) -> Iterator[tuple[dict[str, h5py.Dataset], tuple[str, str, dict[str, Any]] | None]]:
-    """Open a file in D4RL's layout: its arrays, looked at but not read yet, and the origin that cpql wrote.
+def opened(path: Path) -> Iterator[tuple[dict[str, h5py.Dataset], Origin | None]]:
+    """Open a file in D4RL's layout: its arrays, checked but not read yet, and the origin that cpql wrote.
 
     What is refused here costs neither time nor memory: a link to elsewhere, and an array that declares far
     more than the file holds.
@@ -249,16 +237,19 @@ def opened(path: Path) -> Iterator[tuple[dict[str, h5py.Dataset], tuple[str, str
         DataError: it isn't such a file, or, inside the block, can't be read to its end.
     """
     name = path.name
+    found = ""
     if not path.exists():
         found = "a symbolic link that leads nowhere" if path.is_symlink() else "no such file"
-        raise DataError(f"{name}: {found} in {path.absolute().parent}: expected HDF5 in D4RL's layout")
-    if not path.is_file():
-        raise DataError(f"{name}: not a file: expected HDF5 in D4RL's layout")
-    if path.stat().st_size == 0:
-        raise DataError(f"{name}: an empty file: expected HDF5 in D4RL's layout")
+        found += f" in {path.absolute().parent}"
+    elif not path.is_file():
+        found = "not a file"
+    elif path.stat().st_size == 0:
+        found = "an empty file"
+    elif not h5py.is_hdf5(path):
+        found = "not HDF5"
+    if found:
+        raise DataError(f"{name}: {found}: expected HDF5 in D4RL's layout")
     try:
-        if not h5py.is_hdf5(path):
-            raise DataError(f"{name}: not HDF5: expected HDF5 in D4RL's layout")
         with h5py.File(path, "r") as file:
             arrays = {key: _dataset(file, key, name) for key in KEYS if file.get(key, getlink=True)}
             if not arrays:
@@ -273,51 +264,24 @@ def opened(path: Path) -> Iterator[tuple[dict[str, h5py.Dataset], tuple[str, str
 
 def _dataset(file: h5py.File, key: str, name: str) -> h5py.Dataset:
     """One array of the file, and of nothing but the file."""
-    link = file.get(key, getlink=True)
-    if not isinstance(link, h5py.HardLink):
-        raise DataError(f"{name}: '{key}' is a link to elsewhere: expected an array")
-    dataset = file[key]
-    if not isinstance(dataset, h5py.Dataset):
-        raise DataError(f"{name}: '{key}' is a group: expected an array")
-    if dataset.is_virtual or dataset.external:
-        raise DataError(f"{name}: '{key}' keeps its numbers in another file: expected an array")
-    declared, held = (
-        dataset.size * dataset.dtype.itemsize if dataset.shape else 0,
-        dataset.id.get_storage_size(),
-    )
-    if len(dataset.shape or ()) > 1 and declared > UNSUSPICIOUS_BYTES and declared > MOST_EXPANSION * held:
-        raise DataError(
-            f"{name}: '{key}' declares {declared / 2**30:,.1f} GiB and holds {held / 2**20:,.1f} MiB: "
-            f"expected an array that is written"
-        )
-    return dataset
+    array = file[key] if isinstance(file.get(key, getlink=True), h5py.HardLink) else None
+    found = ""
+    if array is None:
+        found = "is a link to elsewhere"
+    elif not isinstance(array, h5py.Dataset):
+        found = "is a group"
+    elif array.is_virtual or array.external:
+        found = "keeps its numbers in another file"
+    elif len(array.shape or ()) > 1 and is_bomb(array.nbytes, stored := array.id.get_storage_size()):
+        found = f"declares {array.nbytes / 2**30:,.1f} GiB and holds {stored / 2**20:,.1f} MiB"
+    if found:
+        raise DataError(f"{name}: '{key}' {found}: expected an array that is written")
+    return array
 
 
-def origin_of(provenance: Provenance) -> str | None:
-    """What a file of other people's layout must say about data that came from cpql or Minari: JSON, or None.
-
-    D4RL's data carry none: a copy could be changed by anyone, and isn't D4RL's any more.
-    """
-    if provenance.source in ("d4rl", "file", "dict"):
-        return None
-    return json.dumps({"source": provenance.source, "id": provenance.id, "details": provenance.details})
-
-
-def origin(text: str, where: str) -> tuple[str, str, dict[str, Any]]:
-    """Read what `origin_of` wrote: source, id and details.
-
-    Anyone can write that. So it can say that data are cpql's own or Minari's, never that they are D4RL's:
-    what claims anything else is a file like any other.
-
-    Raises:
-        DataError: it is damaged; `where` says what of which file it is.
-    """
-    try:
-        found = json.loads(text)
-        source, id, details = str(found["source"]), str(found["id"]), dict(found["details"])
-    except (ValueError, TypeError, KeyError, RecursionError) as error:
-        raise DataError(f"{where} '{ORIGIN}' is damaged: expected what cpql wrote") from error
-    return (source if source.removesuffix(" + online") in ORIGINS else "file"), id, details
+def is_bomb(declared: int, stored: int) -> bool:
+    """Whether a file declares far more bytes than those that it stores can be, compressed."""
+    return declared > UNSUSPICIOUS_BYTES and declared > MOST_EXPANSION * stored
 
 
 def write(
@@ -336,72 +300,10 @@ def write(
     """
     path = Path(path)
     try:
-        with replacing(path) as aside, h5py.File(aside, "w") as file:
+        with aside(path) as temporary, h5py.File(temporary, "w") as file:
             for key, array in arrays.items():
                 file.create_dataset(key, data=np.asarray(array))
             for key, value in attributes.items():
                 file.attrs[key] = value
     except OSError as error:
         raise DataError(f"{path.name}: can't be written in {path.absolute().parent} ({error})") from error
-
-
-@contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Give a file to write beside `path`, and rename it into place once the block has succeeded."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
-    try:
-        yield aside
-        os.replace(aside, path)
-    finally:
-        # Where it couldn't be made, there is nothing to remove, and a reason already.
-        with contextlib.suppress(OSError):
-            aside.unlink(missing_ok=True)
-
-
-def clear(path: Path) -> None:
-    """Remove what processes that were killed in `replacing` left; for whoever alone may write `path`."""
-    for left in path.parent.glob(f".{glob.escape(path.name)}.????????.part"):
-        with contextlib.suppress(OSError):
-            left.unlink()
-
-
-def download(
-    id: str,
-    progress: Progress | None = None,
-    *,
-    path: str = "",
-    rows: int | None = None,
-    say: Callable[[str], None] = print,
-) -> Path:
-    """Fetch a dataset into the cache folder, unless it lies there already; see `download.fetch`.
-
-    An own mirror is asked first: each folder in `$CPQL_D4RL_MIRROR` (URLs with spaces between) for the last
-    two parts of D4RL's URL, `FOLDER/gym_mujoco_v2/hopper_medium-v2.hdf5`, then for
-    `FOLDER/hopper_medium-v2.hdf5`.
-
-    Args:
-        id: D4RL's.
-        progress: called with bytes.
-        path: of the file under D4RL's host; see `urls`. It names the file, as it does for the d4rl package.
-        rows: of the file, its entry in `Task.datasets`; None where that isn't known.
-        say: takes the line that another process is waited for.
-
-    Raises:
-        DataError: no place had it whole, or what it had can't be D4RL's; says what to put where by hand. Or
-            what lies there already can't be, or see `download.fetch`.
-    """
-    places = urls(id, path)
-    path = "/".join(urlsplit(places[-1]).path.split("/")[-2:])
-    name = path.rpartition("/")[2]
-    if not re.fullmatch(r"\w[\w.-]*", name):
-        raise DataError(f"{id}: '{places[-1]}' names no file: expected one at its end, such as x.hdf5")
-    folders = [folder.rstrip("/") for folder in os.environ.get("CPQL_D4RL_MIRROR", "").split()]
-    own = [f"{folder}/{place}" for folder in folders for place in (path, name)]
-
-    def check(file: Path) -> None:
-        if reason := misfit(file, id, rows):
-            raise DataError(reason)
-
-    most = MOST if rows is None else min(MOST, UNSUSPICIOUS_BYTES + rows * MOST_ROW_BYTES)
-    return fetch([*own, *places], cache_folder() / name, check, progress=progress, say=say, most=most)

@@ -8,32 +8,33 @@ itself appears once all of it has been checked.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import errno
 import http.client
 import os
 import re
 import shutil
-import threading
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, InvalidStateError
 from pathlib import Path
 from typing import Any
 
 from cpql.errors import DataError, printable
-from cpql.io import Progress, flush_folder, held, sha256_of, write_text
+from cpql.io import Progress, alone, flush_folder, sha256_of, write_text
 
-__all__ = ["MOST", "alone", "fetch", "recorded", "verify_recorded"]
+__all__ = ["fetch", "recorded", "verify_recorded"]
+
+TIMEOUT = 30.0
+"""Seconds without an answer after which a URL is given up."""
 
 MOST = 8 << 30
-"""Bytes that a file may have unless the caller says otherwise."""
+"""Bytes that a file may have, whatever a server says or doesn't say."""
 
 BLOCK = 1 << 18
 OVERLAP = 1 << 16
-SLOWEST = 1024
+# What a URL that is of no use raises; a DataError is about this machine.
+REFUSALS = (OSError, http.client.HTTPException, ValueError, OverflowError)
 
 
 def fetch(
@@ -43,8 +44,6 @@ def fetch(
     *,
     progress: Progress | None = None,
     say: Callable[[str], None] = print,
-    most: int = MOST,
-    timeout: float = 30.0,
 ) -> Path:
     """Fetch a file, unless it is there already, and record its SHA-256 beside it.
 
@@ -60,9 +59,6 @@ def fetch(
             isn't the expected one.
         progress: called with bytes, about ten times a second.
         say: takes the line that another process is waited for.
-        most: bytes that the file may have, whatever a server says or doesn't say.
-        timeout: seconds for a connection, and again for all that comes before the file; after that, seconds
-            of silence that end a connection. So does less than 1 KiB a second for as long.
 
     Returns:
         `path`.
@@ -76,8 +72,7 @@ def fetch(
     if not os.path.lexists(path):
         with alone(path, "downloading", say):
             if not os.path.lexists(path):
-                part = path.with_name(f".{path.name}.part")
-                return _Download(path, part, recorded(path), check, progress, most, timeout).run(urls)
+                return _Download(path, check, progress).run(urls)
     # It may be the user's own: it is checked, and never replaced.
     if not path.is_file():
         raise DataError(f"{path.name}: not a file in {path.parent}: expected a file or nothing")
@@ -129,56 +124,21 @@ def verify_recorded(path: Path, found: str | None = None) -> None:
         )
 
 
-@contextlib.contextmanager
-def alone(path: Path, doing: str, say: Callable[[str], None]) -> Iterator[None]:
-    """Be the only process that makes a file.
-
-    Args:
-        path: the file.
-        doing: how it is made, "downloading", for the line that another process is waited for.
-        say: takes that line.
-
-    Raises:
-        DataError: the file's folder can't be written to.
-    """
-
-    def busy(holder: str) -> None:
-        say(f"{path.name}: {holder} is {doing} it: waiting until that has ended")
-
-    with contextlib.ExitStack() as stack:
-        try:
-            stack.enter_context(held(path.with_name(f".{path.name}.lock"), busy))
-        except OSError as error:
-            raise _unwritable(path, error) from error
-        yield
-
-
-class _Refused(Exception):
-    """A URL that is of no use, and why."""
-
-    def __init__(self, reason: str) -> None:
-        super().__init__(printable(" ".join(reason.split()))[:200])
-
-
-@dataclasses.dataclass(frozen=True)
 class _Download:
     """One file that is being fetched, by the one process that holds its lock."""
 
-    path: Path
-    part: Path
-    expected: str | None
-    check: Callable[[Path], object]
-    progress: Progress | None
-    most: int
-    timeout: float
+    def __init__(self, path: Path, check: Callable[[Path], object], progress: Progress | None) -> None:
+        self.path, self.check, self.progress = path, check, progress
+        self.part = path.with_name(f".{path.name}.part")
+        self.expected = recorded(path)
 
     def run(self, urls: Sequence[str]) -> Path:
         reasons = []
         for url in urls:
             try:
                 sha256 = self.bring(url)
-            except _Refused as error:
-                reasons.append(f"{url} ({error})")
+            except REFUSALS as error:
+                reasons.append(f"{url} ({_reason(error)})")
                 continue
             with self.writing(self.size()):
                 # The record first: a file without one would never get it.
@@ -195,11 +155,11 @@ class _Download:
         raise DataError(f"{name} can't be downloaded from {where}: put {name} into {folder} by hand")
 
     def bring(self, url: str) -> str:
-        """Have the whole file in `part`, and give its SHA-256."""
+        """Have the whole file in `part`, and give its SHA-256; raises one of REFUSALS where that fails."""
         start = self.size() - OVERLAP
         if start > 0 and self.receive(url, start):
             # What doesn't fit may be the bytes from before, not this server's.
-            with contextlib.suppress(_Refused):
+            with contextlib.suppress(ValueError):
                 return self.examine()
         self.receive(url, 0)
         return self.examine()
@@ -210,32 +170,53 @@ class _Download:
         Returns:
             False where what is sent doesn't continue what is there; never for `start=0`.
         """
-        response = self.request(url, start)
-        if response is None:
-            return False
+        if not re.match(r"https?://", url, re.IGNORECASE):
+            raise ValueError("expected an http or https URL")
+        headers = {"User-Agent": "cpql", "Accept-Encoding": "identity"}
+        if start:
+            headers["Range"] = f"bytes={start}-"
+        opener = urllib.request.build_opener(_Redirections)
+        try:
+            response = opener.open(urllib.request.Request(url, headers=headers), timeout=TIMEOUT)
+        except urllib.error.HTTPError as error:
+            error.close()
+            if start and error.code == http.HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
+                return False
+            raise
         with response:
             total = response.length or 0
-            if response.status == 206:
+            if response.headers.get_content_type() in ("text/html", "application/xhtml+xml"):
+                raise ValueError("a web page, not the file")
+            if start and response.status == http.HTTPStatus.PARTIAL_CONTENT:
                 sent = response.headers.get("Content-Range", "").strip()
                 match = re.fullmatch(r"bytes (\d{1,15})-(\d{1,15})/(\d{1,15})", sent)
                 first, last, total = map(int, match.groups()) if match else (0, 0, 0)
                 if (first, last + 1) != (start, total):
                     return False
-            else:
+            elif response.status == http.HTTPStatus.OK:
                 start = 0
-            if total > self.most:
-                raise _Refused(f"declares {total:,} bytes: expected at most {self.most:,}")
+            else:
+                raise ValueError(f"HTTP {response.status} {response.reason}")
+            if total > MOST:
+                raise ValueError(f"declares {total:,} bytes: expected at most {MOST:,}")
             if total - self.size() > shutil.disk_usage(self.path.parent).free:
                 raise self.no_room(total - self.size())
-            return self.write(self.blocks(response, start, total), start, total)
+            return self.write(response, start, total)
 
-    def write(self, blocks: Iterator[bytes], start: int, total: int) -> bool:
-        """Write what comes to `part` from byte `start` on; False where it isn't what is there already."""
+    def write(self, response: http.client.HTTPResponse, start: int, total: int) -> bool:
+        """Write a body to `part` from byte `start` on; False where it isn't what is there already."""
         label, size, done, due = f"download {self.path.name}", self.size() if start else 0, start, 0.0
         # Without a buffer closing writes nothing, and what is killed has lost nothing.
         with self.writing(total), open(self.part, "r+b" if start else "w+b", buffering=0) as file:
             file.seek(start)
-            for block in blocks:
+            # Whatever follows the last byte isn't waited for.
+            while not total or done < total:
+                try:
+                    block = response.read1(min(BLOCK, total - done) if total else BLOCK)
+                except (OSError, http.client.HTTPException) as error:
+                    raise ValueError(f"{_reason(error)} at {done:,} bytes") from error
+                if not block:
+                    break
                 known = file.read(min(len(block), max(0, size - done)))
                 if block[: len(known)] != known:
                     return False
@@ -243,84 +224,33 @@ class _Download:
                 while rest:
                     rest = rest[file.write(rest) :]
                 done += len(block)
+                if done > MOST:
+                    raise ValueError(f"no end within {MOST:,} bytes")
                 if self.progress and done > size and time.monotonic() >= due:
                     self.progress(label, done, total)
                     due = time.monotonic() + 0.1
-            file.truncate(done)
+            if done >= total:
+                file.truncate(done)
             os.fsync(file.fileno())
         if self.progress:
             self.progress(label, done, total)
+        if done < total:
+            raise ValueError(f"cut off after {done:,} of {total:,} bytes")
         return True
-
-    def blocks(self, response: http.client.HTTPResponse, done: int, total: int) -> Iterator[bytes]:
-        """What a server sends, up to the last byte of the file; whatever follows isn't waited for."""
-        waited, came = 0.0, 0
-        while not total or done < total:
-            since = time.monotonic()
-            try:
-                block = response.read1(min(BLOCK, total - done) if total else BLOCK)
-            except TimeoutError as error:
-                raise _Refused(f"stalled for {self.timeout:g} s at {done:,} bytes") from error
-            except (OSError, http.client.HTTPException, ValueError) as error:
-                raise _Refused(f"{_reason(error)} at {done:,} bytes") from error
-            done, came = done + len(block), came + len(block)
-            if not block and done < total:
-                raise _Refused(f"cut off after {done:,} of {total:,} bytes")
-            if done > self.most:
-                raise _Refused(f"no end within {self.most:,} bytes")
-            # Only waiting counts: what the disk takes is no server's fault.
-            waited += time.monotonic() - since
-            if waited >= self.timeout:
-                if came < SLOWEST * waited:
-                    raise _Refused(f"less than {SLOWEST} bytes a second at {done:,} bytes")
-                waited, came = 0.0, 0
-            if not block:
-                return
-            yield block
-
-    def request(self, url: str, start: int) -> http.client.HTTPResponse | None:
-        """Ask for a file from byte `start` on; None where the server has no such byte.
-
-        Raises:
-            _Refused: the answer isn't a file.
-        """
-        if not re.match(r"https?://", url, re.IGNORECASE):
-            raise _Refused("expected an http or https URL")
-        headers = {"User-Agent": "cpql", "Accept-Encoding": "identity"}
-        if start:
-            headers["Range"] = f"bytes={start}-"
-        try:
-            response = _open(url, headers, self.timeout)
-        except urllib.error.HTTPError as error:
-            error.close()
-            if start and error.code == 416:
-                return None
-            raise _Refused(f"HTTP {error.code} {error.reason}") from error
-        except (OSError, http.client.HTTPException, ValueError, OverflowError) as error:
-            late = isinstance(getattr(error, "reason", error), TimeoutError)
-            raise _Refused(f"no answer within {self.timeout:g} s" if late else _reason(error)) from error
-        if response.status not in ((200, 206) if start else (200,)):
-            reason = f"HTTP {response.status} {response.reason}"
-        elif response.headers.get_content_type() in ("text/html", "application/xhtml+xml"):
-            reason = "a web page, not the file"
-        else:
-            return response
-        response.close()
-        raise _Refused(reason)
 
     def examine(self) -> str:
         """Check the whole file, and give its SHA-256; what isn't the file goes."""
         try:
-            if self.size() == 0:
-                raise DataError("an empty file")
             with self.writing(0):
                 found = sha256_of(self.part)
+            if self.size() == 0:
+                raise ValueError("an empty file")
             if self.expected not in (None, found):
-                raise DataError(f"SHA-256 found {found}, expected {self.expected}")
+                raise ValueError(f"SHA-256 found {found}, expected {self.expected}")
             self.check(self.part)
-        except DataError as error:
+        except (DataError, ValueError) as error:
             self.part.unlink()
-            raise _Refused(str(error).removeprefix(f"{self.part.name}: ")) from error
+            raise ValueError(str(error).removeprefix(f"{self.part.name}: ")) from error
         return found
 
     def size(self) -> int:
@@ -333,7 +263,8 @@ class _Download:
             yield
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-                raise _unwritable(self.path, error) from error
+                name, where = self.path.name, self.path.parent
+                raise DataError(f"{name}: can't be written in {where} ({_reason(error)})") from error
             # A full disk hinders everything else: what has come gives way.
             self.part.unlink(missing_ok=True)
             raise self.no_room(total) from error
@@ -359,46 +290,19 @@ class _Redirections(urllib.request.HTTPRedirectHandler, urllib.request.FTPHandle
         raise urllib.error.URLError("a redirection to ftp is not allowed")
 
 
-def _open(url: str, headers: dict[str, str], timeout: float) -> http.client.HTTPResponse:
-    """Open a URL: a connection has `timeout` seconds, and so has all else that comes before the file.
-
-    A socket's timeout is for single reads, and headers may come a byte at a time. So a thread reads them,
-    which is left to itself where that takes too long.
-    """
-    future: Future[http.client.HTTPResponse] = Future()
-
-    def read() -> None:
-        try:
-            request = urllib.request.Request(url, headers=headers)
-            response = urllib.request.build_opener(_Redirections).open(request, timeout=timeout)
-        except Exception as error:
-            with contextlib.suppress(InvalidStateError):
-                future.set_exception(error)
-        else:
-            try:
-                future.set_result(response)
-            except InvalidStateError:  # nobody waits for it any more
-                response.close()
-
-    threading.Thread(target=read, daemon=True).start()
-    try:
-        return future.result(2 * timeout)
-    except TimeoutError:
-        if future.cancel():
-            raise
-        return future.result()
-
-
 def _record(path: Path) -> Path:
     return path.with_name(f"{path.name}.sha256")
 
 
-def _unwritable(path: Path, error: OSError) -> DataError:
-    return DataError(f"{path.name}: can't be written in {path.absolute().parent} ({_reason(error)})")
-
-
 def _reason(error: Exception) -> str:
+    """Why a URL is of no use, in one line of printable text."""
     cause = error.reason if isinstance(error, urllib.error.URLError) else error
-    if type(cause) in (http.client.BadStatusLine, http.client.UnknownProtocol):
-        return f"expected an answer in HTTP/1, found '{cause}'"
-    return str(getattr(cause, "strerror", None) or cause or type(cause).__name__)
+    if isinstance(error, urllib.error.HTTPError):
+        text = f"HTTP {error.code} {error.reason}"
+    elif isinstance(cause, TimeoutError):
+        text = f"no answer within {TIMEOUT:g} s"
+    elif type(cause) in (http.client.BadStatusLine, http.client.UnknownProtocol):
+        text = f"expected an answer in HTTP/1, found '{cause}'"
+    else:
+        text = str(getattr(cause, "strerror", None) or cause or type(cause).__name__)
+    return printable(" ".join(text.split()))[:200]

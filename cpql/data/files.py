@@ -1,16 +1,19 @@
 """A dataset at a path, whichever of three forms it has: D4RL's HDF5, NPZ with D4RL's keys, a Minari folder.
 
-HDF5 and NPZ keep actions in the environment's bounds and don't say what those are: whoever reads or writes
-them does. Minari's folders say it themselves. `cpql.data.d4rl`, `npz` and `minari` describe the forms.
+HDF5 and NPZ keep actions in the environment's bounds and don't say what those are: the caller does. Minari's
+folders say it themselves. `cpql.data.d4rl` and `cpql.data.minari` describe their forms. NPZ is what
+`numpy.savez` makes of observations [N, S], actions [N, A], rewards [N], terminals [N] and, where known,
+timeouts [N] and next_observations [N, S]; arrays of Python objects are pickles and are never read.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import os
-import secrets
-import shutil
+import struct
+import tokenize
 import zipfile
+import zlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, Unpack
@@ -19,10 +22,11 @@ import h5py  # type: ignore[import-untyped]
 import numpy as np
 from numpy.typing import ArrayLike
 
-from cpql.data import d4rl, minari, npz
+from cpql.data import d4rl, minari
 from cpql.data.request import Request, Source
 from cpql.data.transitions import Reading, Transitions
-from cpql.errors import DataError
+from cpql.errors import DataError, did_you_mean
+from cpql.io import aside, sha256_of
 from cpql.tasks import Task
 
 __all__ = ["ENDINGS", "File", "Form", "form", "left_out", "read", "without_foreign_references", "write"]
@@ -33,6 +37,23 @@ ENDINGS: dict[str, Form] = {".hdf5": "hdf5", ".h5": "hdf5", ".npz": "npz"}
 """The form that a file's ending stands for."""
 
 Where = str | os.PathLike[str]
+
+# D4RL's own files carry these besides; they say nothing about the transitions.
+IGNORED = ("infos/", "metadata/")
+# What zipfile, and numpy's parser of headers, raise on damaged bytes.
+DAMAGE = (
+    OSError,
+    RuntimeError,
+    ValueError,
+    EOFError,
+    LookupError,
+    MemoryError,
+    SyntaxError,
+    struct.error,
+    tokenize.TokenError,
+    zipfile.BadZipFile,
+    zlib.error,
+)
 
 
 class File(Source):
@@ -69,11 +90,7 @@ def form(path: Where) -> Form:
 
 
 def read(
-    path: Where,
-    id: str | None = None,
-    *,
-    task: Task | None = None,
-    **reading: Unpack[Reading],
+    path: Where, id: str | None = None, *, task: Task | None = None, **reading: Unpack[Reading]
 ) -> Transitions:
     """Read and check a dataset of any form.
 
@@ -91,10 +108,51 @@ def read(
     kind = form(path)
     if kind == "minari":
         return minari.read(path, task, time_limits=reading.get("time_limits", "keep"))
-    id = id or path.stem
-    if kind == "npz":
-        return npz.read(path, id, **reading)
-    return d4rl.read(path, id, **reading)
+    if kind == "hdf5":
+        return d4rl.read(path, id or path.stem, **reading)
+    arrays = _npz(path)
+    origin = d4rl.Origin("file", path.stem if id is None else id, {})
+    if d4rl.ORIGIN in arrays:
+        origin = d4rl.origin(str(arrays.pop(d4rl.ORIGIN)), f"{path.name}:")
+    return Transitions.from_dict(
+        arrays, **origin._asdict(), file=path.name, sha256=sha256_of(path), **reading
+    )
+
+
+def _npz(path: Path) -> dict[str, Any]:
+    """The arrays of an NPZ file that has no keys but D4RL's.
+
+    Raises:
+        DataError: the file is missing, damaged, isn't NPZ, has other keys, or declares more than it holds.
+    """
+    name, key = path.name, "the archive"
+    if not path.is_file():
+        found = "not a file" if path.exists() else f"no such file in {path.absolute().parent}"
+        raise DataError(f"{name}: {found}: expected NPZ with D4RL's keys")
+    try:
+        if not zipfile.is_zipfile(path):
+            raise DataError(f"{name}: not NPZ, or cut off: expected what numpy.savez writes, whole")
+        with np.load(path, allow_pickle=False) as archive:
+            keys = [key for key in archive.files if not key.startswith(IGNORED)]
+            for key in keys:
+                if key not in (*d4rl.KEYS, d4rl.ORIGIN):
+                    raise DataError(f"{name}: {key!r} is none of D4RL's keys: {did_you_mean(key, d4rl.KEYS)}")
+                if keys.count(key) > 1:
+                    raise DataError(f"{name}: '{key}' is there {keys.count(key)} times: expected it once")
+            declared = sum(archive.zip.getinfo(f"{key}.npy").file_size for key in keys)
+            size = path.stat().st_size
+            if d4rl.is_bomb(declared, size):
+                raise DataError(
+                    f"{name}: declares {declared / 2**20:,.0f} MiB in {size / 2**20:,.2f} MiB compressed: "
+                    f"expected at most {d4rl.MOST_EXPANSION} times as much"
+                )
+            arrays = {}
+            for key in keys:
+                arrays[key] = archive[key]
+        return arrays
+    except DAMAGE as error:
+        reason = " ".join(str(error).split())
+        raise DataError(f"{name}: damaged, '{key}' can't be read ({reason}): expected whole NPZ") from error
 
 
 def write(
@@ -121,7 +179,7 @@ def write(
         task: whose environment a Minari dataset is to name.
         action_low: the bounds to put actions into, for HDF5 and NPZ: the environment's, [A] or one for all.
         action_high: the upper ones.
-        replace: whether what is there may be replaced.
+        replace: whether an existing dataset may be replaced.
 
     Returns:
         The file, or the dataset's folder.
@@ -133,48 +191,26 @@ def write(
     path = Path(path)
     kind = ENDINGS.get(path.suffix.lower())
     if kind is None:
-        return _write_minari(transitions, path, id, task, replace)
+        return minari.write(transitions, path, id=id, task=task, replace=replace)
     if path.is_dir() or (os.path.lexists(path) and not replace):
         raise DataError(f"{path.name}: there is one in {path.absolute().parent} already: expected a new name")
-    transitions = _in_bounds(transitions, np.asarray(action_low), np.asarray(action_high))
-    if kind == "npz":
-        return npz.write(transitions, path)
+    arrays = transitions.to_dict()
+    low, high = np.asarray(action_low), np.asarray(action_high)
+    if (low != -1).any() or (high != 1).any():  # in [-1, 1] no bit changes
+        scaled = low + (arrays["actions"].astype(np.float64) + 1) / 2 * (high - low)
+        arrays["actions"] = np.clip(scaled, low, high).astype(np.float32)
     origin = d4rl.origin_of(transitions.provenance)
-    d4rl.write(path, transitions.to_dict(), {} if origin is None else {d4rl.ORIGIN: origin})
-    return path
-
-
-def _in_bounds(transitions: Transitions, low: Any, high: Any) -> Transitions:
-    """The same, actions where a file has them. Where that is [-1, 1] they aren't touched: no bit changes."""
-    if (low == -1).all() and (high == 1).all():
-        return transitions
-    table = transitions.table.clone()
-    actions = table[:, transitions.state_dim : transitions.state_dim + transitions.action_dim]
-    scaled = low + (actions.numpy().astype(np.float64) + 1) / 2 * (high - low)
-    actions.numpy()[:] = np.clip(scaled, low, high)
-    return dataclasses.replace(transitions, table=table)
-
-
-def _write_minari(transitions: Transitions, path: Path, id: str, task: Task | None, replace: bool) -> Path:
-    folder = path / id
-    if not (id and replace and folder.exists()):
-        return minari.write(transitions, path, id=id, task=task)
-    # Whatever else lies there isn't ours to remove.
-    minari.metadata(folder)
-    aside = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.part")
+    attributes = {} if origin is None else {d4rl.ORIGIN: origin}
+    if kind == "hdf5":
+        d4rl.write(path, arrays, attributes)
+        return path
     try:
-        made = minari.write(transitions, aside / "new", id=id, task=task)
-        os.rename(folder, aside / "old")
-        try:
-            os.rename(made, folder)
-        except OSError:
-            os.rename(aside / "old", folder)
-            raise
+        # A stream rather than a name, to which numpy would add an ending.
+        with aside(path) as temporary, temporary.open("wb") as file:
+            np.savez(file, allow_pickle=False, **arrays, **{k: np.array(v) for k, v in attributes.items()})
     except OSError as error:
-        raise DataError(f"{id}: can't be written in {path.absolute()} ({error})") from error
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
-    return folder
+        raise DataError(f"{path.name}: can't be written in {path.absolute().parent} ({error})") from error
+    return path
 
 
 def left_out(path: Where, data: Transitions, task: Task | None = None) -> list[str]:
@@ -202,45 +238,36 @@ def left_out(path: Where, data: Transitions, task: Task | None = None) -> list[s
 def _left_out_of_arrays(arrays: Mapping[str, Any], names: Iterable[str], taken: int) -> list[str]:
     there = set(names)
     others = sorted({name.partition("/")[0] for name in there - {*d4rl.KEYS, d4rl.ORIGIN}})
-    clauses = [f"{', '.join(others)}: all of it"] if others else []
     wide = []
     for key in ("observations", "actions", "rewards", "next_observations"):
         if key in there and not np.can_cast(arrays[key].dtype, np.float32):
             wide.append(key)
+    rows = len(arrays["terminals"])
+    clauses = [f"{', '.join(others)}: all of it"] if others else []
     if wide:
         clauses.append(f"{', '.join(wide)}: digits beyond float32's")
-    rows = len(arrays["terminals"])
     if taken < rows:
         clauses.append(f"rows: {rows - taken:,} of {rows:,}, which have no next observation")
-    if "timeouts" in there:
-        clauses += _both_flags(int((_flags(arrays["terminals"]) & _flags(arrays["timeouts"])).sum()))
-    return clauses
+    return clauses + (_both_flags([(arrays["terminals"], arrays["timeouts"])]) if "timeouts" in there else [])
 
 
 def _left_out_of_minari(path: Path, task: Task | None) -> list[str]:
     folder = path if (path / minari.ARRAYS).is_file() else path / "data"
-    both = 0
     with h5py.File(folder / minari.ARRAYS, "r") as file:
-        for name in file:
-            if name.startswith("episode_"):
-                episode = file[name]
-                both += int((_flags(episode["terminations"]) & _flags(episode["truncations"])).sum())
         first = file["episode_0"]
         others = ["infos"] if len(first.get("infos", ())) else []
         if isinstance(first["observations"], h5py.Group):
             taken = task.observation if task else ()
             others += [f"observations/{key}" for key in first["observations"] if key not in taken]
-    return [*([f"{', '.join(others)}: all of it"] if others else []), *_both_flags(both)]
+        episodes = [file[name] for name in file if name.startswith("episode_")]
+        flags = [(episode["terminations"], episode["truncations"]) for episode in episodes]
+        return [*([f"{', '.join(others)}: all of it"] if others else []), *_both_flags(flags)]
 
 
-def _flags(array: Any) -> Any:
-    return np.asarray(array[:]).reshape(-1) != 0
-
-
-def _both_flags(rows: int) -> list[str]:
-    if not rows:
-        return []
-    return [f"terminals at a time limit: {rows:,}, where the time limit wins"]
+def _both_flags(pairs: Iterable[tuple[Any, Any]]) -> list[str]:
+    """A clause for the rows where the task ended and the clock ran out at once."""
+    rows = sum(int(((one[:].ravel() != 0) & (other[:].ravel() != 0)).sum()) for one, other in pairs)
+    return [f"terminals at a time limit: {rows:,}, where the time limit wins"] if rows else []
 
 
 def without_foreign_references(task: Task, data: Transitions) -> Task:

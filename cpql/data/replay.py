@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cpql.data.transitions import Batch, split
+from cpql.data.transitions import Batch, draw_rows, join, split
 
 __all__ = ["ReplayBuffer"]
 
@@ -14,7 +14,7 @@ class ReplayBuffer:
     """A ring of transitions, in the layout of `Transitions.table`: [capacity, S + A + S + 2].
 
     Args:
-        capacity: how many it holds; from then on the oldest go.
+        capacity: number of transitions that it holds; after that the oldest are replaced.
         state_dim: S.
         action_dim: A.
         device: where it lies.
@@ -28,11 +28,16 @@ class ReplayBuffer:
         self.added = 0
 
     def __len__(self) -> int:
-        """How many transitions it holds."""
+        """The number of transitions that it holds."""
         return min(self.added, len(self.table))
 
     def add(
-        self, observations: Tensor, actions: Tensor, rewards: Tensor, following: Tensor, terminated: Tensor
+        self,
+        observations: Tensor,
+        actions: Tensor,
+        rewards: Tensor,
+        next_observations: Tensor,
+        terminated: Tensor,
     ) -> None:
         """Take transitions [B, ...]; those that end at a time limit bootstrap like any other.
 
@@ -40,30 +45,29 @@ class ReplayBuffer:
             observations: [B, S].
             actions: [B, A] in [-1, 1].
             rewards: [B].
-            following: the next observations [B, S], the last of an episode and not the next one's first.
+            next_observations: [B, S], the last of an episode and not the next one's first.
             terminated: [B] bool, where the task ended.
         """
-        scalars = torch.stack([rewards, 1.0 - terminated.float()], -1)
-        rows = torch.cat([observations, actions, following, scalars], -1).to(self.table)
+        discounts = 1.0 - terminated.float()
+        rows = join(Batch(observations, actions, rewards, next_observations, discounts)).to(self.table)
         places = torch.arange(self.added, self.added + len(rows)) % len(self.table)
         self.table[places.to(self.table.device)] = rows
         self.added += len(rows)
 
     def rows(self, count: int, generator: torch.Generator) -> Tensor:
         """Draw rows of the table uniformly, with replacement, [count, ...]."""
-        drawn = torch.randint(len(self), (count,), generator=generator, device=self.table.device)
-        return self.table.index_select(0, drawn)
+        return draw_rows(self.table, len(self), count, generator)
 
     def sample(self, batch_size: int, generator: torch.Generator) -> Batch:
         """Draw transitions uniformly, with replacement."""
         return split(self.rows(batch_size, generator), self.state_dim, self.action_dim)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """What it holds, and how many there have been."""
+        """The transitions, and how many have been added."""
         return {"table": self.table[: len(self)], "added": torch.tensor(self.added)}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Take over what `state_dict` gave.
+        """Restore what `state_dict` gave.
 
         Raises:
             ValueError: it is wider or longer than this one.

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from cpql.data.transitions import Batch, Transitions
+from cpql.data.transitions import Batch, Transitions, join
 from cpql.errors import ConfigError, DataError
 
 __all__ = ["REWARD_RULES", "RewardRule", "n_step", "normalise_observations", "reward", "reward_rule"]
@@ -34,23 +34,12 @@ REWARD_RULES: dict[str, str] = {
 EPSILON = 1e-3
 
 
-def _replaced(data: Transitions, what: dict[str, Any], batch: Batch, **changes: Any) -> Transitions:
-    """The same data with other columns; `what` goes into the provenance."""
-    provenance = data.provenance
-    done = provenance.details.get("transforms", {}) | what
-    details = provenance.details | {"transforms": done}
-    table = torch.cat(
-        [
-            batch.observations,
-            batch.actions,
-            batch.next_observations,
-            batch.rewards[:, None],
-            batch.discounts[:, None],
-        ],
-        1,
-    )
-    changes["provenance"] = dataclasses.replace(provenance, details=details)
-    return dataclasses.replace(data, table=table, **changes)
+def _replaced(data: Transitions, done: dict[str, Any], batch: Batch, **changes: Any) -> Transitions:
+    """The same data with other columns; `done` goes into the provenance."""
+    details = data.provenance.details
+    details = details | {"transforms": details.get("transforms", {}) | done}
+    provenance = dataclasses.replace(data.provenance, details=details)
+    return dataclasses.replace(data, table=join(batch), provenance=provenance, **changes)
 
 
 def reward_rule(data: Transitions, rule: str) -> Callable[[Tensor], Tensor]:
@@ -66,25 +55,27 @@ def reward_rule(data: Transitions, rule: str) -> Callable[[Tensor], Tensor]:
         mean, std = data.rewards.mean(), data.rewards.std(correction=0)
         if not std > 0:
             raise DataError(
-                f"{_name(data)}: all rewards are {data.rewards[0]:g}: reward=normalize expects some to differ"
+                f"{data.provenance.name}: all rewards are {data.rewards[0]:g}: "
+                "reward=normalize expects some to differ"
             )
         return lambda r: (r - mean) / std
     if rule == "iql_locomotion":
-        low, high = data.provenance.return_min, data.provenance.return_max
+        p = data.provenance
+        low, high = p.return_min, p.return_max
         if low is None or high is None or low == high:
             raise DataError(
-                f"{_name(data)}: {data.provenance.episodes} complete episodes, returns from {low} to {high}: "
+                f"{p.name}: {p.episodes} complete episodes, returns from {low} to {high}: "
                 "reward=iql_locomotion expects two with different returns"
             )
         scale = 1000.0 / (high - low)
         return lambda r: r * scale
-    simple: dict[str, Callable[[Tensor], Tensor]] = {
+    rules: dict[str, Callable[[Tensor], Tensor]] = {
         "none": lambda r: r,
         "antmaze": lambda r: 2.0 * (r - 0.25),
         "cql_antmaze": lambda r: 4.0 * (r - 0.5),
         "iql_antmaze": lambda r: r - 1.0,
     }
-    return simple[rule]
+    return rules[rule]
 
 
 def reward(data: Transitions, rule: str) -> Transitions:
@@ -110,15 +101,9 @@ def normalise_observations(data: Transitions) -> Transitions:
     columns = data.columns
     mean = columns.observations.mean(0)
     std = columns.observations.std(0, correction=0) + EPSILON
-    return _replaced(
-        data,
-        {"normalise_observations": True},
-        columns._replace(
-            observations=(columns.observations - mean) / std,
-            next_observations=(columns.next_observations - mean) / std,
-        ),
-        normalisation=(mean, std),
-    )
+    changed = {key: (getattr(columns, key) - mean) / std for key in ("observations", "next_observations")}
+    batch = columns._replace(**changed)
+    return _replaced(data, {"normalise_observations": True}, batch, normalisation=(mean, std))
 
 
 def n_step(data: Transitions, n: int, discount: float) -> Transitions:
@@ -164,7 +149,3 @@ def n_step(data: Transitions, n: int, discount: float) -> Transitions:
         discounts=powers * columns.discounts[last],
     )
     return _replaced(data, {"n_step": n}, batch, terminated=data.terminated[last])
-
-
-def _name(data: Transitions) -> str:
-    return data.provenance.file or data.provenance.id or data.provenance.source

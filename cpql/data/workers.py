@@ -1,19 +1,20 @@
-"""Acting in fresh Python processes, one a core, that end with the process that started them.
+"""Calls in fresh Python processes, one per core, which end together with the program that started them.
 
-A worker takes jobs on its standard input and answers on its standard output. A message is a line of JSON,
-then arrays as safetensors: nothing is unpickled. It imports cpql and never the program that started it, which
-therefore needs no `if __name__ == "__main__"` and may be a notebook, or come from standard input.
+A worker receives calls on its standard input and answers on its standard output. A message is a line of JSON
+followed by arrays in safetensors' format, so nothing is unpickled. A worker imports cpql but not the program
+that started it, which may be a notebook or standard input and needs no `if __name__ == "__main__"`.
 
-Workers are in a session of their own. A terminal's Ctrl-C therefore reaches the program alone, which ends
-them; and however the program itself ends, their input ends with it, and so do they.
+Workers run in a session of their own, so Ctrl-C in a terminal reaches only the program, which then ends them.
+If the program ends in any other way, the workers' input is closed and they exit at once.
 
-This module is imported by the workers: it loads neither torch nor anything that does.
+Workers import this module, so it must load neither torch nor anything that does.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import importlib
 import json
 import os
 import queue
@@ -23,14 +24,14 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import IO, TYPE_CHECKING, Any
 
 import safetensors.numpy
 from numpy.typing import NDArray
 
 from cpql import errors
-from cpql.errors import ActingError, ConfigError, CpqlError, DataError
+from cpql.errors import ConfigError, CpqlError, DataError, brief
 
 if TYPE_CHECKING:
     import numpy as np
@@ -38,81 +39,75 @@ if TYPE_CHECKING:
     from cpql.data.behaviour import Behaviour
     from cpql.tasks import Task
 
-__all__ = ["in_workers", "serve"]
+__all__ = ["Arrays", "in_workers", "serve"]
 
 Arrays = dict[str, NDArray[Any]]
 Worker = subprocess.Popen[bytes]
 
-# The program's own path, so that its cpql is the one that is imported, and its environments are found.
+# With the program's own path, so that workers find its cpql and its environments.
 START = "import json, sys; sys.path = json.loads(sys.argv[1]); import cpql.data.workers as w; w.serve()"
-# Sums come in one order only where BLAS has one thread; it reads this once, when numpy is imported.
+# BLAS adds in a fixed order only with one thread, and reads these variables once, when numpy is imported.
 ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
 
 
 def in_workers(
-    function: Callable[..., Any],
+    function: Callable[..., Arrays],
     arguments: Sequence[tuple[Any, ...]],
     count: int | None,
     report: Callable[[Sequence[int]], None] | None = None,
-) -> list[Any]:
+) -> list[Arrays]:
     """Call a function in worker processes.
 
-    Even a single job runs in one: there BLAS has one thread, and sums in one order.
+    A single call runs in a worker too, because there BLAS has one thread and adds in a fixed order.
 
     Args:
-        function: `rollout` or `play` of `cpql.data.behaviour`.
-        arguments: of each call.
-        count: processes; None for one a core.
-        report: called with the places of those that are done, whenever another is.
+        function: of a module that workers can import, such as `cpql.data.behaviour.rollout`.
+        arguments: of each call: a task, a behaviour or None, a count, a `numpy.random.SeedSequence`, and
+            any further values that JSON can represent.
+        count: the number of processes; None starts one per core.
+        report: called after each call with the indices of all finished calls.
 
     Returns:
-        What each call returned, in the order of `arguments`.
+        The arrays that each call returned, in the order of `arguments`.
 
     Raises:
         ActingError: an environment failed.
         ConfigError: an environment can't be made in a worker.
-        DataError: a worker died, or ran out of memory; or what a call itself raises.
+        DataError: a worker died or ran out of memory; or whatever `CpqlError` a call itself raises.
     """
-    count = min(count or _cores(), len(arguments))
+    # In a container a process may use fewer cores than the machine has.
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    count = min(count or cores or 1, len(arguments))
     done: list[int] = []
-    # The workers end before the threads that wait for them.
+    # Leaving the block ends the workers first, then joins the threads that wait for their answers.
     with ThreadPoolExecutor(count) as threads, _started(count) as workers:
         idle: queue.SimpleQueue[Worker] = queue.SimpleQueue()
         for worker in workers:
             idle.put(worker)
 
-        def call(each: tuple[Any, ...]) -> Any:
+        def call(each: tuple[Any, ...]) -> Arrays:
             worker = idle.get()
             try:
-                return _ask(worker, function.__name__, *each)
+                return _call(worker, function, *each)
             finally:
                 idle.put(worker)
 
-        futures: dict[Future[Any], int] = {threads.submit(call, each): k for k, each in enumerate(arguments)}
-        running = set(futures)
+        futures = {threads.submit(call, each): k for k, each in enumerate(arguments)}
         try:
-            while running:
-                # Not for ever: on Windows a wait without an end hears no Ctrl-C.
-                ready, running = wait(running, 0.5, FIRST_COMPLETED)
-                for future in ready:
-                    future.result()
-                    done.append(futures[future])
-                    if report is not None:
-                        report(done)
+            for future in as_completed(futures):
+                future.result()
+                done.append(futures[future])
+                if report is not None:
+                    report(done)
         except BaseException:
             threads.shutdown(wait=False, cancel_futures=True)
             raise
         return [future.result() for future in futures]
 
 
-def _cores() -> int:
-    # What this process may use, which in a container is fewer than the machine has.
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 @contextlib.contextmanager
 def _started(count: int) -> Iterator[list[Worker]]:
-    """Have workers, and leave none behind."""
+    """Start workers and end them with the block."""
     workers: list[Worker] = []
     try:
         for _ in range(count):
@@ -131,28 +126,24 @@ def _started(count: int) -> Iterator[list[Worker]]:
         for worker in workers:
             worker.kill()
         for worker in workers:
-            worker.wait()
-            for pipe in (worker.stdin, worker.stdout):
-                # What was still to be written finds no reader.
-                with contextlib.suppress(BrokenPipeError):
-                    _there(pipe).close()
+            with contextlib.suppress(BrokenPipeError), worker:  # input that wasn't sent yet has no reader
+                pass
 
 
-def _ask(
+def _call(
     worker: Worker,
-    function: str,
+    function: Callable[..., Arrays],
     task: Task,
     behaviour: Behaviour | None,
     count: int,
     seed: np.random.SeedSequence,
     *more: Any,
-) -> Any:
-    """Have a worker call a function, and give what that returned or raise what it raised."""
-    from cpql.data.behaviour import Episodes
-
-    job = {
-        "function": function,
-        "environment": _registered(task.id),
+) -> Arrays:
+    """Send one call to a worker; return its answer or raise its error."""
+    assert worker.stdin is not None and worker.stdout is not None
+    header = {
+        "function": [function.__module__, function.__name__],
+        "environment": _registration(task.id),
         "task": dataclasses.asdict(task),
         "behaviour": behaviour is not None,
         "count": count,
@@ -160,79 +151,78 @@ def _ask(
         "more": more,
     }
     try:
-        _send(_there(worker.stdin), job, {} if behaviour is None else behaviour.to_tensors())
-        answer, arrays = _receive(_there(worker.stdout))
+        _send(worker.stdin, header, {} if behaviour is None else behaviour.to_tensors())
+        answer, arrays = _receive(worker.stdout)
     except (BrokenPipeError, EOFError):
         raise DataError(f"collecting {task.name}: a worker process {_end(worker.wait())}") from None
     if "error" in answer:
-        kind, text = answer["error"], answer["text"]
-        known = getattr(errors, kind, None)
-        if isinstance(known, type) and issubclass(known, CpqlError):
-            raise known(text)
         cause = RuntimeError(f"in a worker process:\n{answer['traceback']}")
-        if kind == "MemoryError":
-            raise DataError(f"collecting {task.name}: out of memory in a worker process") from cause
-        raise ActingError(f"environment '{task.id}' failed: {kind}: {text}") from cause
-    return Episodes(**arrays) if function == "play" else arrays
+        raise getattr(errors, answer["error"])(answer["text"]) from cause
+    return arrays
 
 
-def _registered(id: str | None) -> str | None:
-    """What a worker needs to know of an environment: how the program registered it, as JSON."""
+def _registration(id: str | None) -> str | None:
+    """How the program registered an environment, as JSON; None if workers can register it without that."""
     import gymnasium
 
     from cpql.environments import CONTROL, ROBOTICS
 
     spec = gymnasium.registry.get(id or "")
     if spec is None or spec.id.startswith((*ROBOTICS, CONTROL)):
-        return None  # `make_environment` knows by itself where they come from
+        return None
     maker = spec.entry_point
     if callable(maker):
-        maker = f"{maker.__module__}:{getattr(maker, '__qualname__', type(maker).__qualname__)}"
-    if str(maker).startswith("__main__:"):
-        raise ConfigError(
-            f"environment '{id}' is made by {str(maker).removeprefix('__main__:')} of the program itself: "
-            "expected it in a module, which worker processes can import"
-        )
+        name = getattr(maker, "__qualname__", type(maker).__qualname__)
+        maker = f"{maker.__module__}:{name}"
     try:
+        if str(maker).startswith("__main__:"):
+            raise ValueError(f"{maker} is the program itself")
         return dataclasses.replace(spec, entry_point=maker, vector_entry_point=None).to_json()
     except (TypeError, ValueError) as error:
         raise ConfigError(
-            f"environment '{id}' can't be registered in worker processes ({error}): expected plain kwargs"
+            f"environment '{id}' can't be made in worker processes ({error}): expected a class in a module "
+            "that they can import, and plain kwargs"
         ) from error
 
 
 def _end(code: int) -> str:
-    """Say how a process ended."""
+    """How a process ended, in words."""
     if code >= 0:
         return f"ended with exit code {code}"
     name = signal.Signals(-code).name
-    why = ", which the system does when memory runs out" if name == "SIGKILL" else ""
-    return f"was killed by {name}{why}"
+    cause = ", which the system does when memory runs out" if name == "SIGKILL" else ""
+    return f"was killed by {name}{cause}"
 
 
 def serve() -> None:
-    """Be a worker: answer jobs until there can be no more."""
-    jobs: queue.SimpleQueue[tuple[dict[str, Any], Arrays]] = queue.SimpleQueue()
+    """Run a worker: answer calls until the input ends."""
+    calls: queue.SimpleQueue[tuple[dict[str, Any], Arrays]] = queue.SimpleQueue()
     answers = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # what an environment prints is no answer
+    os.dup2(2, 1)  # so that what an environment prints doesn't mix with the answers
 
     def listen() -> None:
-        """Receive jobs; at the end of the program, end at once, in the middle of whatever is done."""
+        """Receive calls; at the end of the input, exit at once, even in the middle of a call."""
         with contextlib.suppress(EOFError):
             while True:
-                jobs.put(_receive(sys.stdin.buffer))
+                calls.put(_receive(sys.stdin.buffer))
         os._exit(0)
 
     threading.Thread(target=listen, daemon=True).start()
     while True:
-        job, tensors = jobs.get()
+        header, tensors = calls.get()
         answer: dict[str, Any] = {}
         arrays: Arrays = {}
         try:
-            arrays = _work(job, tensors)
+            arrays = _run(header, tensors)
         except Exception as error:
-            kind = "MemoryError" if isinstance(error, MemoryError) else type(error).__name__
-            text = " ".join(str(error).split())
+            kind, text = "ActingError", f"environment '{header['task']['id']}' failed: {brief(error)}"
+            if isinstance(error, CpqlError):
+                kind, text = type(error).__name__, str(error)
+            elif isinstance(error, MemoryError):
+                kind, text = (
+                    "DataError",
+                    f"collecting {header['task']['name']}: out of memory in a worker process",
+                )
             answer = {"error": kind, "text": text, "traceback": traceback.format_exc()}
         try:
             _send(answers, answer, arrays)
@@ -240,43 +230,37 @@ def serve() -> None:
             os._exit(0)
 
 
-def _work(job: dict[str, Any], tensors: Arrays) -> Arrays:
+def _run(header: dict[str, Any], tensors: Arrays) -> Arrays:
+    """Make the call that `_call` describes."""
     import gymnasium
     import numpy as np
     from gymnasium.envs.registration import EnvSpec
 
-    from cpql.data import behaviour
+    from cpql.data.behaviour import Behaviour
     from cpql.tasks import Task
 
-    if job["environment"] is not None:
-        spec = EnvSpec.from_json(job["environment"])
+    if header["environment"] is not None:
+        spec = EnvSpec.from_json(header["environment"])
         gymnasium.registry.setdefault(spec.id, spec)
-    said = job["task"]
-    task = Task(**said | {"observation": tuple(said["observation"])})
-    policy = behaviour.Behaviour.from_tensors(tensors) if job["behaviour"] else None
-    functions: dict[str, Callable[..., Any]] = {"rollout": behaviour.rollout, "play": behaviour.play}
-    made = functions[job["function"]](
-        task, policy, job["count"], np.random.SeedSequence(**job["seed"]), *job["more"]
-    )
-    return made if isinstance(made, dict) else vars(made)
+    module, name = header["function"]
+    function: Callable[..., Arrays] = getattr(importlib.import_module(module), name)
+    task = Task(**header["task"] | {"observation": tuple(header["task"]["observation"])})
+    behaviour = Behaviour.from_tensors(tensors) if header["behaviour"] else None
+    seed = np.random.SeedSequence(**header["seed"])
+    return function(task, behaviour, header["count"], seed, *header["more"])
 
 
-def _send(stream: IO[bytes], said: dict[str, Any], arrays: Arrays) -> None:
+def _send(stream: IO[bytes], header: dict[str, Any], arrays: Arrays) -> None:
     content = safetensors.numpy.save(arrays)
-    stream.write(json.dumps(said | {"bytes": len(content)}).encode() + b"\n")
+    stream.write(json.dumps(header | {"bytes": len(content)}).encode() + b"\n")
     stream.write(content)
     stream.flush()
 
 
 def _receive(stream: IO[bytes]) -> tuple[dict[str, Any], Arrays]:
     line = stream.readline()
-    said = json.loads(line) if line.endswith(b"\n") else {"bytes": 1}
-    content = stream.read(said["bytes"])
-    if len(content) < said["bytes"]:
+    header = json.loads(line) if line.endswith(b"\n") else {"bytes": 1}
+    content = stream.read(header["bytes"])
+    if len(content) < header["bytes"]:
         raise EOFError
-    return said, safetensors.numpy.load(content)
-
-
-def _there(pipe: IO[bytes] | None) -> IO[bytes]:
-    assert pipe is not None
-    return pipe
+    return header, safetensors.numpy.load(content)

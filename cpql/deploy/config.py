@@ -9,14 +9,14 @@ import numpy as np
 from pydantic import Field
 
 from cpql.actors import AnyActorConfig
+from cpql.deploy.folded import LARGEST
 from cpql.errors import ConfigError
 from cpql.networks import Activation
 from cpql.settings import Candidates, NonNegative, Width
 from cpql.tasks import Task
 
-__all__ = ["LARGEST", "PolicyConfig"]
+__all__ = ["PolicyConfig"]
 
-LARGEST = 1e10  # of a weight or a bound; cpql.deploy.folded has the same
 SMALLEST = float(np.finfo(np.float32).tiny)
 
 

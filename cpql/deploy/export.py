@@ -189,11 +189,7 @@ def _to_onnx(folded: FoldedPolicy, path: Path, inside: bool) -> Run:
     inputs, outputs = (list(folded.description[way]) for way in ("inputs", "outputs"))
     with _quiet():
         program = torch.onnx.export(
-            _program(folded, inside),
-            input_names=inputs,
-            output_names=outputs,
-            dynamo=True,
-            verbose=False,
+            _program(folded, inside), input_names=inputs, output_names=outputs, dynamo=True, verbose=False
         )
     assert program is not None
     program.model.metadata_props["cpql"] = json.dumps(folded.description, allow_nan=False)

@@ -57,15 +57,15 @@ class FoldedPolicy:
             `actor.state_weight` [S, H] and `actor.state_bias` [H] are the first layer for observations as the
             environment gives them, `actor.steps.K.weight` [A, H] and `.bias` [H] its part for x and t at
             sampling step K. `actor.layers.K.weight` and `.bias` are the later layers, each
-            `activation(norm(y)) weight + bias`, with `.norm_weight` and `.norm_bias` if there is a LayerNorm.
-            `actor.low` [A] are the lower bounds of actions, `actor.span` [A] the upper ones minus these.
+            `activation(norm(y)) weight + bias`, with `.norm_weight` and `.norm_bias` if it has a LayerNorm.
+            `actor.low` [A] are the lower bounds of actions, `actor.span` [A] the upper minus the lower ones.
             `critic.K.state_weight`, `.action_weight` [A, H], `.bias` and `.layers` are the twin critics.
-        head: everything else. `steps` lists spread, c_skip and c_out of each sampling step, and is empty for
-            a deterministic actor; `inside` clamps after every step, not only after the last; `tanh` noises
-            actions before a tanh, see `cpql.consistency.perturb`; `activations` of `actor` and `critic` are
-            `mish` or `relu`. Of so many `candidates`, if more than 1, one is chosen with probability
-            softmax(min(Q1, Q2) / temperature), or the best where `temperature` is 0. `description` says what
-            the policy was exported from.
+        head: everything else. `steps` lists spread (the standard deviation of the noise), c_skip and c_out of
+            each sampling step, and is empty for a deterministic actor. `inside` clamps after every step, not
+            only after the last. `tanh` adds the noise before a tanh, see `cpql.consistency.perturb`.
+            `activations` of `actor` and `critic` are `mish` or `relu`. With more than 1 of `candidates`, one
+            is chosen with probability softmax(min(Q1, Q2) / `temperature`), or the best for temperature 0.
+            `description` is metadata on the policy's origin.
     """
 
     arrays: dict[str, Any]
@@ -73,7 +73,7 @@ class FoldedPolicy:
 
     @property
     def description(self) -> dict[str, Any]:
-        """What the policy was exported from."""
+        """Metadata on the policy's origin."""
         found: dict[str, Any] = self.head["description"]
         return found
 
@@ -173,11 +173,8 @@ class FoldedPolicy:
             if f"{name}.norm_weight" in self.arrays:
                 norm = self.arrays[f"{name}.norm_weight"], self.arrays[f"{name}.norm_bias"]
                 rows = _layer_norm(rows, *norm, xp)
-            rows, weight, bias = (
-                activation(rows, xp),
-                self.arrays[f"{name}.weight"],
-                self.arrays[f"{name}.bias"],
-            )
+            rows = activation(rows, xp)
+            weight, bias = self.arrays[f"{name}.weight"], self.arrays[f"{name}.bias"]
             rows = rows @ weight + bias if xp is np else xp.addmm(bias, rows, weight)
         return rows.reshape(*first.shape[:-1], rows.shape[-1])
 

@@ -25,6 +25,7 @@ __all__ = [
     "looks_like_an_id",
     "one_line",
     "read_object",
+    "read_result",
     "upload",
 ]
 
@@ -70,48 +71,41 @@ def read_object(path: Path, what: str) -> dict[str, Any]:
     return found
 
 
-def find_result(
-    origin: Mapping[str, Any], folder: Path | None, given: str | Path | None
-) -> dict[str, Any] | None:
-    """The result of a policy, as a run (`result.json`) or `scripts/evaluate.py` writes it.
-
-    Args:
-        origin: the policy's.
-        folder: the policy's, in which or in whose run's folder the result is looked for.
-        given: the result's file, where the user names one.
-
-    Returns:
-        The result; None if no file is given and there is none of this very policy.
-
-    Raises:
-        CheckpointError: the given file can't be read, or belongs to another policy.
-    """
-    near: list[Path] = []
-    if given is None and folder is not None:
-        folder = folder.resolve()
-        near = [folder, *folder.parents[2:3]]  # run/checkpoints/step_00005000/policy
-    expected = _identity(origin)
-    for path in [place / "result.json" for place in near] if given is None else [Path(given)]:
-        if given is None and not path.is_file():
-            continue
-        result = read_object(path, "result")
-        own = result.get("policy")  # of scripts/evaluate.py
-        found = _identity(own if isinstance(own, dict) else result | {"seed": result.get("training_seed")})
-        if found == expected:
+def find_result(folder: Path, origin: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The result in a policy's folder or in its run's folder; None if there is none of this very policy."""
+    folder = folder.resolve()
+    for place in (folder, *folder.parents[2:3]):  # run/checkpoints/step_00005000/policy
+        path = place / "result.json"
+        if path.is_file() and not _difference(result := read_object(path, "result"), origin):
             return result
-        if given is not None:
-            key = next(key for key in expected if found[key] != expected[key])
-            raise CheckpointError(
-                f"{path}: is another policy's: expected {key} {expected[key]}, found {found[key]}"
-            )
     return None
 
 
-def _identity(origin: Mapping[str, Any]) -> dict[str, Any]:
-    """What tells one trained policy from another."""
-    data = origin.get("data")
-    sha256 = data.get("sha256") if isinstance(data, Mapping) else None
-    return {key: origin.get(key) for key in ("agent", "step", "seed")} | {"dataset's sha256": sha256}
+def read_result(path: Path, origin: Mapping[str, Any]) -> dict[str, Any]:
+    """Read a result as a run (`result.json`) or `scripts/evaluate.py` writes it.
+
+    Raises:
+        CheckpointError: there is none, or it belongs to another policy.
+    """
+    result = read_object(path, "result")
+    if difference := _difference(result, origin):
+        raise CheckpointError(f"{path}: is another policy's: {difference}")
+    return result
+
+
+def _difference(result: dict[str, Any], origin: Mapping[str, Any]) -> str:
+    """What tells the policy that a result belongs to from the one of this origin; empty for the same one."""
+    own = result.get("policy")  # in the results of scripts/evaluate.py
+    if not isinstance(own, dict):
+        own = result | {"seed": result.get("training_seed")}
+    for key in ("agent", "step", "seed"):
+        if own.get(key) != origin.get(key):
+            return f"expected {key} {origin.get(key)}, found {own.get(key)}"
+    expected, found = (
+        data.get("sha256") if isinstance(data := each.get("data"), Mapping) else None
+        for each in (origin, own)
+    )
+    return "" if found == expected else f"expected dataset's sha256 {expected}, found {found}"
 
 
 CARD = """\

@@ -22,9 +22,9 @@ from torch import Tensor, nn
 from cpql.actors import ACTORS, Actor
 from cpql.critics import TwinCritic
 from cpql.deploy import hub
-from cpql.deploy.config import LARGEST, PolicyConfig
+from cpql.deploy.config import PolicyConfig
 from cpql.deploy.fold import fold
-from cpql.deploy.folded import FoldedPolicy
+from cpql.deploy.folded import LARGEST, FoldedPolicy
 from cpql.device import choose_device
 from cpql.errors import CheckpointError, ConfigError
 from cpql.io import aside
@@ -34,7 +34,7 @@ from cpql.settings import build
 __all__ = ["Policy", "PolicyConfig", "find_policy"]
 
 FORMAT = 1
-MOST_HEADER_BYTES = 1 << 20  # of the weights' file, which may come from a stranger and states its own sizes
+MOST_HEADER_BYTES = 1 << 20  # of the weights' file
 
 
 class Policy:
@@ -211,8 +211,11 @@ class Policy:
         Raises:
             CheckpointError: the folder isn't empty, or the result belongs to another policy.
         """
-        folder = Path(folder)
-        found = hub.find_result(self.config.origin, self.folder, result)
+        folder, origin, found = Path(folder), self.config.origin, None
+        if result is not None:
+            found = hub.read_result(Path(result), origin)
+        elif self.folder is not None:
+            found = hub.find_result(self.folder, origin)
         others = {"README.md": hub.card(self.config, self.actor.steps, found, name or folder.name)}
         if found is not None:
             others["result.json"] = json.dumps(found, indent=2, allow_nan=False)
@@ -278,8 +281,8 @@ class Policy:
         of it; any other path is a file system's.
 
         The policy may come from a stranger. Nothing in it is unpickled or imported, and it can't make other
-        files be opened. The sizes that it states are compared with the file's before anything is allocated.
-        Weights that are damaged or not finite are refused, as are weights whose actions aren't finite.
+        files be opened. Memory is bounded by the length of its files, whatever sizes they state. Weights that
+        are damaged or not finite are refused, as are weights whose actions aren't finite.
 
         Args:
             path: see above.
@@ -301,7 +304,8 @@ class Policy:
             with torch.device("meta"):  # shapes alone
                 actor, critic = _networks(config)
             modules = _joined(actor, critic)
-            modules.load_state_dict(_read_weights(model, modules, sha256, device), assign=True)
+            _fill(modules, model, sha256)
+            modules.to(device)
             fold(actor, None, config).check()
             policy = cls(actor, critic, config)
         except CheckpointError:
@@ -329,34 +333,36 @@ def _joined(actor: Actor, critic: TwinCritic | None) -> nn.ModuleDict:
     return nn.ModuleDict({"actor": actor} if critic is None else {"actor": actor, "critic": critic})
 
 
-def _read_weights(path: Path, modules: nn.Module, sha256: Any, device: torch.device) -> dict[str, Tensor]:
-    """Read the weights of modules, once the file is known to be no longer than they are.
+def _fill(modules: nn.Module, path: Path, sha256: Any) -> None:
+    """Read the weights of modules on the meta device, once the file is known to be no longer than they are.
 
     Raises:
-        CheckpointError: they are too many, damaged, or not finite.
+        CheckpointError: the weights are others, damaged, or not finite.
     """
-    most = sum(4 * parameter.numel() for parameter in modules.parameters()) + MOST_HEADER_BYTES
-    with path.open("rb") as file:
-        header, size = int.from_bytes(file.read(8), "little"), file.seek(0, os.SEEK_END)
-    if header > MOST_HEADER_BYTES or size > most:
+    size, most = (
+        path.stat().st_size,
+        sum(4 * each.numel() for each in modules.parameters()) + MOST_HEADER_BYTES,
+    )
+    if size > most:
         raise CheckpointError(
-            f"{path}: size mismatch: expected at most {most:,} bytes, by config.json, and a header of "
-            f"{MOST_HEADER_BYTES:,}, found {size:,} and {header:,}"
+            f"{path}: size mismatch: expected at most {most:,} bytes, by config.json, found {size:,}"
         )
     content = path.read_bytes()
+    try:
+        modules.load_state_dict(unpacked(content), assign=True)
+    except Exception as error:
+        raise CheckpointError(f"{path}: no readable policy: {hub.one_line(error)}") from error
     actual = hashlib.sha256(content).hexdigest()
     if sha256 not in (None, actual):
         raise CheckpointError(
             f"{path}: damaged, or another policy's: expected SHA-256 {str(sha256)[:64]}, by config.json, "
             f"found {actual}"
         )
-    weights = unpacked(content)
-    for name, tensor in weights.items():
+    for name, tensor in modules.state_dict().items():
         if tensor.dtype != torch.float32 or not (tensor.abs() <= LARGEST).all():
             raise CheckpointError(
-                f"{path}: {name[:100]}: expected finite float32 of at most {LARGEST:g}, found others"
+                f"{path}: {name}: expected finite float32 of at most {LARGEST:g}, found others"
             )
-    return {name: tensor.to(device) for name, tensor in weights.items()}
 
 
 def find_policy(name: str | Path) -> Path:

@@ -1,1 +1,1 @@
-"""Other libraries: a consistency actor in theirs, their data in ours."""
+"""Other libraries: our actor in theirs, their data in ours."""

@@ -1,11 +1,11 @@
-"""Stable-Baselines3: a consistency actor in its TD3, and its replay buffer as our data.
+"""Stable-Baselines3: our actor in its TD3, and its replay buffer as our data.
 
     model = TD3(ConsistencyTD3Policy, "Pendulum-v1", policy_kwargs={"actor_config": ActorConfig(t_max=5.0)})
     model.learn(10_000)
     data = transitions(model.replay_buffer)
 
-What trains, saves and loads is SB3's own. The other way round nothing is needed: `cpql.Policy.predict` has
-SB3's contract, so that `evaluate_policy(policy, env)` scores it.
+Training, saving and loading are SB3's own. The other direction needs nothing: `cpql.Policy.predict` has SB3's
+contract, so that `evaluate_policy(policy, env)` scores it.
 """
 
 from __future__ import annotations
@@ -13,12 +13,11 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import torch
 from gymnasium import spaces
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cpql.actors.consistency import ActorConfig, ConsistencyActor
+from cpql.actors import ActorConfig, ConsistencyActor
 from cpql.data.transitions import Batch, Transitions
 from cpql.errors import ConfigError, DataError
 
@@ -34,7 +33,7 @@ __all__ = ["ConsistencyTD3Policy", "batch", "transitions"]
 
 
 class _ConsistencyActor(Actor):
-    """SB3's actor with a consistency actor in the place of its layers: `mu`."""
+    """SB3's actor, whose layers `mu` are a consistency actor."""
 
     def __init__(self, config: ActorConfig, **kwargs: Any) -> None:
         super().__init__(**{**kwargs, "net_arch": []})
@@ -44,30 +43,26 @@ class _ConsistencyActor(Actor):
 
     def _predict(self, observation: PyTorchObs, deterministic: bool = False) -> Tensor:
         state = self.extract_features(observation, self.features_extractor)
-        noise = (
-            torch.zeros(self.mu.noise_shape(*state.shape[:-1]), device=state.device)
-            if deterministic
-            else None
-        )
+        noise = state.new_zeros(self.mu.noise_shape(*state.shape[:-1])) if deterministic else None
         return self.mu.sample(state, noise=noise)
 
 
 class ConsistencyTD3Policy(TD3Policy):
     """A policy for SB3's TD3 whose actor is a `cpql.ConsistencyActor`, `model.actor.mu`.
 
-    TD3's gradient flows through all sampling steps. Noise is torch's own, which SB3 seeds; with
-    `deterministic=True` it is zero, as in `cpql.Policy.predict`. That is a single action of possibly several
-    modes, and may lie between them: SB3's `evaluate_policy` asks for it unless told otherwise.
+    TD3's gradient flows through all sampling steps. Noise comes from torch's global generator, which SB3
+    seeds; with `deterministic=True`, the default of SB3's `evaluate_policy`, it is zero, as in
+    `cpql.Policy.predict`. Where the actor has several modes, that action may lie between them.
 
     Args:
-        observation_space: see SB3's `TD3Policy`, as for the following and all other keywords.
-        action_space: actions in its bounds.
-        lr_schedule: of both optimisers.
-        net_arch: widths of the critic's layers, as `activation_fn` is the critic's.
-        actor_config: of the actor, with its widths; by default one step from `t_max=5`.
+        observation_space: see SB3's `TD3Policy`, as for the next two and all other keywords.
+        action_space: a box of actions.
+        lr_schedule: the learning rate of both optimisers.
+        net_arch: widths of the critic's layers; `activation_fn` is the critic's too.
+        actor_config: the actor's, with its widths; by default one step from `t_max=5`.
 
     Raises:
-        ConfigError: `net_arch` has layers of an actor.
+        ConfigError: `net_arch` has layers for an actor.
     """
 
     def __init__(
@@ -91,7 +86,7 @@ class ConsistencyTD3Policy(TD3Policy):
         return {**super()._get_constructor_parameters(), "actor_config": self.actor_config}
 
     def make_actor(self, features_extractor: BaseFeaturesExtractor | None = None) -> Actor:
-        """Make an actor; SB3 asks for two, the second as a target."""
+        """Make an actor; SB3 makes two, the second one the target."""
         kwargs = self._update_features_extractor(self.actor_kwargs, features_extractor)
         return _ConsistencyActor(self.actor_config, **kwargs).to(self.device)
 
@@ -100,20 +95,20 @@ class ConsistencyTD3Policy(TD3Policy):
 
 
 def transitions(buffer: ReplayBuffer, id: str = "") -> Transitions:
-    """Turn what a replay buffer holds into a dataset, episodes in order.
+    """Turn the content of a replay buffer into a dataset, episode by episode.
 
-    Time limits truncate, where the buffer tells them from terminations: `handle_timeout_termination`, SB3's
-    default. A buffer that has gone round has lost the beginning of each environment's oldest episode, which
-    counts as a shorter one.
+    Time limits truncate if the buffer distinguishes them from terminations, as it does by default
+    (`handle_timeout_termination`). A full buffer may have overwritten the beginning of each environment's
+    oldest episode, which then counts as a shorter one.
 
     Args:
-        buffer: of an off-policy agent, which stores actions scaled to [-1, 1]. One that was filled by hand
+        buffer: an off-policy agent's, which stores actions scaled to [-1, 1]; one that was filled by hand
             must hold such actions too.
-        id: what to call the dataset.
+        id: the dataset's name.
 
     Raises:
-        DataError: observations are no vectors, actions no numbers in [-1, 1], or next observations aren't
-            kept.
+        DataError: observations aren't vectors, actions aren't numbers in [-1, 1], or the buffer doesn't keep
+            next observations.
     """
     where = id or type(buffer).__name__
     if not isinstance(buffer.observation_space, spaces.Box) or not isinstance(
@@ -133,16 +128,11 @@ def transitions(buffer: ReplayBuffer, id: str = "") -> Transitions:
         """[time, environments, ...] as [environments x time, ...]."""
         return array[order].swapaxes(0, 1).reshape(-1, *array.shape[2:])
 
-    timeouts = rows(buffer.timeouts)
+    names = ("observations", "actions", "rewards", "next_observations", "timeouts", "dones")
+    columns = {name: rows(getattr(buffer, name)) for name in names}
+    columns["terminals"] = columns.pop("dones") * (1 - columns["timeouts"])
     return Transitions.from_dict(
-        {
-            "observations": rows(buffer.observations),
-            "actions": rows(buffer.actions),
-            "rewards": rows(buffer.rewards),
-            "terminals": rows(buffer.dones) * (1 - timeouts),
-            "timeouts": timeouts,
-            "next_observations": rows(buffer.next_observations),
-        },
+        columns,
         source="stable-baselines3",
         id=id,
         details={

@@ -1,4 +1,4 @@
-"""TorchRL: a consistency actor as a TensorDict module, and its imitation objective as a loss module.
+"""TorchRL: an actor as a TensorDict module, and the imitation objective as a loss module.
 
     policy = ConsistencyModule(ConsistencyActor(3, 1, ActorConfig("ct", t_max=5.0)))
     collector = Collector(TransformedEnv(GymEnv("Pendulum-v1"), ActionScaling()), policy, ...)
@@ -6,7 +6,7 @@
     updater = SoftUpdate(loss, tau=0.005)
     loss(batch)["loss_imitation"].backward()
 
-Actions are in [-1, 1]; TorchRL's transform `ActionScaling` makes them so in an environment with other bounds.
+Actions are in [-1, 1]; TorchRL's transform `ActionScaling` maps them to an environment's bounds.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cpql.actors.consistency import ConsistencyActor
+from cpql.actors import Actor, ConsistencyActor
 from cpql.errors import ConfigError
 from cpql.noise import draw
 
@@ -34,58 +34,51 @@ __all__ = ["ConsistencyLoss", "ConsistencyModule"]
 
 
 class _Acting(nn.Module):
-    """An actor that explores as TorchRL wants it at the moment."""
+    """An actor that explores as TorchRL's present exploration type says."""
 
-    def __init__(self, actor: ConsistencyActor) -> None:
+    def __init__(self, actor: Actor) -> None:
         super().__init__()
         self.actor = actor
 
     def forward(self, state: Tensor) -> Tensor:
-        if exploration_type() in (None, ExplorationType.RANDOM):
-            return self.actor.sample(state)
-        return self.actor.sample(
-            state,
-            noise=torch.zeros(
-                self.actor.noise_shape(*state.shape[:-1]), device=state.device, dtype=state.dtype
-            ),
-        )
+        explores = exploration_type() in (None, ExplorationType.RANDOM)
+        noise = None if explores else state.new_zeros(self.actor.noise_shape(*state.shape[:-1]))
+        return self.actor.sample(state, noise=noise)
 
 
 class ConsistencyModule(TensorDictModule):  # type: ignore[misc]
-    """A policy for collectors, environments' rollouts and losses: reads a state, writes an action.
+    """A policy for collectors, rollouts and losses, which reads a state and writes an action.
 
-    It heeds `set_exploration_type`: with RANDOM, which collectors set, noise is drawn, and with the others,
-    of which DETERMINISTIC is TorchRL's default, it is zero. The actor is `module.actor`.
+    Under `set_exploration_type(ExplorationType.RANDOM)`, which collectors set, it draws noise; under the
+    other types, of which DETERMINISTIC is TorchRL's default, noise is zero. The actor is `module.actor`.
 
-    TorchRL's losses act deterministically. Those whose gradient is to flow through the sampling steps, as of
-    `DDPGLoss`, want noise: `loss.deterministic_sampling_mode = ExplorationType.RANDOM`.
+    TorchRL's losses act deterministically. A loss whose gradient should flow through the sampling steps, such
+    as `DDPGLoss`, needs noise: `loss.deterministic_sampling_mode = ExplorationType.RANDOM`.
 
     Args:
-        actor: a consistency actor without members.
-        in_key: of the state [..., S].
-        out_key: of the action [..., A] in [-1, 1].
+        actor: any actor without members.
+        in_key: key of the state [..., S].
+        out_key: key of the action [..., A] in [-1, 1].
     """
 
     def __init__(
-        self, actor: ConsistencyActor, in_key: NestedKey = "observation", out_key: NestedKey = "action"
+        self, actor: Actor, in_key: NestedKey = "observation", out_key: NestedKey = "action"
     ) -> None:
         super().__init__(_Acting(actor), in_keys=[in_key], out_keys=[out_key])
 
 
 class ConsistencyLoss(LossModule):  # type: ignore[misc]
-    """The actor's imitation objective, `ConsistencyActor.loss`, of the states and actions in a batch.
+    """The imitation objective of a consistency actor, `ConsistencyActor.loss`, on a batch.
 
-    `loss.progress` is the share of the training that is done, in [0, 1], for the objectives that have a
-    curriculum: assign a number to it as training goes on.
+    It returns a TensorDict with `loss_imitation` and, without gradient, the objective's metrics, averaged
+    over the batch. `set_keys(action=...)` names the key of the actions. Assign the fraction of the training
+    that is done, in [0, 1], to `loss.progress`, for the objectives with a curriculum.
 
     Args:
-        actor_network: a `ConsistencyModule`; its state is what the batch has under the same key.
-        delay_actor: keep target parameters, which TorchRL's `SoftUpdate` moves, as the teacher. Only `ct`,
-            `cd` and `shortcut` ask a teacher other than the actor itself.
+        actor_network: a `ConsistencyModule` with a consistency actor; the batch has the state under its key.
+        delay_actor: whether to keep target parameters, which TorchRL's `SoftUpdate` moves, as the teacher.
+            Only `ct`, `cd` and `shortcut` use a teacher other than the actor itself.
         reduction: "mean", "sum" or "none", over the batch.
-
-    Returns, as a TensorDict: `loss_imitation`, and the objective's metrics without gradient, means over the
-    batch. `set_keys(action=...)` names the key that actions are read from.
     """
 
     @dataclass
@@ -109,11 +102,11 @@ class ConsistencyLoss(LossModule):  # type: ignore[misc]
         self.register_buffer("progress", torch.zeros(()))
 
     def _forward_value_estimator_keys(self, **kwargs: Any) -> None:
-        """There is no value to estimate."""
+        """Do nothing: no value is estimated."""
 
     @property
     def in_keys(self) -> list[NestedKey]:
-        """What is read of a batch."""
+        """The keys that are read from a batch."""
         return [*self.actor_network.in_keys, self.tensor_keys.action]
 
     @dispatch  # type: ignore[untyped-decorator]

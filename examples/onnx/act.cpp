@@ -5,8 +5,8 @@
 //     ./act policy.onnx 0.1 -0.2 ...                  an observation; prints an action in the robot's bounds
 //     ./act policy.onnx --zero 0.1 -0.2 ...           the same for zero noise (noise=input): always one action
 //
-// It takes any file that export.py writes: one step or several, the actor alone or candidates, noise given
-// here (noise=input) or made inside.
+// It accepts any file that export.py writes: an actor of any kind, alone or with candidates, with noise given here
+// (noise=input) or drawn inside.
 
 #include <onnxruntime_cxx_api.h>
 
@@ -56,8 +56,8 @@ int main(int argc, char** argv) try {
     }
   }
 
-  if (zero && inputs.size() == 1) {
-    std::fprintf(stderr, "--zero: expected a file with noise=input, found one that makes its own\n");
+  if (zero && session.GetOutputCount() > 1) {
+    std::fprintf(stderr, "--zero: expected a file with noise=input, found one that draws its own noise\n");
     return 2;
   }
 
@@ -73,8 +73,8 @@ int main(int argc, char** argv) try {
       values.push_back(Ort::Value::CreateTensor<float>(memory, inputs[i].data(), inputs[i].size(),
                                                        shapes[i].data(), shapes[i].size()));
     }
-    const char* wanted = "action";
-    return session.Run(Ort::RunOptions{nullptr}, given.data(), values.data(), values.size(), &wanted, 1);
+    const char* output = "action";
+    return session.Run(Ort::RunOptions{nullptr}, given.data(), values.data(), values.size(), &output, 1);
   };
 
   const auto action = act();

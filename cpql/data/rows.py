@@ -1,0 +1,164 @@
+"""What `Transitions.from_dict` does to D4RL's rows, as numpy arrays: checks, scaling, the ends of episodes.
+
+Arrays are read in blocks of rows, so that a file of many gigabytes never lies in memory twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from cpql.errors import DataError
+
+__all__ = [
+    "checked",
+    "compacted",
+    "find_limits",
+    "find_seams",
+    "read_blocks",
+    "read_flags",
+    "return_statistics",
+    "scale_actions",
+]
+
+TABLES = ("observations", "actions", "next_observations")
+# Actions that left [-1, 1] by rounding are clipped; beyond this they are in other units.
+ACTION_TOLERANCE = 1e-3
+BLOCK_BYTES = 1 << 20
+
+
+def checked(mapping: Mapping[str, Any], key: str, where: str) -> Any:
+    """One key of a mapping, not read yet: an array of numbers, [rows, width], [rows] or [rows, 1]."""
+    if key not in mapping:
+        found = ", ".join(sorted(map(str, mapping))) or "nothing"
+        raise DataError(
+            f"{where}: no '{key}', only {found}: expected observations, actions, rewards, terminals"
+        )
+    value = mapping[key]
+    if not (hasattr(value, "shape") and isinstance(getattr(value, "dtype", None), np.dtype)):
+        try:
+            value = np.asarray(value)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise DataError(f"{where}: '{key}' isn't an array ({error}): expected numbers") from error
+    if value.dtype.kind not in "biuf":
+        raise DataError(f"{where}: '{key}' holds {value.dtype}: expected numbers")
+    shape = tuple(value.shape or ())
+    fits = len(shape) == 2 and shape[1] > 0 if key in TABLES else len(shape) > 0 and shape[1:] in ((), (1,))
+    if not fits:
+        expected = "[rows, width]" if key in TABLES else "[rows] or [rows, 1]"
+        raise DataError(f"{where}: '{key}' has shape {list(shape)}: expected {expected}")
+    return value
+
+
+def _parts(rows: int, width: int, chunk: int = 1) -> Iterator[slice]:
+    """Slices of about BLOCK_BYTES of rows of float32; of whole chunks, so that none is read twice."""
+    size = -(-max(1, BLOCK_BYTES // (4 * width)) // chunk) * chunk
+    return (slice(start, min(start + size, rows)) for start in range(0, rows, size))
+
+
+def read_blocks(array: Any, key: str, where: str) -> Iterator[tuple[slice, NDArray[np.float32]]]:
+    """Read an array in blocks [n, width] that are finite; says which rows they are."""
+    width = array.shape[1] if len(array.shape) == 2 else 1
+    for part in _parts(array.shape[0], width, (getattr(array, "chunks", None) or (1,))[0]):
+        with np.errstate(over="ignore"):
+            block = np.asarray(array[part], np.float32).reshape(-1, width)
+        _check_finite(block, part.start, key, where)
+        yield part, block
+
+
+def _check_finite(block: NDArray[Any], start: int, key: str, where: str) -> None:
+    finite = np.isfinite(block)
+    if not finite.all():
+        row = start + int((~finite).reshape(len(block), -1).any(1).argmax())
+        raise DataError(
+            f"{where}: '{key}' holds NaN or infinity, first in row {row}: expected finite numbers"
+        )
+
+
+def read_flags(array: Any, key: str, where: str) -> NDArray[np.bool_]:
+    """Read an array as booleans [N]."""
+    values = np.asarray(array[:]).reshape(-1)
+    _check_finite(values, 0, key, where)
+    odd = (values != 0) & (values != 1)
+    if odd.any():
+        row = int(odd.argmax())
+        raise DataError(f"{where}: '{key}' holds {values[row].item()!r} in row {row}: expected 0 or 1")
+    return values.astype(np.bool_)
+
+
+def scale_actions(actions: NDArray[np.float32], low: ArrayLike, high: ArrayLike, where: str) -> None:
+    """Scale actions from their bounds to [-1, 1], in place."""
+    width = actions.shape[1]
+    bounds = [np.asarray(bound, np.float32) for bound in (low, high)]
+    for bound in bounds:
+        if bound.shape not in ((), (width,)):
+            raise DataError(f"{where}: 'actions' is {width} wide: expected {bound.size}, as their bounds are")
+    if not (np.isfinite(bounds[0]).all() and np.isfinite(bounds[1]).all() and (bounds[0] < bounds[1]).all()):
+        raise DataError(
+            f"{where}: actions between {low!r} and {high!r}: expected finite bounds, lower below upper"
+        )
+    unit = bool((bounds[0] == -1).all() and (bounds[1] == 1).all())
+    for part in _parts(*actions.shape):
+        block = actions[part]
+        scaled = block if unit else 2 * (block - bounds[0]) / (bounds[1] - bounds[0]) - 1
+        out = np.abs(scaled) > 1 + ACTION_TOLERANCE
+        if out.any():
+            row = int(out.any(1).argmax())
+            worst = block[row, np.abs(scaled[row]).argmax()]
+            expected = "[-1, 1]" if unit else "the environment's bounds"
+            raise DataError(
+                f"{where}: 'actions' reaches {worst:.6g} in row {part.start + row}: expected {expected}"
+            )
+        np.clip(scaled, -1, 1, out=block)
+
+
+def find_seams(
+    next_observations: NDArray[np.float32], observations: NDArray[np.float32]
+) -> NDArray[np.bool_]:
+    """Where a row doesn't lead to the one after it, [N - 1]."""
+    seams = np.empty(len(observations) - 1, np.bool_)
+    for part in _parts(len(seams), observations.shape[1]):
+        here, there = next_observations[part], observations[part.start + 1 : part.stop + 1]
+        apart = (here != there).any(1)
+        rows = np.flatnonzero(apart)
+        # Few rows differ at all; files that were rounded on the way may still join up.
+        apart[rows] = ~np.isclose(here[rows], there[rows], rtol=1e-5, atol=1e-6).all(1)
+        seams[part] = apart
+    return seams
+
+
+def find_limits(ends: NDArray[np.bool_], limit: int | None) -> NDArray[np.bool_]:
+    """Where episodes reach the limit, counted in steps from the last end."""
+    if limit is None:
+        return np.zeros(len(ends), np.bool_)
+    rows = np.arange(len(ends))
+    starts = np.maximum.accumulate(np.where(np.concatenate([[True], ends[:-1]]), rows, 0))
+    reached: NDArray[np.bool_] = (rows - starts) % limit == limit - 1
+    return reached
+
+
+def compacted(table: NDArray[np.float32], keep: NDArray[np.bool_]) -> NDArray[np.float32]:
+    """Move the kept rows to the front of the same memory, and give those."""
+    end = 0
+    for part in _parts(*table.shape):
+        kept = table[part][keep[part]]
+        table[end : end + len(kept)] = kept
+        end += len(kept)
+    return table[:end]
+
+
+def return_statistics(
+    rewards: NDArray[np.float32], ends: NDArray[np.bool_], complete: NDArray[np.bool_]
+) -> dict[str, Any]:
+    """Count the complete episodes and describe their returns; `complete` is read at the ends."""
+    episode: NDArray[np.int64] = np.cumsum(ends) - ends
+    whole = complete[ends]
+    returns, lengths = np.bincount(episode, rewards)[whole], np.bincount(episode)[whole]
+    names = ("return_mean", "return_std", "return_min", "return_max", "length_mean")
+    if not len(returns):
+        return {"episodes": 0} | dict.fromkeys(names)
+    values = (returns.mean(), returns.std(), returns.min(), returns.max(), lengths.mean())
+    return {"episodes": len(returns)} | dict(zip(names, map(float, values), strict=True))
