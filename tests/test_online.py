@@ -309,6 +309,7 @@ def test_an_interrupted_run_goes_on(
     assert len(lines) == 11 and {"online/steps", "online/return"} <= set(lines[0].split(","))
 
 
+@pytest.mark.slow
 def test_a_group_learns_online(tmp_path: Path) -> None:
     members = [replace(settings(tmp_path / f"seed{seed}"), seed=seed) for seed in (0, 1)]
     results = train_group([(m, {"agent": m.agent}) for m in members], Console(file=StringIO()))

@@ -465,7 +465,7 @@ HOSTILE: list[tuple[Prepare, tuple[str, ...], str]] = [
     (a_file("data.npz", "no"), ("train", "dataset.path=data.npz"), "data.npz"),
     (nothing, ("train", "dataset.path=/dev/null"), "null: not a file"),
     (nothing, ("train", "dataset=d4rl"), "hopper_medium-v2.hdf5"),
-    (nothing, ("train", "dataset=minari", "env=hopper-random"), "Minari has no counterpart"),
+    (nothing, ("train", "dataset=minari", "env=hopper-random"), "Minari has no such data"),
     # where it is to be written, and what it is to continue
     (nothing, ("train", "resume=true"), "holds no run to resume"),
     (nothing, ("train", f"run_dir={LONG}"), f"{LONG}: can't be written to (File name too long)"),
@@ -567,6 +567,7 @@ def evaluated(done: Done) -> tuple[str, dict[str, Any]]:
     return path.name, json.loads(path.read_text())
 
 
+@pytest.mark.slow
 def test_evaluations_that_differ_have_files_of_their_own(command: Command, checkpoint: str) -> None:
     words = ("evaluate", f"checkpoint={checkpoint}", "episodes=2", "seed=7")
     expected = {
@@ -778,6 +779,7 @@ gymnasium.register("CommandLine-v0", lambda **options: PendulumEnv(**options), m
 """
 
 
+@pytest.mark.slow
 def test_a_module_is_imported_for_the_command_line_alone(
     command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -804,6 +806,7 @@ def test_a_module_is_imported_for_the_command_line_alone(
 # The user's stop, and the world's
 
 
+@pytest.mark.slow
 def test_a_stop_ends_in_one_line_wherever_it_comes(
     command: Command, checkpoint: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
