@@ -537,6 +537,7 @@ HOSTILE: list[tuple[Prepare, tuple[str, ...], str]] = [
 ]
 
 
+@pytest.mark.slow  # half a minute in all
 @pytest.mark.parametrize(
     ("prepare", "words", "message"),
     HOSTILE,
