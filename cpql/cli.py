@@ -97,9 +97,9 @@ class CommandConfig:
 
     Attributes:
         checkpoint: a run's folder, one of its checkpoints, a policy's folder, or the Hub's `hf://owner/name`.
-        candidates: how many actions compete by their value; 1 is the actor alone; None leaves the policy's
-            own rule.
-        temperature: of that choice, likewise; only for several candidates that are sampled.
+        candidates: actions of which one is chosen by its value; 1 is the actor alone; None keeps the
+            policy's own rule.
+        temperature: of that choice; only with several candidates. None keeps the policy's own.
         out: the file to write; None puts it beside the policy.
         traceback: show Python's traceback with an error.
     """
@@ -113,17 +113,17 @@ class CommandConfig:
 
 @dataclass(frozen=True)
 class EvaluateConfig(CommandConfig):
-    """One evaluation. Its file, a JSON, is named by what isn't the policy's own.
+    """One evaluation; by default its JSON file is named by the settings that aren't the policy's own.
 
     Attributes:
-        episodes: how many.
+        episodes: number of episodes.
         seed: of the environments and the policy's noise: episode i has seed + i.
         deterministic: see `cpql.Policy.predict`.
-        env_id: Gymnasium's id of another environment than the task's, as wide as that; then there is a return
-            and no score.
-        episode_limit: steps after which an episode ends that its environment doesn't end.
+        env_id: Gymnasium's id of an environment to use instead of the task's, with the same widths; its
+            returns have no score.
+        episode_limit: steps after which an episode is cut.
         device: `auto` takes a GPU where there is one.
-        threads: CPU threads of PyTorch; 0 leaves its own choice.
+        threads: CPU threads of PyTorch; 0 keeps its default.
     """
 
     episodes: Count = 100
@@ -201,7 +201,7 @@ def _evaluate(content: DictConfig) -> None:
 
 
 def _file_name(policy: Policy, task: Task, config: EvaluateConfig) -> str:
-    """The name of an evaluation's file, with what isn't the policy's own: no two that differ share one."""
+    """An evaluation's file name: different for every setting that isn't the policy's own."""
     folder = policy.folder.resolve().name if policy.folder else ""
     hub = config.checkpoint.startswith(PREFIX)
     parts: list[tuple[bool, str]] = [

@@ -47,7 +47,7 @@ class _Shared(dict[str, Any]):
 
 
 def register(**commands: Any) -> None:
-    """Give Hydra the tasks, the dataclasses' defaults (so that no YAML repeats them) and our resolvers.
+    """Register the tasks, the dataclasses' defaults (so that no YAML repeats them) and resolvers with Hydra.
 
     Args:
         **commands: dataclasses with all settings of a command, for `/schema/NAME`.
@@ -99,7 +99,7 @@ def _settings(*, _root_: DictConfig) -> str:
 
 
 def resolved(content: DictConfig) -> Plain:
-    """The settings as plain values, without the table that some of them come from."""
+    """The settings as plain values, without the table that some of them are read from."""
     plain = cast(Plain, OmegaConf.to_container(content, resolve=True))
     plain.pop("published", None)
     return plain
@@ -112,7 +112,7 @@ def choices(group: str) -> list[str]:
 
 
 def check_words(command: str, words: list[str]) -> None:
-    """Refuse what Hydra would refuse, but name what is nearest.
+    """Refuse words that Hydra would refuse, and name the nearest valid ones.
 
     Args:
         command: name of its configuration, `train`.
@@ -170,7 +170,7 @@ def _instead(key: str, known: set[str]) -> str:
 
 
 def members(content: DictConfig, overrides: list[str]) -> list[tuple[TrainConfig, Plain]]:
-    """The runs that a command asks for: one, or one for each of `seeds` and of a list of rates.
+    """The runs of a command: one, or one for each of `seeds` or of a list of rates.
 
     Args:
         content: all settings.
@@ -183,7 +183,7 @@ def members(content: DictConfig, overrides: list[str]) -> list[tuple[TrainConfig
         ConfigError: lists of different lengths, or a setting that isn't valid.
         CheckpointError: there is no such run to continue from.
     """
-    agent = AGENTS.get(content.agent.name)
+    agent = AGENTS.get(str(content.agent.name))
     rates = {f"agent.{name}": content.agent.get(name) for name in agent.by_member} if agent else {}
     lists = {key: list(value) for key, value in rates.items() if OmegaConf.is_list(value)}
     if content.seeds is not None:
@@ -196,7 +196,7 @@ def members(content: DictConfig, overrides: list[str]) -> list[tuple[TrainConfig
             raise ConfigError(f"{key}=[]: expected a value for each member, found none")
         if len(values) != count:
             raise ConfigError(f"{key}={values}: {len(values)} values: expected {count}, one for each member")
-    if "env.id" in overrides and content.env.id is not None:
+    if "env.id" in overrides and isinstance(content.env.id, str):
         OmegaConf.update(content, "env.id", import_environment(content.env.id))
     found = []
     for k in range(count):
@@ -217,13 +217,13 @@ def members(content: DictConfig, overrides: list[str]) -> list[tuple[TrainConfig
 
 
 def _checked(plain: Plain, overrides: list[str]) -> TrainConfig:
-    """One run's configuration, from its settings, which are completed."""
+    """Complete one run's settings, and check them."""
     del plain["seeds"]
     if plain["env"]["name"] is None:
         raise ConfigError(
             "no environment: expected env.id, such as env.id=Pendulum-v1, or a task, such as env=hopper"
         )
-    if plain["checkpoint"] is not None:
+    if isinstance(plain["checkpoint"], str):
         _continue_from(plain, overrides)
     _drop_inapplicable(plain["agent"], overrides)
     config = build(TrainConfig, plain, "configuration")
@@ -261,10 +261,10 @@ def _continue_from(plain: Plain, overrides: list[str]) -> None:
 
 
 def _drop_inapplicable(agent: Plain, overrides: list[str]) -> None:
-    """Drop what applies to other agents or objectives, unless the command line gives it.
+    """Drop settings of other agents and objectives, unless the command line gives them.
 
-    That is what a preset sets and this agent lacks, and, where the command chooses the objective, options
-    of the agent's own one, such as Consistency-AC's weight.
+    A preset may set what the agent doesn't have. If the command line chooses the objective, options of the
+    agent's own objective, such as Consistency-AC's weight, may not apply.
     """
 
     def drop(settings: Plain, where: str, keys: Iterable[str]) -> None:
@@ -272,11 +272,15 @@ def _drop_inapplicable(agent: Plain, overrides: list[str]) -> None:
             if not any(f"{given}.".startswith(f"{where}.{key}.") for given in overrides):
                 settings.pop(key, None)
 
-    if agent.get("name") in AGENTS:
+    if kind := AGENTS.get(str(agent["name"])):
         presets = (cast(DictConfig, OmegaConf.load(file)) for file in (config_folder() / "preset").iterdir())
-        fields = AGENTS[agent["name"]].config_class.__dataclass_fields__.keys()
+        fields = kind.config_class.__dataclass_fields__.keys()
         drop(agent, "agent", {str(key) for preset in presets for key in preset} - fields)
-    objective = OBJECTIVES.get(agent["actor"].get("objective"))
-    options, own = "agent.actor.objective_options", agent["actor"].get("objective_options", {})
-    if objective and "agent.actor.objective" in overrides and options not in overrides:
-        drop(own, options, own.keys() - objective.settings)
+    options = "agent.actor.objective_options"
+    if "agent.actor.objective" in overrides and options not in overrides:
+        objective, own = (
+            OBJECTIVES.get(str(agent["actor"]["objective"])),
+            agent["actor"].get("objective_options"),
+        )
+        if objective and own:
+            drop(own, options, own.keys() - objective.settings)

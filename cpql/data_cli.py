@@ -223,7 +223,7 @@ def _read_task(task: Task, source: str | None) -> tuple[Transitions, Task]:
 def _read_file(path: Path, env: str | None) -> tuple[Transitions, Task | None]:
     """Read a file or folder as training would with `--env`; also return the task that it is for, if any."""
     known = env or (files.form(path) == "minari" and minari.metadata(path).env_spec)
-    task = _task(env) if env else Task(path.stem or "file", None)
+    task = _task(env) if env else Task("file", None)
     data, task = _read("file", path, task, path.stem, fit=bool(env))
     return data, task if known else None
 

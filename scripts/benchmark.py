@@ -1,6 +1,6 @@
-"""Measure cpql on this machine, and keep the figures as data in benchmarks/, with the machine's description.
+"""Measure cpql on this machine, and keep the results in benchmarks/, with a description of the machine.
 
-Times on a busy machine mean little: what counts are the ratios, of things measured in turn.
+Times on a busy machine mean little; compare ratios of things measured in turn.
 """
 
 from __future__ import annotations
@@ -133,7 +133,7 @@ def add_option(command: argparse.ArgumentParser, key: str, default: Any) -> None
 
 
 def machine() -> dict[str, Any]:
-    """What a figure depends on."""
+    """What a measurement depends on."""
     from cpql.io import versions
 
     model = platform.processor() or platform.machine()
@@ -144,7 +144,7 @@ def machine() -> dict[str, Any]:
 
 
 def keep(name: str, content: dict[str, Any]) -> None:
-    """Write figures into benchmarks/."""
+    """Write results into benchmarks/."""
     from cpql.io import write_text
 
     FOLDER.mkdir(exist_ok=True)

@@ -716,8 +716,8 @@ def test_value_and_gradient_as_a_compiler_sees_it() -> None:
     [
         ({"clamp": "foo"}, "clamp 'foo' does not exist: choose from end, inside"),
         (
-            {"parameterisation": "foo"},
-            "parameterisation 'foo' does not exist: choose from auto, edm, unscaled, ",
+            {"parameterisation": "xyz"},
+            "parameterisation 'xyz' does not exist: choose from auto, average, edm, ",
         ),
         (
             {"objective": "ict", "objective_options": {"metric": "hubber"}},

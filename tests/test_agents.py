@@ -123,6 +123,7 @@ def test_act_and_modules(make_agent: Maker) -> None:
     torch.testing.assert_close(critic(states, actions), value)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["cpql", "cpiql", "consistency_ac", "td3_bc", "group"])
 def test_compiled_is_one_graph_and_equals_eager(name: str, data: Transitions) -> None:
     kind, config = CONFIGS["cpql" if name == "group" else name]
@@ -141,6 +142,7 @@ def test_compiled_is_one_graph_and_equals_eager(name: str, data: Transitions) ->
             torch.testing.assert_close(found[key], value, rtol=1e-4, atol=1e-4, msg=f"{key} at {step}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("objective", "backend"), [*((name, "aot_eager") for name in OPTIONS), ("meanflow", "inductor")]
 )
@@ -182,6 +184,7 @@ def group_run(agent: Agent, data: Transitions, updates: int, seeds: tuple[int, .
     return lines
 
 
+@pytest.mark.slow
 def test_a_member_of_a_group_trains_as_it_would_alone(make_agent: Maker, data: Transitions) -> None:
     seeds = (3, 0, 7)
     group = make_agent(seed=seeds)

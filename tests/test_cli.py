@@ -176,6 +176,7 @@ def test_loggers_without_an_account(logger: str, tmp_path: Path) -> None:
     assert any("tfevents" in n or n.endswith(".wandb") for n in written), written
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", ["train.py", "evaluate.py", "export.py"])
 def test_help(script: str, tmp_path: Path) -> None:
     done = run(script, "--help", folder=tmp_path)
@@ -197,11 +198,13 @@ def test_a_chosen_objective_goes_without_the_settings_that_it_hasnt() -> None:
         ([chosen, f"{options}.weight"], "meanflow", {"weight": "interval"}),
         ([chosen, options], "meanflow", own),
     ):
-        agent: dict[str, Any] = {"actor": {"objective": objective, "objective_options": dict(own)}}
+        actor = {"objective": objective, "objective_options": dict(own)}
+        agent: dict[str, Any] = {"name": "consistency_ac", "actor": actor}
         configuration._drop_inapplicable(agent, overrides)
         assert agent["actor"]["objective_options"] == left
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("script", "word"), [("train.py", "--help"), ("data.py", "list")])
 def test_standard_output_that_takes_nothing(script: str, word: str, tmp_path: Path) -> None:
     if not Path("/dev/full").exists():

@@ -530,6 +530,7 @@ def test_download_finds_local_minari_datasets(data: Any, tmp_path: Path) -> None
         assert output == Output(0, f"{path}: {path.stat().st_size:,} bytes, SHA-256 {checksum}\n", "")
 
 
+@pytest.mark.slow
 def test_the_script_is_the_same_program_and_survives_a_closed_pipe(tmp_path: Path) -> None:
     d4rl.write(tmp_path / "a.hdf5", arrays(), {})
     script = shlex.join([sys.executable, str(ROOT / "scripts" / "data.py")])

@@ -380,6 +380,7 @@ def test_what_killed_processes_left_is_cleared_but_not_what_lives(calls: list[in
     assert list(out.parent.iterdir()) == [out]
 
 
+@pytest.mark.slow
 def test_two_first_runs_at_once_collect_once(tmp_path: Path) -> None:
     program = tmp_path / "program.py"
     program.write_text(

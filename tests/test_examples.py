@@ -31,6 +31,7 @@ def load(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return module
 
 
+@pytest.mark.slow
 def test_bandit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Two objectives for a moment, one with a single step; the bandit's own actions score as they must."""
     bandit = load("bandit", monkeypatch)
@@ -48,6 +49,7 @@ def test_bandit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         assert [len(row["levels"]) for row in table[kind]["ect"]["steps"].values()] == [0, 1, 3]
 
 
+@pytest.mark.slow
 def test_digits(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A few updates make no digits, but what is given is kept, and all files are there."""
     digits = load("digits", monkeypatch)
@@ -59,6 +61,7 @@ def test_digits(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert all((tmp_path / f"{name}.png").stat().st_size > 5_000 for name in names)
 
 
+@pytest.mark.slow
 def test_td3_actor_and_its_distillation(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -123,6 +126,7 @@ def test_override(monkeypatch: pytest.MonkeyPatch) -> None:
     }
 
 
+@pytest.mark.slow
 def test_the_page_on_other_agents_does_what_it_says(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -78,6 +78,7 @@ def drawn(policy: Policy, count: int) -> tuple[np.ndarray, np.ndarray]:
     return observations.astype(np.float32), noise.astype(np.float32)
 
 
+@pytest.mark.slow
 def test_numpy_and_onnx_agree_with_the_module(policy: Policy, tmp_path: Path) -> None:
     observations, noise = drawn(policy, 10_000)
     target = expected(policy, observations, noise)

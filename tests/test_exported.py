@@ -122,6 +122,7 @@ def described(path: Path) -> Any:
     return json.loads(extra["cpql.json"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("temperature", [0.0, 0.7])
 @pytest.mark.parametrize("format", list(NAMES))
 def test_the_candidates_rule(policy: Policy, format: Any, temperature: float, tmp_path: Path) -> None:
@@ -148,6 +149,7 @@ def test_the_candidates_rule(policy: Policy, format: Any, temperature: float, tm
     assert np.ptp(ranked, axis=0).min() > 0.5  # actions differ, or agreeing would be easy
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("candidates", [1, C])
 @pytest.mark.parametrize("format", ["onnx", "torch"])
 def test_noise_made_inside(policy: Policy, format: Any, candidates: int, tmp_path: Path) -> None:
@@ -201,6 +203,7 @@ print(sorted(name for name in ("torch", "cpql") if name in sys.modules))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "candidates"), [("a.npz", 1), ("b.npz", C), ("a.onnx", 1)])
 def test_without_torch(policy: Policy, name: str, candidates: int, tmp_path: Path) -> None:
     policy.candidates = candidates
@@ -326,6 +329,7 @@ def test_what_there_is_not(policy: Policy, tmp_path: Path, monkeypatch: pytest.M
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_the_command(policy: Policy, tmp_path: Path) -> None:
     policy.save(tmp_path / "run" / "policy")
     done = run("export.py", "checkpoint=run", "format=numpy", "candidates=4", folder=tmp_path)

@@ -161,6 +161,7 @@ print(json.dumps(found))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="no pipes, and no way to ask for the peak of memory")
 def test_hostile_files_are_refused_quickly_and_in_little_memory(tmp_path: Path) -> None:
     expected = make(tmp_path)

@@ -359,6 +359,7 @@ for name in ("hf://owner/nothing", "hf://owner/name@v9", "hf://no good/name"):
 """
 
 
+@pytest.mark.slow
 def test_there_and_back(run: Path, hub: Hub, tmp_path: Path) -> None:
     environment = {
         **os.environ,

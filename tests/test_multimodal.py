@@ -81,12 +81,14 @@ def coverage(actor: ConsistencyActor, steps: int) -> Coverage:
     return Coverage(covered, min(sides) / max(covered, 1e-9), middle)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_ict_finds_both_modes() -> None:
     found = coverage(train(ICT, 3000, 2e-3), steps=2)
     assert found.covered >= 0.9 and found.rarer >= 0.3 and found.middle <= 0.05, found
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_ct_finds_both_modes() -> None:
     """Squared distances and coarser levels blur what lies between the modes more than iCT does."""

@@ -329,6 +329,7 @@ def test_a_finished_run_leaves_no_buffer(tmp_path: Path, monkeypatch: pytest.Mon
         gc.enable()
 
 
+@pytest.mark.slow
 def test_a_group_learns_online(tmp_path: Path) -> None:
     members = [replace(settings(tmp_path / f"seed{seed}"), seed=seed) for seed in (0, 1)]
     results = train_group([(m, {"agent": m.agent}) for m in members], Console(file=StringIO()))

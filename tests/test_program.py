@@ -106,6 +106,7 @@ print(int(agent.state["step"]), "updates")
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="its compiler isn't found by PATH")
 @pytest.mark.parametrize(
     ("compiler", "reason"),

@@ -143,6 +143,7 @@ def test_a_row_that_a_full_disk_has_cut_off_is_written_anew(
     assert everything(tmp_path / "run") == whole
 
 
+@pytest.mark.slow
 def test_two_cannot_work_on_one_run(dataset: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     holder = subprocess.Popen(
@@ -177,6 +178,7 @@ def test_a_folder_that_cannot_be_had(dataset: Path, tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("act", "message"),
     [
@@ -250,6 +252,7 @@ def test_nohup_is_respected(dataset: Path, tmp_path: Path, odd: Any) -> None:
         signal.signal(signal.SIGHUP, before)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("keep", [0, 1])
 @pytest.mark.parametrize(
     ("module", "name", "count"),
@@ -318,6 +321,7 @@ def test_a_checkpoint_is_on_the_disk_before_last_points_to_it(
     assert before[-1] == "checkpoints", "the folder's new name as well"
 
 
+@pytest.mark.slow
 def test_where_there_are_no_links_last_is_a_copy(
     dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: dict[str, Any]
 ) -> None:

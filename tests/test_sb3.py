@@ -260,6 +260,7 @@ def test_what_a_buffer_must_hold() -> None:
         batch(several.replay_buffer.sample(4))
 
 
+@pytest.mark.slow
 def test_cpql_alone_loads_neither_and_says_what_is_missing() -> None:
     code = """if True:
         import importlib, sys

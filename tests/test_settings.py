@@ -92,7 +92,7 @@ def everything(folder: Path) -> set[str]:
 
 
 def numbers_without_a_range(kind: Any, ranged: bool = False) -> list[Any]:
-    """The numbers in a field's type, a dataclass's own left out, that nothing is said of."""
+    """The numbers in a field's type, a dataclass's own left out, that have no range."""
     if typing.get_origin(kind) is typing.Annotated:
         inner = typing.get_args(kind)[0]
         return numbers_without_a_range(inner, ranged=typing.get_origin(inner) is None)
@@ -432,6 +432,10 @@ HOSTILE: list[tuple[Prepare, tuple[str, ...], str]] = [
     (nothing, ("train", "seed=x"), "seed: Input should be a valid integer"),
     (nothing, ("train", "device=tpu"), "device: Input should be 'auto', 'cpu' or 'cuda'"),
     (nothing, ("train", "agent.eta=much"), "agent: eta: Input should be a valid number"),
+    (nothing, ("train", "agent.actor=3"), "agent: actor: Input should be a dictionary"),
+    (nothing, ("train", "env.id=3"), "env.id: Input should be a valid string, found 3"),
+    (nothing, ("train", "agent.actor.objective=[1]"), "actor.objective: Input should be"),
+    (nothing, ("train", "checkpoint=3"), "checkpoint: Input should be a valid string, found 3"),
     (nothing, ("train", "mode=online"), "no environment: expected env.id, such as env.id=Pendulum-v1"),
     (
         nothing,
@@ -460,8 +464,8 @@ HOSTILE: list[tuple[Prepare, tuple[str, ...], str]] = [
     (a_file("data.npz", "no"), ("train", "dataset.path=data.npz"), "data.npz"),
     (nothing, ("train", "dataset.path=/dev/null"), "null: not a file"),
     (nothing, ("train", "dataset=d4rl"), "hopper_medium-v2.hdf5"),
-    (nothing, ("train", "dataset=minari", "env=hopper-random"), "Minari has no counterpart"),
-    # where it is to be written, and what it is to go on with
+    (nothing, ("train", "dataset=minari", "env=hopper-random"), "Minari has no such data"),
+    # where it is to be written, and what it is to continue
     (nothing, ("train", "resume=true"), "holds no run to resume"),
     (nothing, ("train", f"run_dir={LONG}"), f"{LONG}: can't be written to (File name too long)"),
     (data_and_a_file, (*DATA, "run_dir=file"), "file: "),
@@ -532,6 +536,7 @@ HOSTILE: list[tuple[Prepare, tuple[str, ...], str]] = [
 ]
 
 
+@pytest.mark.slow  # half a minute in all
 @pytest.mark.parametrize(
     ("prepare", "words", "message"),
     HOSTILE,
@@ -562,6 +567,7 @@ def evaluated(done: Done) -> tuple[str, dict[str, Any]]:
     return path.name, json.loads(path.read_text())
 
 
+@pytest.mark.slow
 def test_evaluations_that_differ_have_files_of_their_own(command: Command, checkpoint: str) -> None:
     words = ("evaluate", f"checkpoint={checkpoint}", "episodes=2", "seed=7")
     expected = {
@@ -690,8 +696,8 @@ def test_the_name_of_an_agent_comes_from_the_run_that_it_comes_from(
     assert isinstance(parts, dict)
     parts = {key: parts[key] for key in ("env", "agent", "dataset")}
     content.checkpoint = str(before)
-    for said, name in (({"configuration": "recommended"}, "recommended"), ({}, "")):
-        (before / "config.yaml").write_text(yaml.safe_dump(parts | said))
+    for more, name in (({"configuration": "recommended"}, "recommended"), ({}, "")):
+        (before / "config.yaml").write_text(yaml.safe_dump(parts | more))
         ((config, resolved),) = configuration.members(content, [])
         assert config.configuration == resolved["configuration"] == name
         assert config.env.name == "hopper-medium"
@@ -741,8 +747,8 @@ def test_what_a_policy_says_of_itself_is_text(command: Command, checkpoint: str,
     os.rename(tmp_path / checkpoint, tmp_path / STRANGE)
     done = command("evaluate", f"checkpoint='{STRANGE}'", "episodes=1")
     assert done.code == 0 and "\x1b" not in done.out, done
-    said = " ".join(done.out.split())  # a table breaks lines
-    assert all(f"{what} {PRINTED}" in said for what in ("agent", "id", "note")) and "task [red]" in said
+    printed = " ".join(done.out.split())  # a table breaks lines
+    assert all(f"{what} {PRINTED}" in printed for what in ("agent", "id", "note")) and "task [red]" in printed
     assert done.out.rstrip().endswith(f"{PRINTED}/evaluation_1_1000.json")
 
 
@@ -773,6 +779,7 @@ gymnasium.register("CommandLine-v0", lambda **options: PendulumEnv(**options), m
 """
 
 
+@pytest.mark.slow
 def test_a_module_is_imported_for_the_command_line_alone(
     command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -799,6 +806,7 @@ def test_a_module_is_imported_for_the_command_line_alone(
 # The user's stop, and the world's
 
 
+@pytest.mark.slow
 def test_a_stop_ends_in_one_line_wherever_it_comes(
     command: Command, checkpoint: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

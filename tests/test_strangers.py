@@ -447,6 +447,7 @@ def torture(count: int) -> dict[str, Any]:
     return total
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="no way to ask for the peak of memory")
 def test_mutated_policies_act_in_their_bounds_or_are_refused_in_a_line() -> None:
     found = torture(100)

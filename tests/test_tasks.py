@@ -373,6 +373,7 @@ def test_swapping_the_task_is_composing_with_it(composed: Composed) -> None:
     assert built(content) == composed("pen-human", "consistency_ac")
 
 
+@pytest.mark.slow
 def test_every_task_with_every_agent(composed: Composed) -> None:
     assert sorted(AGENTS) == configuration.choices("agent")
     for env, agent in itertools.product(task_names(), AGENTS):
@@ -545,12 +546,14 @@ def run(*words: str, folder: Path, **environment: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_completion_offers_the_tasks(tmp_path: Path) -> None:
     line = "python train.py env=antmaze-umaze-d"
     offered = run("-sc", "query=bash", folder=tmp_path, COMP_LINE=line, COMP_POINT=str(len(line)))
     assert offered.split() == ["env=antmaze-umaze-diverse-v0", "env=antmaze-umaze-diverse-v2"]
 
 
+@pytest.mark.slow
 def test_help_names_every_task_in_a_few_lines(tmp_path: Path) -> None:
     text = run("--help", "env=pen-human", "agent=consistency_ac", folder=tmp_path)
     start = text.index("env      ")

@@ -18,6 +18,7 @@ from safetensors.numpy import load_file, save_file
 SHORT = ("--trials", str(2 * len(torture.KINDS)), "--twice", "2")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are forked")
 def test_killed_trainings_are_continued_as_if_nothing_had_been(tmp_path: Path) -> None:
     out = tmp_path / "figures.json"
@@ -34,6 +35,7 @@ def test_killed_trainings_are_continued_as_if_nothing_had_been(tmp_path: Path) -
     assert all(tallies[kind]["killed"] >= 2 for kind in torture.KINDS)
 
 
+@pytest.mark.slow
 def test_the_harness_sees_what_is_wrong(tmp_path: Path) -> None:
     """One training, and copies of it with something amiss."""
     place, whole = torture.Place(tmp_path), tmp_path / "whole"

@@ -97,6 +97,7 @@ def test_an_agent_whose_updates_differ_ends_and_starts_anywhere(
     assert phases[0] == (1, 1) and all(phase == taken for phase, taken in phases)
 
 
+@pytest.mark.slow
 def test_members_of_a_group_are_ordinary_runs(dataset: Path, tmp_path: Path, interrupt_at: Any) -> None:
     results = run_group(tmp_path / "group", dataset, (0, 1))
     for seed in (0, 1):
@@ -117,6 +118,7 @@ def test_members_of_a_group_are_ordinary_runs(dataset: Path, tmp_path: Path, int
         assert parts == whole
 
 
+@pytest.mark.slow
 def test_a_member_is_resumed_alone_and_a_group_from_the_last_common_step(
     dataset: Path, tmp_path: Path, interrupt_at: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -175,6 +177,7 @@ def test_members_may_differ_only_in_what_one_program_can_hold(dataset: Path, tmp
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", [5, 17, 29])
 def test_killed_and_resumed_equals_uninterrupted(
     step: int, dataset: Path, tmp_path: Path, interrupt_at: Any
@@ -188,6 +191,7 @@ def test_killed_and_resumed_equals_uninterrupted(
     assert everything(tmp_path / "parts") == everything(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_same_seed_same_run_and_another_seed_another(dataset: Path, tmp_path: Path) -> None:
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         run(settings(dataset, tmp_path / name, seed=seed))

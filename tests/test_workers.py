@@ -80,6 +80,7 @@ def started(count: int, *words: str) -> Iterator[tuple[subprocess.Popen[str], li
         yield process, workers
 
 
+@pytest.mark.slow
 @processes
 @pytest.mark.parametrize(
     ("number", "group", "when"),

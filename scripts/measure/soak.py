@@ -22,7 +22,7 @@ __all__ = ["soak"]
 
 
 def soak(options: argparse.Namespace) -> dict[str, Any]:
-    """Train for a while, every kind in turn, and look after each round of them; figures are by round."""
+    """Train for a while, every kind in turn, and measure this process after each round."""
     kinds = dict(KINDS)
     if options.compile:
         kinds = {"compiled": replace(KINDS["single"], changes={"compile": True})}

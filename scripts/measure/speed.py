@@ -116,11 +116,11 @@ def speed(options: argparse.Namespace) -> dict[str, Any]:
     )
     for column in ("agent", "precision", "mode", "members", "updates/s", "seed-updates/s", "of the floor"):
         table.add_column(column)
-    figures = []
+    rows = []
     for cell, seconds in first.items():
         updates = statistics.median(found[cell])
         floor = flops[cell.precision] / work[cell.kind]
-        figures.append(
+        rows.append(
             {
                 "agent": cell.kind,
                 "mode": cell.mode,
@@ -148,5 +148,5 @@ def speed(options: argparse.Namespace) -> dict[str, Any]:
         "seconds": options.seconds,
         "flops_of_one_update": work,
         "product_flops_per_second": flops,
-        "rows": figures,
+        "rows": rows,
     }

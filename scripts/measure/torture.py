@@ -17,9 +17,9 @@ HARNESS = Path(__file__).resolve().parents[2] / "tests" / "torture.py"
 
 
 def torture(options: argparse.Namespace) -> dict[str, Any]:
-    """Run the harness in a process of its own, with one thread, and take over its figures."""
+    """Run the harness in a process of its own, with one thread, and return what it counted."""
     with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "figures.json"
+        out = Path(folder) / "counts.json"
         counts = {
             "--trials": options.trials,
             "--twice": options.twice,
