@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import replace
 from importlib.metadata import version
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import gymnasium
 import numpy as np
@@ -308,8 +308,3 @@ def spec_of(task: Task) -> EnvironmentSpec:
     environment.close()
     limit = environment.spec.max_episode_steps if environment.spec else None
     return EnvironmentSpec(widths(environment), *action_bounds(environment), limit)
-
-
-# The names before, until their last callers are renamed.
-Facts: TypeAlias = EnvironmentSpec
-facts = spec_of

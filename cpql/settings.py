@@ -49,8 +49,6 @@ NonNegative = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 """Of a whole, in [0, 1]."""
 
-Share = Fraction  # the name before, until cpql.train.config is renamed
-
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
 """What torch and every generator of numpy's take, with room for the episodes that are counted from it."""
 

@@ -11,7 +11,7 @@ from pydantic import Field
 from cpql.agents import AGENTS, Agent, AgentConfig
 from cpql.data.sources import check_source
 from cpql.errors import ConfigError, did_you_mean
-from cpql.settings import Candidates, Count, Natural, Positive, Seed, Share, Threads, build
+from cpql.settings import Candidates, Count, Fraction, Natural, Positive, Seed, Threads, build
 from cpql.tasks import Task
 from cpql.train.logging import LOGGERS
 
@@ -115,13 +115,13 @@ class OnlineConfig:
     start_steps: Natural = 5_000
     start: Literal["random", "policy"] = "random"
     candidates: Candidates = 1
-    epsilon: Share = 0.0
-    epsilon_end: Share = 0.0
+    epsilon: Fraction = 0.0
+    epsilon_end: Fraction = 0.0
     epsilon_steps: Natural = 0
-    noise: Share = 0.0
+    noise: Fraction = 0.0
     buffer_size: Count = 1_000_000
     save_buffer: bool = True
-    offline_fraction: Share = 0.0
+    offline_fraction: Fraction = 0.0
 
 
 @dataclass(frozen=True)
