@@ -67,6 +67,14 @@ def test_reading_gives_what_was_written(tmp_path: Path) -> None:
     assert [entry.name for entry in path.parent.iterdir()] == ["mine.hdf5"]
 
 
+def test_the_same_arrays_give_the_same_bytes(tmp_path: Path) -> None:
+    """A resumed run checks its dataset's SHA-256, and a dataset may have been collected again."""
+    contents = arrays()
+    d4rl.write(tmp_path / "one.hdf5", contents, {d4rl.ORIGIN: "x"})
+    d4rl.write(tmp_path / "two.hdf5", dict(reversed(contents.items())), {d4rl.ORIGIN: "x"})
+    assert (tmp_path / "one.hdf5").read_bytes() == (tmp_path / "two.hdf5").read_bytes()
+
+
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
     path = tmp_path / "mine.hdf5"
     d4rl.write(path, arrays(), {})

@@ -313,8 +313,8 @@ def write(
     path = Path(path)
     try:
         with aside(path) as temporary, h5py.File(temporary, "w") as file:
-            for key, array in arrays.items():
-                file.create_dataset(key, data=np.asarray(array))
+            for key in sorted(arrays):  # the same arrays give the same bytes, and SHA-256
+                file.create_dataset(key, data=np.asarray(arrays[key]), track_times=False)
             for key, value in attributes.items():
                 file.attrs[key] = value
     except OSError as error:
