@@ -38,7 +38,7 @@ def learning_curve(
             if metrics and name in metrics[0]:
                 axes.plot(x, [row[name] for row in metrics], label=name)
         axes.set_title(title)
-        if metrics:
+        if axes.lines:
             axes.legend(loc="best", fontsize=8)
     losses.set_yscale("log")
     # Plain numbers, no mathtext: its parser keeps exceptions, and they the training's frames and tensors.
