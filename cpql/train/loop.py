@@ -168,7 +168,7 @@ def _run_to_end(members: Members) -> list[dict[str, Any]]:
             for run in members.runs:
                 run.begin(members.step, made.how, lambda: source.provenance)
             loop(members, made.update, stack.enter_context(stop_signals()))
-            results = [run.finish(members.step) for _, run in members.going()]
+            results = [run.finish(members.step) for _, run in members.active()]
         except ActingError as error:
             members.save()
             raise ActingError(f"{error}; {members.where()}") from error
