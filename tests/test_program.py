@@ -146,7 +146,7 @@ def test_without_a_compiler_training_goes_on_and_says_why(
 @pytest.mark.parametrize(
     ("kind", "text", "cache", "reason"),
     [
-        ("CppCompileError", "C++ compile error", "/a b", "as there is a space in /a b. Set CPQL_CACHE to a"),
+        ("CppCompileError", "C++ compile error", "/a b", "as /a b has a space. Set CPQL_CACHE to a"),
         (
             "CppCompileError",
             "C++ compile error\n\nOutput:\nno disk",

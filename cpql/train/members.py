@@ -166,10 +166,10 @@ class Members:
     def _diverge(self, member: int, run: Run, what: str) -> None:
         """Leave a member as it was last saved, or raise a CpqlError if there are no others."""
         where = f" in {run.folder}" if self.agent.members else ""
-        last = max(run.steps())
+        last = f"{run.checkpoints}/step_{max(run.steps()):08d}" if max(run.steps()) else "none"
         error = CpqlError(
-            f"{what} at update {self.step}: training diverged{where}. A smaller agent.eta or actor_lr usually "
-            f"helps; the last checkpoint is {run.checkpoints / f'step_{last:08d}' if last else 'none'}"
+            f"{what} at update {self.step}: training diverged{where}. A smaller agent.eta or actor_lr "
+            f"usually helps; the last checkpoint is {last}"
         )
         if len(self.active()) == 1:
             raise error
