@@ -17,7 +17,7 @@ from cpql.tasks import Task
 __all__ = ["PolicyConfig"]
 
 Bounded = Annotated[float, Field(ge=-LARGEST, le=LARGEST)]
-Deviation = Annotated[float, Field(ge=2.0**-126, le=LARGEST)]  # from the smallest normal float32
+Deviation = Annotated[float, Field(gt=0, le=LARGEST)]
 
 
 @dataclass(frozen=True)
