@@ -42,7 +42,7 @@ def half(path: Path) -> None:
 
 
 def flip(position: float) -> Damage:
-    """One bit is another one, at some share of the file's length."""
+    """One bit is another one, at some fraction of the file's length."""
 
     def damage(path: Path) -> None:
         content = bytearray(path.read_bytes())
@@ -141,7 +141,7 @@ GARBAGE = bytes(range(256)) * 4
 # How a run ends that was damaged.
 SAME = "as it would have"
 TAKEN = "as it would have, from the checkpoint before, and a line says so"
-LACKS = "with the weights that it would have had, without the figures that are lost"
+LACKS = "with the weights that it would have had, without the metrics that are lost"
 REFUSED = "in a line that names the file"
 REFUSED_AS_A_RUN = "in a line that names the run, since it isn't the file that is wrong"
 
@@ -319,10 +319,10 @@ def check(case: tuple[str, Damage, str], original: Path, runs: Runs, tmp_path: P
         assert "\n" not in message and str(run) in message
         assert ends == REFUSED_AS_A_RUN or path.partition("/")[0] in message.removeprefix(str(run))
         return
-    said = runs.place.start(KINDS["single"], run.parent, resume=True)
+    output = runs.place.start(KINDS["single"], run.parent, resume=True)
     found, expected = everything(run), everything(runs.whole / "seed0")
     found.pop("step_bak.json", None)  # a stranger's
-    warnings = [line for line in said.splitlines() if line.startswith("warning: ") and str(run) in line]
+    warnings = [line for line in output.splitlines() if line.startswith("warning: ") and str(run) in line]
     if ends == LACKS:
         assert all(found[name] == expected[name] for name in expected if name.endswith(".safetensors"))
         return

@@ -1,4 +1,4 @@
-"""The progress bar's figures."""
+"""What the progress bar prints."""
 
 from __future__ import annotations
 

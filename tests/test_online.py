@@ -116,19 +116,19 @@ def test_time_limits_bootstrap_and_only_the_end_of_the_task_does_not() -> None:
     explorer = explored(400)
     buffer = explorer.buffer
     table = buffer.table[: len(buffer)]
-    state, action, following = table[:, :4], table[:, 4:6], table[:, 6:10]
+    state, action, next_state = table[:, :4], table[:, 4:6], table[:, 6:10]
     reward, discount = table[:, 10], table[:, 11]
-    assert torch.equal(reward, following[:, 1]) and torch.equal(following[:, 1], state[:, 1] + 1)
+    assert torch.equal(reward, next_state[:, 1]) and torch.equal(next_state[:, 1], state[:, 1] + 1)
     # actions are kept in [-1, 1] and reach the environment in its own bounds
     assert action.abs().max() <= 1
-    torch.testing.assert_close(following[:, 0] - state[:, 0], 2 * action[:, 0])
-    beyond, limit = following[:, 0].abs() > 2, following[:, 1] == LIMIT
+    torch.testing.assert_close(next_state[:, 0] - state[:, 0], 2 * action[:, 0])
+    beyond, limit = next_state[:, 0].abs() > 2, next_state[:, 1] == LIMIT
     assert torch.equal(discount == 0, beyond)
     assert (limit & ~beyond).any() and beyond.any()
     starts = torch.cat([torch.tensor([True]), (beyond | limit)[:-1]])
     assert torch.equal(state[:, 1] == 0, starts)
     assert explorer.episodes == int((beyond | limit).sum())
-    lengths = following[beyond | limit, 1]
+    lengths = next_state[beyond | limit, 1]
     returns = (lengths * (lengths + 1) / 2).tolist()
     assert list(explorer.recent) == returns[-10:]
 
@@ -278,8 +278,8 @@ def settings(run_dir: Path, **changes: Any) -> TrainConfig:
 
 
 def run(config: TrainConfig) -> dict[str, Any]:
-    said = {"agent": config.agent, "resume": config.resume}
-    return train(config, said, Console(file=StringIO(), width=200))
+    resolved = {"agent": config.agent, "resume": config.resume}
+    return train(config, resolved, Console(file=StringIO(), width=200))
 
 
 class Stopped(Exception):

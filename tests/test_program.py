@@ -146,7 +146,7 @@ def test_without_a_compiler_training_goes_on_and_says_why(
 @pytest.mark.parametrize(
     ("kind", "text", "cache", "reason"),
     [
-        ("CppCompileError", "C++ compile error", "/a b", "as there is a space in /a b. Set CPQL_CACHE to a"),
+        ("CppCompileError", "C++ compile error", "/a b", "as /a b has a space. Set CPQL_CACHE to a"),
         (
             "CppCompileError",
             "C++ compile error\n\nOutput:\nno disk",
@@ -208,11 +208,11 @@ def test_where_a_graph_cannot_be_recorded_the_compiled_update_runs(monkeypatch: 
     }.items():  # fmt: skip
         monkeypatch.setattr(torch.cuda, name, stand_in)
     fresh, agent = (CPQL(4, 2, SMALL, seed=0) for _ in range(2))
-    said: list[str] = []
-    made = record(agent, agent.update, *zeros(agent), said.append)
+    warnings: list[str] = []
+    made = record(agent, agent.update, *zeros(agent), warnings.append)
     assert made.how == "compiled, no CUDA graph: RuntimeError: CUDA error: operation not permitted when " \
         "stream is capturing"  # fmt: skip
-    assert made.compiled and len(said) == 1 and said[0].startswith("warning: no CUDA graph")
+    assert made.compiled and len(warnings) == 1 and warnings[0].startswith("warning: no CUDA graph")
     assert_equal_training(
         "cpu", fresh.update, lambda batch, noise: made.update(batch, noise, 0), (fresh, agent), near=0.0
     )

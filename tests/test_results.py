@@ -51,12 +51,12 @@ def keep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     kept = json.loads((ROOT / "benchmarks" / "results" / "hopper-medium-cpql-seed0.json").read_text())
 
     def run(eta: float = 2.0, **changes: Any) -> Path:
-        said, curve = dict(kept["configuration"]), kept["curve_of_step_episodes_score"]
-        said |= {"run_dir": "run", "agent": said["agent"] | {"eta": eta}}
+        resolved, curve = dict(kept["configuration"]), kept["curve_of_step_episodes_score"]
+        resolved |= {"run_dir": "run", "agent": resolved["agent"] | {"eta": eta}}
         result = {k: v for k, v in kept.items() if k not in ("configuration", "curve_of_step_episodes_score")}
         folder = tmp_path / f"run{len(list(tmp_path.iterdir()))}"
         (folder / "evaluations").mkdir(parents=True)
-        (folder / "config.yaml").write_text(yaml.safe_dump(said, sort_keys=False))
+        (folder / "config.yaml").write_text(yaml.safe_dump(resolved, sort_keys=False))
         (folder / "result.json").write_text(json.dumps(result | changes))
         for step, episodes, score in curve:
             content = {"step": step, "episodes": episodes, "score": score}

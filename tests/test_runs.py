@@ -456,14 +456,14 @@ def test_a_mean_is_over_seeds_and_never_over_settings(tmp_path: Path) -> None:
     def config(seed: int, eta: float) -> TrainConfig:
         return TrainConfig(ODD, {"name": "cpql", "eta": eta}, seed=seed, run_dir=f"{seed}-{eta}")
 
-    def said(*members: tuple[int, float]) -> list[str]:
+    def means(*members: tuple[int, float]) -> list[str]:
         results = [result | {"return_mean": eta + seed} for seed, eta in members]
         text = group_summary(results, [config(*member) for member in members])
         return [line for line in text.splitlines() if "between seeds" in line]
 
-    assert said((0, 0.5), (0, 1.0), (0, 2.0)) == []
-    assert said((0, 1.0), (2, 1.0)) == ["return of 2 seeds: 2.0 ± 1.4 (between seeds)"]
-    assert said((0, 0.5), (1, 0.5), (0, 2.0)) == [
+    assert means((0, 0.5), (0, 1.0), (0, 2.0)) == []
+    assert means((0, 1.0), (2, 1.0)) == ["return of 2 seeds: 2.0 ± 1.4 (between seeds)"]
+    assert means((0, 0.5), (1, 0.5), (0, 2.0)) == [
         "return of 2 seeds with agent.eta=0.5: 1.0 ± 0.7 (between seeds)"
     ]
 

@@ -511,7 +511,10 @@ def refused(folder: Path, text: str) -> None:
             {"action_high": [1.0, -2.0]},
             "action_low, action_high: expected the lower first, found -2.0 and -2.0",
         ),
-        ({"action_high": [1.0, 1e39]}, "action_high: expected a number in [-1e+10, 1e+10], found 1e+39"),
+        (
+            {"action_high": [1.0, 1e39]},
+            "action_high.1: Input should be less than or equal to 10000000000, found 1e+39",
+        ),
         ({"observation_mean": [0.0] * 5}, "observation_std: expected 5 values, found 0"),
         (
             {"observation_mean": [0.0] * 4, "observation_std": [1.0] * 4},
@@ -519,7 +522,7 @@ def refused(folder: Path, text: str) -> None:
         ),
         (
             {"observation_mean": [0.0] * 5, "observation_std": [0.0] * 5},
-            "observation_std: expected a number in [",
+            "observation_std.0: Input should be greater than 0, found 0.0",
         ),
         ({"actor": {"sigma_data": 1e300}}, "no readable policy: (34, 'Numerical result out of range')"),
         (

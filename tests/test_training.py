@@ -333,16 +333,16 @@ def test_a_run_is_never_overwritten(dataset: Path, tmp_path: Path) -> None:
 def test_a_setting_that_a_run_was_begun_without_is_its_default(
     dataset: Path, tmp_path: Path, interrupt_at: Any
 ) -> None:
-    said: dict[str, Any] = {"dataset": {"path": str(dataset)}, "online": None}
+    resolved: dict[str, Any] = {"dataset": {"path": str(dataset)}, "online": None}
     interrupt_at(15, ctrl_c)
     with pytest.raises(Interrupted):
-        run(settings(dataset, tmp_path / "run"), **said)
+        run(settings(dataset, tmp_path / "run"), **resolved)
     config = settings(dataset, tmp_path / "run", resume=True)
     agent = {**config.agent, "eta": 1.0, "eta_warmup": 0, "critic_target": {"rate": 0.005}}
-    later = said | {"agent": agent, "dataset": {**said["dataset"], "n_step": 1}, "checkpoint": None}
+    later = resolved | {"agent": agent, "dataset": {**resolved["dataset"], "n_step": 1}, "checkpoint": None}
     for change, message in (
         ({"agent": {**agent, "eta": 2.0}}, "started with agent.eta=1.0, not 2.0"),
-        ({"dataset": {**said["dataset"], "n_step": 2}}, "started with dataset.n_step=1, not 2"),
+        ({"dataset": {**resolved["dataset"], "n_step": 2}}, "started with dataset.n_step=1, not 2"),
     ):
         with pytest.raises(CheckpointError, match=message):
             run(config, **later | change)
@@ -381,7 +381,7 @@ def test_a_run_is_not_made_shorter_than_it_is(dataset: Path, tmp_path: Path) -> 
     config = settings(dataset, tmp_path / "run")
     run(config)
     shorter = replace(config, resume=True, budget=replace(config.budget, updates=39))
-    with pytest.raises(CheckpointError, match=r"run has gone on to 40 updates: .* found 39"):
+    with pytest.raises(CheckpointError, match=r"run has 40 updates already: .* found 39"):
         run(shorter)
 
 

@@ -94,7 +94,7 @@ class Place:
 
     def start(self, kind: Kind, folder: Path, resume: bool = False) -> str:
         """Train one kind in a folder; what it says meanwhile."""
-        members, said = [], StringIO()
+        members, output = [], StringIO()
         for seed in kind.seeds:
             config = TrainConfig(
                 env=PENDULUM,
@@ -111,8 +111,8 @@ class Place:
             if config.online and not config.online.offline_fraction:
                 config = replace(config, dataset=DatasetConfig())
             members.append((config, {"seed": seed, "agent": LITTLE}))
-        train_group(members, Console(file=said))
-        return said.getvalue()
+        train_group(members, Console(file=output))
+        return output.getvalue()
 
     def go_on(self, kind: Kind, folder: Path) -> None:
         """What a user does after a crash: resume, and start anew where that says that there is no run."""
@@ -135,7 +135,7 @@ class Watch:
     Args:
         folder: that counts, with all that is in it.
         at: the operation that isn't done any more; None lets all pass.
-        cut: share of the last file's new bytes that had been written by then; None leaves it whole.
+        cut: fraction of the last file's new bytes that had been written by then; None leaves it whole.
     """
 
     CHANGES = ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.symlink", "os.link", "os.truncate")
@@ -244,10 +244,10 @@ class Child:
             parts = [json.dumps({"error": f"hangs for {PATIENCE:.0f} s", "traceback": "hangs"}).encode()]
         os.close(self.pipe)
         os.waitpid(self.pid, 0)
-        said = b"".join(parts)
-        if not said:
+        report = b"".join(parts)
+        if not report:
             return Outcome(killed=True)
-        return Outcome(**json.loads(said))
+        return Outcome(**json.loads(report))
 
 
 def _watch_what_is_not_audited(watch: Watch) -> None:
@@ -330,7 +330,7 @@ def faults(folder: Path, whole: Path, exact: bool = True) -> dict[str, list[str]
 
 
 def whole_and_consistent(run: Path, whole: Path) -> list[str]:
-    """Where the parts of one finished run contradict each other: what holds though its figures are others."""
+    """Where the parts of one finished run contradict each other: what holds whatever its metrics are."""
     wrong = []
     if column(run / "metrics.csv", "step") != column(whole / "metrics.csv", "step"):
         wrong.append(f"{run / 'metrics.csv'}: other steps")
@@ -504,11 +504,11 @@ class Command:
     def go_on(self) -> str:
         """Run to the end as a user would after a crash; what went wrong."""
         process = self.start("resume=true")
-        said = process.communicate()[1]
-        if process.returncode and "holds no run" in said:
+        output = process.communicate()[1]
+        if process.returncode and "holds no run" in output:
             process = self.start()
-            said = process.communicate()[1]
-        return last_line(said) if process.returncode else ""
+            output = process.communicate()[1]
+        return last_line(output) if process.returncode else ""
 
 
 def last_line(text: str) -> str:
@@ -521,9 +521,9 @@ def undisturbed(command: Command) -> float:
     process = command.start()
     command.wait_for_run(process)
     began = time.monotonic()
-    said = process.communicate()[1]
+    output = process.communicate()[1]
     if process.returncode:
-        raise RuntimeError(f"the undisturbed command failed: {said}")
+        raise RuntimeError(f"the undisturbed command failed: {output}")
     return time.monotonic() - began
 
 
@@ -561,12 +561,12 @@ def command_twice(place: Place, trials: int) -> Tally:
         first = command.start()
         time.sleep(delay)
         pair = [first, command.start()]
-        said = [process.communicate()[1].strip() for process in pair]
+        outputs = [process.communicate()[1].strip() for process in pair]
         codes = [process.returncode for process in pair]
-        error = f"exit codes {codes}: {' | '.join(map(last_line, said))}"
+        error = f"exit codes {codes}: {' | '.join(map(last_line, outputs))}"
         if sorted(codes) == [0, 1]:
             loser = codes.index(1)
-            error = refusal(Outcome(error=said[loser]), pair[1 - loser].pid)
+            error = refusal(Outcome(error=outputs[loser]), pair[1 - loser].pid)
         tally.note(f"twice, {delay} s apart", error, {} if error else faults(command.folder, whole.folder))
         shutil.rmtree(command.folder)
     return tally
@@ -596,7 +596,7 @@ def main() -> None:
     parser.add_argument("--commands", type=int, default=0, help="kills of the real command, compiled")
     parser.add_argument("--commands-twice", type=int, default=0, help="the real command twice")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, help="a JSON file for the figures")
+    parser.add_argument("--out", type=Path, help="a JSON file for the results")
     options = parser.parse_args()
     found: dict[str, Tally] = {}
     with prepared() as place:
@@ -613,9 +613,9 @@ def main() -> None:
             )
 
         for number, name in enumerate(options.kinds):
-            share = (options.trials + number) // len(options.kinds)
-            if share or options.all:
-                done(name, kill(place, name, 0 if options.all else share, options.seed))
+            count = (options.trials + number) // len(options.kinds)
+            if count or options.all:
+                done(name, kill(place, name, 0 if options.all else count, options.seed))
         if options.twice:
             done("started twice", twice(place, options.twice))
         if options.commands:

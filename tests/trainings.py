@@ -53,9 +53,9 @@ def settings(path: Path, run_dir: Path, agent: str = "cpql", **changes: Any) -> 
     return replace(config, **changes)
 
 
-def run(config: TrainConfig, **said: Any) -> tuple[dict[str, Any], str]:
+def run(config: TrainConfig, **resolved: Any) -> tuple[dict[str, Any], str]:
     text = StringIO()
-    plain = {"seed": config.seed, "agent": config.agent, "resume": config.resume, **said}
+    plain = {"seed": config.seed, "agent": config.agent, "resume": config.resume, **resolved}
     return train(config, plain, Console(file=text, width=200)), text.getvalue()
 
 

@@ -42,7 +42,7 @@ class Exported:
         description: metadata in the file: its inputs and outputs with their shapes, the rule of acting, the
             bounds of actions, and the policy's provenance.
         states: on how many random states it was compared with PyTorch.
-        difference: the largest one, as a fraction of half an action's range: of an action in [-1, 1].
+        difference: the largest, of actions scaled to [-1, 1].
     """
 
     path: Path
@@ -88,16 +88,26 @@ def export(
         raise ConfigError("noise=inside: expected input with format=numpy, whose policy.draw draws it")
     path, inside = Path(path), noise == "inside"
     folded = policy.folded.with_rule(policy.candidates, policy.temperature)
-    folded.head["description"] = _describe(policy, folded, inside)
-    states = STATES // folded.head["candidates"]
+    config, head = policy.config, folded.head
+    noise_shapes = {name: list(shape) for name, shape in folded.shapes("batch").items()}
+    head["description"] = {
+        "inputs": {"observation": ["batch", config.state_dim], **({} if inside else noise_shapes)},
+        "outputs": {"action": ["batch", config.action_dim], **(noise_shapes if inside else {})},
+        "steps": policy.actor.steps,
+        "candidates": head["candidates"],
+        "temperature": head["temperature"] if head["candidates"] > 1 else None,
+        "action_low": list(config.action_low),
+        "action_high": list(config.action_high),
+        "task": config.task.name,
+        "environment": config.task.id,
+        "origin": config.origin,
+    }
+    states = STATES // head["candidates"]
     random = np.random.default_rng(0)
     observation = random.standard_normal((states, policy.config.state_dim), np.float32)
     if policy.config.observation_mean:
-        mean, std = (
-            np.array(values, np.float32)
-            for values in (policy.config.observation_mean, policy.config.observation_std)
-        )
-        observation = observation * std + mean
+        observation *= np.array(policy.config.observation_std, np.float32)
+        observation += np.array(policy.config.observation_mean, np.float32)
     given = {"observation": observation, **({} if inside else folded.draw(random, states))}
     with aside(path) as temporary:
         run = WRITERS[format](folded, temporary, inside)
@@ -110,31 +120,12 @@ def export(
     return Exported(path, folded.description, states, difference)
 
 
-def _describe(policy: Policy, folded: FoldedPolicy, inside: bool) -> dict[str, Any]:
-    config = policy.config
-    noise = {name: list(shape) for name, shape in folded.shapes("batch").items()}
-    return {
-        "inputs": {"observation": ["batch", config.state_dim], **({} if inside else noise)},
-        "outputs": {"action": ["batch", config.action_dim], **(noise if inside else {})},
-        "steps": policy.actor.steps,
-        "candidates": folded.head["candidates"],
-        "temperature": folded.head["temperature"] if folded.head["candidates"] > 1 else None,
-        "action_low": list(config.action_low),
-        "action_high": list(config.action_high),
-        "task": config.task.name,
-        "environment": config.task.id,
-        "origin": config.origin,
-    }
-
-
 @torch.no_grad()
 def _difference(policy: Policy, folded: FoldedPolicy, arrays: Arrays) -> float:
     """How far actions are from those of the policy's modules for the same observations and noise."""
     given = {name: torch.from_numpy(array).to(policy.device) for name, array in arrays.items()}
-    low, span = (
-        torch.from_numpy(v).to(policy.device)
-        for v in (folded.arrays["actor.low"], folded.arrays["actor.span"])
-    )
+    bounds = (folded.arrays[name] for name in ("actor.low", "actor.span"))
+    low, span = (torch.from_numpy(bound).to(policy.device) for bound in bounds)
     action = (given["action"] - low) / (0.5 * span) - 1.0
     state = policy.normalise(given["observation"])
     count = folded.head["candidates"]
@@ -167,10 +158,8 @@ class _Program(nn.Module):
 
 
 def _program(folded: FoldedPolicy, inside: bool) -> torch.export.ExportedProgram:
-    shapes = {
-        "observation": (2, len(folded.arrays["actor.state_weight"])),
-        **({} if inside else folded.shapes(2)),
-    }
+    observation = {"observation": (2, len(folded.arrays["actor.state_weight"]))}
+    shapes = observation | ({} if inside else folded.shapes(2))
     batch = torch.export.Dim("batch")
     with _quiet():
         return torch.export.export(

@@ -37,9 +37,7 @@ __all__ = ["FoldedPolicy", "load"]
 
 FORMAT = 2  # 1 had neither deterministic actors nor activations other than Mish
 # Limits of `load`: a file may come from a stranger, and it states its own sizes.
-MOST_DIRECTORY_BYTES = 1 << 20
-MOST_HEAD_BYTES = 4 << 20
-MOST_CANDIDATES = 10_000
+MOST_DIRECTORY_BYTES, MOST_HEAD_BYTES, MOST_CANDIDATES = 1 << 20, 4 << 20, 10_000
 NAMES = re.compile(
     r"actor\.(low|span|state_bias|state_weight)|critic\.[01]\.(bias|action_weight|state_weight)"
     r"|(actor\.steps|(actor|critic\.[01])\.layers)\.\d+\.(norm_)?(bias|weight)",
@@ -74,8 +72,7 @@ class FoldedPolicy:
     @property
     def description(self) -> dict[str, Any]:
         """Metadata on the policy's origin."""
-        found: dict[str, Any] = self.head["description"]
-        return found
+        return dict(self.head["description"])
 
     def with_rule(self, candidates: int, temperature: float) -> FoldedPolicy:
         """The same policy acting by another rule; without a critic it is always the actor alone."""
@@ -104,16 +101,13 @@ class FoldedPolicy:
         }
 
     def __call__(self, observation: Any, noise: Any = None, uniform: Any = None, xp: ModuleType = np) -> Any:
-        """Act, in the environment's bounds.
+        """Act: actions [..., A] in the environment's bounds, in numpy, or torch where the arrays are tensors.
 
         Args:
             observation: [..., S], as the environment gives it.
             noise: as `draw` gives it, or broadcastable to it; zeros for a deterministic action.
             uniform: as `draw` gives it; 0.5 everywhere takes the best.
-            xp: numpy, or torch where the arrays are tensors.
-
-        Returns:
-            Actions [..., A].
+            xp: numpy or torch.
         """
         if self.head["candidates"] == 1:
             return self.scale(self.sample(observation, noise, xp))
@@ -170,9 +164,8 @@ class FoldedPolicy:
             name = f"{network}.layers.{k}"
             if f"{name}.weight" not in self.arrays:
                 break
-            if f"{name}.norm_weight" in self.arrays:
-                norm = self.arrays[f"{name}.norm_weight"], self.arrays[f"{name}.norm_bias"]
-                rows = _layer_norm(rows, *norm, xp)
+            if (norm := self.arrays.get(f"{name}.norm_weight")) is not None:
+                rows = _layer_norm(rows, norm, self.arrays[f"{name}.norm_bias"], xp)
             rows = activation(rows, xp)
             weight, bias = self.arrays[f"{name}.weight"], self.arrays[f"{name}.bias"]
             rows = rows @ weight + bias if xp is np else xp.addmm(bias, rows, weight)
@@ -196,12 +189,9 @@ class FoldedPolicy:
             np.savez(file, allow_pickle=False, head=head, **self.arrays)
 
     def check(self) -> None:
-        """Act for a few random observations, in numpy, and refuse a policy whose arrays don't fit together.
+        """Act for a few random observations, in numpy; ValueError or KeyError if arrays don't fit together.
 
-        Raises:
-            ValueError: arrays don't fit together, or actions overflow where observations and noise are ten
-                times the usual size.
-            KeyError: an array is missing.
+        Actions mustn't overflow where observations and noise are ten times the usual size.
         """
         # For so few rows BLAS starts no second thread, which would take longer.
         random, steps = np.random.default_rng(0), range(len(self.head["steps"]))

@@ -22,7 +22,7 @@ __all__ = [
     "card",
     "download",
     "find_result",
-    "looks_like_an_id",
+    "is_id",
     "one_line",
     "read_object",
     "read_result",
@@ -31,12 +31,11 @@ __all__ = [
 
 PREFIX = "hf://"
 MOST_JSON_BYTES = 4 << 20
-FILES = ("config.json", "model.safetensors", "result.json")
 
 T = TypeVar("T")
 
 
-def looks_like_an_id(name: str) -> bool:
+def is_id(name: str) -> bool:
     """Whether a name has the form of a repository's, `owner/name`."""
     return re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) is not None
 
@@ -48,15 +47,7 @@ def one_line(error: Exception) -> str:
 
 
 def read_object(path: Path, what: str) -> dict[str, Any]:
-    """Read an object from JSON, as `json.dumps(allow_nan=False)` writes it.
-
-    Args:
-        path: a file of at most 4 MiB, its values nested at most 200 deep.
-        what: the content is, for an error.
-
-    Raises:
-        CheckpointError: it can't be read, or is something else.
-    """
+    """Read a JSON object from a file of at most 4 MiB; CheckpointError, naming `what` it is, for others."""
     try:
         with path.open("rb") as file:
             text = file.read(MOST_JSON_BYTES + 1)
@@ -64,11 +55,11 @@ def read_object(path: Path, what: str) -> dict[str, Any]:
             raise ValueError(f"expected at most {MOST_JSON_BYTES:,} bytes, found more")
         found = from_json(text, allow_inf_nan=False)
         json.dumps(found, allow_nan=False)  # fails on numbers beyond float64, 1e999
+        if not isinstance(found, dict):
+            raise ValueError(f"expected an object, found {type(found).__name__}")
+        return found
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: no readable {what}: {one_line(error)}") from error
-    if not isinstance(found, dict):
-        raise CheckpointError(f"{path}: no readable {what}: expected an object, found {type(found).__name__}")
-    return found
 
 
 def find_result(folder: Path, origin: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -82,11 +73,7 @@ def find_result(folder: Path, origin: Mapping[str, Any]) -> dict[str, Any] | Non
 
 
 def read_result(path: Path, origin: Mapping[str, Any]) -> dict[str, Any]:
-    """Read a result as a run (`result.json`) or `scripts/evaluate.py` writes it.
-
-    Raises:
-        CheckpointError: there is none, or it belongs to another policy.
-    """
+    """Read a result as a run or `scripts/evaluate.py` writes it; CheckpointError for another policy's."""
     result = read_object(path, "result")
     if difference := _difference(result, origin):
         raise CheckpointError(f"{path}: is another policy's: {difference}")
@@ -154,11 +141,8 @@ def card(config: PolicyConfig, steps: int, result: Mapping[str, Any] | None, nam
     online = isinstance(data, Mapping) and data.get("source") == "online"
     offline = [] if online else ["offline-reinforcement-learning"]
     tags = ["reinforcement-learning", *offline, f"{kind}-policy", agent, task.name]
-    head: dict[str, Any] = {
-        "library_name": "cpql",
-        "pipeline_tag": "reinforcement-learning",
-        "tags": [*tags, *([task.id] if task.id else [])],
-    }
+    tags += [task.id] if task.id else []
+    head: dict[str, Any] = {"library_name": "cpql", "pipeline_tag": "reinforcement-learning", "tags": tags}
     evaluation, files, what = "Not evaluated: there is no result of this very checkpoint.", "", "origin"
     try:
         provenance = _table(_provenance(config, steps))
@@ -172,8 +156,8 @@ def card(config: PolicyConfig, steps: int, result: Mapping[str, Any] | None, nam
             f"the policy's {what} is damaged, or of another version of cpql: {one_line(error)}"
         ) from error
     front = yaml.safe_dump(head, sort_keys=False, allow_unicode=True)
-    names = {"front": front, "agent": agent, "task": task.name, "kind": kind, "name": name}
-    return CARD.format(**names, evaluation=evaluation, provenance=provenance) + files
+    about = {"agent": agent, "task": task.name, "kind": kind, "name": name}
+    return CARD.format(front=front, **about, evaluation=evaluation, provenance=provenance) + files
 
 
 def _evaluation(result: Mapping[str, Any]) -> tuple[dict[str, str], dict[str, Any]]:
@@ -243,17 +227,13 @@ def _table(rows: Mapping[str, str]) -> str:
 
 
 def download(name: str) -> Path:
-    """Download a policy's files, or find them in the Hub's cache; for name and errors see `Policy.load`.
-
-    Returns:
-        The folder of one commit's files.
-    """
+    """The folder of a commit's files, downloaded or in the Hub's cache; see `Policy.load`."""
     id, _, revision = name.removeprefix(PREFIX).partition("@")
-    if not looks_like_an_id(id) or (revision and not re.fullmatch(r"(?!.*\.\.)\w[\w./-]*", revision)):
+    if not is_id(id) or (revision and not re.fullmatch(r"(?!.*\.\.)\w[\w./-]*", revision)):
         raise CheckpointError(f"{name}: expected {PREFIX}owner/name or {PREFIX}owner/name@revision")
-    patterns = list(FILES)
+    files = ["config.json", "model.safetensors", "result.json"]
     return _ask(
-        name, lambda hub: Path(hub.snapshot_download(id, revision=revision or None, allow_patterns=patterns))
+        name, lambda hub: Path(hub.snapshot_download(id, revision=revision or None, allow_patterns=files))
     )
 
 

@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Mapping
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
@@ -46,9 +45,9 @@ class Policy:
         config: see `PolicyConfig`.
 
     Attributes:
-        actor: as given, in evaluation mode. Make a new `Policy` after changing weights: `predict` keeps what
-            it has derived from them.
-        critic: as given.
+        actor: in evaluation mode. Make a new `Policy` after changing weights: `predict` keeps what it has
+            derived from them.
+        critic: likewise.
         config: as given.
         temperature: of the choice among candidates; may be changed at any time.
         folder: the folder it was loaded from, or None.
@@ -95,7 +94,7 @@ class Policy:
 
     @cached_property
     def folded(self) -> FoldedPolicy:
-        """The policy as numpy arrays, see `cpql.deploy.folded`; `folded.with_rule` says how it acts."""
+        """The policy as numpy arrays; `folded.with_rule` sets how it acts."""
         return fold(self.actor, self.critic, self.config)
 
     @cached_property
@@ -156,10 +155,10 @@ class Policy:
 
     def _best(self, observations: Tensor, deterministic: bool) -> Tensor:
         """Actions [B, A] by the candidates rule, in the environment's bounds."""
-        policy, batch, generator = self._tensors, len(observations), self.generator
+        batch, generator = len(observations), self.generator
         if deterministic:
             batch, generator = 1, torch.Generator(self.device).manual_seed(0)
-        policy = policy.with_rule(self.candidates, 0.0 if deterministic else self.temperature)
+        policy = self._tensors.with_rule(self.candidates, 0.0 if deterministic else self.temperature)
         drawn = {}
         for name, shape in policy.shapes(batch).items():
             draw = torch.rand if name == "uniform" else torch.randn
@@ -168,30 +167,26 @@ class Policy:
         return actions
 
     def save(self, folder: str | Path) -> None:
-        """Write `config.json` and `model.safetensors` into a folder, which appears whole or not at all.
+        """Write `config.json` and `model.safetensors` into a new or empty folder, both or neither.
 
         `config.json` holds the SHA-256 of `model.safetensors`, by which `load` notices damage.
-
-        Args:
-            folder: a new or an empty one.
 
         Raises:
             CheckpointError: the folder isn't empty.
         """
         self._write(Path(folder))
 
-    def _write(self, folder: Path, others: Mapping[str, str] | None = None) -> None:
+    def _write(self, folder: Path, **others: str) -> None:
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise CheckpointError(f"{folder}: expected a new folder or an empty one, found something in it")
         weights = _joined(self.actor, self.critic).state_dict()
         model = packed({name: tensor.contiguous() for name, tensor in weights.items()})
         head = {"format": FORMAT, "sha256": hashlib.sha256(model).hexdigest()}
-        text = json.dumps({**head, **asdict(self.config)}, indent=2, allow_nan=False) + "\n"
-        folder.parent.mkdir(parents=True, exist_ok=True)
+        others["config.json"] = json.dumps({**head, **asdict(self.config)}, indent=2, allow_nan=False) + "\n"
         with aside(folder) as temporary:
             temporary.mkdir()
             (temporary / "model.safetensors").write_bytes(model)
-            for name, content in {"config.json": text, **(others or {})}.items():
+            for name, content in others.items():
                 (temporary / name).write_text(content, encoding="utf-8")
 
     def save_pretrained(
@@ -217,7 +212,7 @@ class Policy:
         others = {"README.md": hub.card(self.config, self.actor.steps, found, name or folder.name)}
         if found is not None:
             others["result.json"] = json.dumps(found, indent=2, allow_nan=False)
-        self._write(folder, others)
+        self._write(folder, **others)
 
     def push_to_hub(
         self,
@@ -258,14 +253,9 @@ class Policy:
         Args:
             name: of the folder or the repository.
             revision: a branch, a tag or a commit of the repository; by default the newest of `main`.
-            device: see `load`.
-
-        Raises:
-            ConfigError: huggingface_hub isn't installed, a folder was asked for a revision, or there is no
-                such device.
-            CheckpointError: there is no such policy, or it can't be read. Nothing is unpickled.
+            device: see `load`, as for errors.
         """
-        if os.path.exists(name) or not hub.looks_like_an_id(str(name)):
+        if os.path.exists(name) or not hub.is_id(str(name)):
             if revision is not None:
                 raise ConfigError(f"revision={revision}: {name} is a folder, which has none")
             return cls.load(name, device)
@@ -275,15 +265,12 @@ class Policy:
     def load(cls, path: str | Path, device: torch.device | str = "cpu") -> Policy:
         """Read a policy from the folder of a run (its last checkpoint), of a checkpoint, or of a policy.
 
-        `hf://owner/name` is a repository on the Hub, `hf://owner/name@revision` a branch, a tag or a commit
-        of it; any other path is a file system's.
-
         The policy may come from a stranger. Nothing in it is unpickled or imported, and it can't make other
         files be opened. Memory is bounded by the length of its files, whatever sizes they state. Weights that
         are damaged or not finite are refused, as are weights whose actions aren't finite.
 
         Args:
-            path: see above.
+            path: a folder, or `hf://owner/name[@revision]`, a repository on the Hub (branch, tag or commit).
             device: where the policy acts: cpu, cuda, or auto, which is a GPU if there is one.
 
         Raises:
@@ -300,7 +287,16 @@ class Policy:
         try:
             config = build(PolicyConfig, upgrade(content), str(about))
             with torch.device("meta"):  # shapes alone
-                actor, critic = _networks(config)
+                actor = ACTORS[config.actor.kind](config.state_dim, config.action_dim, config.actor)
+                critic = None
+                if config.critic_hidden:
+                    critic = TwinCritic(
+                        config.state_dim,
+                        config.action_dim,
+                        config.critic_hidden,
+                        layer_norm=config.critic_layer_norm,
+                        activation=config.critic_activation,
+                    )
             modules = _joined(actor, critic)
             _fill(modules, model, sha256)
             modules.to(device)
@@ -314,33 +310,15 @@ class Policy:
         return policy
 
 
-def _networks(config: PolicyConfig) -> tuple[Actor, TwinCritic | None]:
-    """A policy's networks with new weights."""
-    c = config
-    actor = ACTORS[c.actor.kind](c.state_dim, c.action_dim, c.actor)
-    if not c.critic_hidden:
-        return actor, None
-    norm, activation = c.critic_layer_norm, c.critic_activation
-    return actor, TwinCritic(
-        c.state_dim, c.action_dim, c.critic_hidden, layer_norm=norm, activation=activation
-    )
-
-
 def _joined(actor: Actor, critic: TwinCritic | None) -> nn.ModuleDict:
     """Both networks under the names that they have in the weights' file."""
     return nn.ModuleDict({"actor": actor} if critic is None else {"actor": actor, "critic": critic})
 
 
 def _fill(modules: nn.Module, path: Path, sha256: Any) -> None:
-    """Read the weights of modules on the meta device, once the file is known to be no longer than they are.
-
-    Raises:
-        CheckpointError: the weights are others, damaged, or not finite.
-    """
-    size, most = (
-        path.stat().st_size,
-        sum(4 * each.numel() for each in modules.parameters()) + MOST_HEADER_BYTES,
-    )
+    """Read the weights of modules on the meta device, from a file no longer than they are."""
+    size = path.stat().st_size
+    most = sum(4 * each.numel() for each in modules.parameters()) + MOST_HEADER_BYTES
     if size > most:
         raise CheckpointError(
             f"{path}: size mismatch: expected at most {most:,} bytes, by config.json, found {size:,}"
@@ -372,11 +350,11 @@ def find_policy(name: str | Path) -> Path:
     """
     path = hub.download(name) if isinstance(name, str) and name.startswith(hub.PREFIX) else Path(name)
     for folder in (path, path / "policy", path / "last" / "policy", path / "checkpoints" / "last" / "policy"):
-        # os.path says no where pathlib raises: for a name that is too long, or a folder that can't be opened.
+        # pathlib would raise for a name that is too long, or a folder that can't be opened.
         if os.path.isfile(folder / "config.json") and os.path.isfile(folder / "model.safetensors"):
             return folder
     found = "does not exist"
     if os.path.isdir(path):
         found = "holds no policy (policy/config.json and model.safetensors)"
-    hint = f", or {hub.PREFIX}{name} for the Hub's" if hub.looks_like_an_id(str(name)) else ""
+    hint = f", or {hub.PREFIX}{name} for the Hub's" if hub.is_id(str(name)) else ""
     raise CheckpointError(f"{name}: {found}; give a run's folder or one of its checkpoints{hint}")

@@ -111,13 +111,9 @@ def transitions(buffer: ReplayBuffer, id: str = "") -> Transitions:
             next observations.
     """
     where = id or type(buffer).__name__
-    if not isinstance(buffer.observation_space, spaces.Box) or not isinstance(
-        buffer.action_space, spaces.Box
-    ):
-        raise DataError(
-            f"{where}: its spaces are {buffer.observation_space} and {buffer.action_space}: "
-            "expected a Box for both"
-        )
+    both = buffer.observation_space, buffer.action_space
+    if not all(isinstance(space, spaces.Box) for space in both):
+        raise DataError(f"{where}: its spaces are {both[0]} and {both[1]}: expected a Box for both")
     if buffer.optimize_memory_usage:
         raise DataError(
             f"{where}: an episode's last observation isn't kept: expected optimize_memory_usage=False"
@@ -131,25 +127,17 @@ def transitions(buffer: ReplayBuffer, id: str = "") -> Transitions:
     names = ("observations", "actions", "rewards", "next_observations", "timeouts", "dones")
     columns = {name: rows(getattr(buffer, name)) for name in names}
     columns["terminals"] = columns.pop("dones") * (1 - columns["timeouts"])
-    return Transitions.from_dict(
-        columns,
-        source="stable-baselines3",
-        id=id,
-        details={
-            "buffer": type(buffer).__name__,
-            "environments": buffer.n_envs,
-            "overwritten": buffer.full,
-            "time_limits_known": buffer.handle_timeout_termination,
-        },
-    )
+    details = {
+        "buffer": type(buffer).__name__,
+        "environments": buffer.n_envs,
+        "overwritten": buffer.full,
+        "time_limits_known": buffer.handle_timeout_termination,
+    }
+    return Transitions.from_dict(columns, source="stable-baselines3", id=id, details=details)
 
 
 def batch(samples: ReplayBufferSamples) -> Batch:
-    """Turn samples of a replay buffer into a batch for `agent.update`, while the buffer still grows.
-
-    Raises:
-        DataError: the samples are of several steps.
-    """
+    """Turn single-step samples of a replay buffer into a batch for `agent.update`."""
     if samples.discounts is not None:
         raise DataError("samples of several steps: expected n_steps=1, or cpql.data.transforms.n_step")
     return Batch(

@@ -122,12 +122,7 @@ class ConsistencyLoss(LossModule):  # type: ignore[misc]
                 return actor.predict(state, x, *times, drop=noise.get("drop"))
 
         with self.actor_network_params.to_module(self.actor_network):
-            loss, metrics = actor.loss(
-                state,
-                action,
-                teacher=actor.config.function(network) if self.delay_actor else None,
-                progress=self.progress,
-                noise=noise,
-            )
+            teacher = actor.config.function(network) if self.delay_actor else None
+            loss, metrics = actor.loss(state, action, teacher=teacher, progress=self.progress, noise=noise)
         means = {name: value.detach().mean() for name, value in metrics.items()}
         return TensorDict({"loss_imitation": self._reduce_loss(loss, tensordict), **means})

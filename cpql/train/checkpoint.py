@@ -1,12 +1,12 @@
-"""What is saved: checkpoints that appear whole or not at all, and hold no code.
+"""Checkpoints, which appear whole or not at all, and hold no code.
 
 checkpoints/
     step_00010000/
         policy/      config.json, model.safetensors      all that acting needs
-        training/    state.json, state.safetensors       all that going on needs
+        training/    state.json, state.safetensors       all that resuming needs
     last -> step_00010000
 
-A checkpoint is on the disk before `last` points to it, and says what its tensors' SHA-256 is.
+A checkpoint is on the disk before `last` points to it, and `state.json` has the SHA-256 of its tensors.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from cpql.deploy.hub import one_line
 from cpql.deploy.policy import Policy, find_policy
 from cpql.errors import CheckpointError
 from cpql.io import aside, aside_of, flush_folder, sha256_of
@@ -42,38 +43,32 @@ NO_RIGHT_TO_LINK = 1314  # Windows' number for it
 
 def save_checkpoint(
     folder: Path, step: int, policy: Policy, tensors: dict[str, Tensor], state: dict[str, Any]
-) -> Path:
+) -> None:
     """Write the checkpoint of a step, and point `last` at it.
 
     Args:
         folder: of all checkpoints of the run.
         step: gradient steps taken.
         policy: what is deployed.
-        tensors: what training needs to go on: weights, moments, generators.
+        tensors: what training needs to resume: weights, moments, generators.
         state: the same, as JSON-able values.
-
-    Returns:
-        The checkpoint's folder.
 
     Raises:
         OSError: it can't be written; then nothing has changed.
     """
     folder.mkdir(parents=True, exist_ok=True)
     flush_folder(folder.parent)
-    final = folder / _name(step)
-    with aside(final) as temporary:
+    with aside(folder / _name(step)) as temporary:
         policy.save(temporary / "policy")
         (temporary / "training").mkdir()
         file = temporary / "training" / "state.safetensors"
         try:
             save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, file)
-        except SafetensorError as error:  # its own word for a full disk
+        except SafetensorError as error:  # raised for a full disk
             raise OSError(str(error)) from error
-        whole = {"step": step, "sha256": sha256_of(file), **state}
-        text = json.dumps(whole, indent=2, allow_nan=False)
+        text = json.dumps({"step": step, "sha256": sha256_of(file), **state}, indent=2, allow_nan=False)
         (temporary / "training" / "state.json").write_text(text + "\n")
     point_last(folder, step)
-    return final
 
 
 def point_last(folder: Path, step: int) -> None:
@@ -99,12 +94,9 @@ def go_back(folder: Path, step: int) -> None:
 
 
 def prune(folder: Path, keep: int, spare: Collection[int] = ()) -> None:
-    """Drop the oldest checkpoints, but those that somebody has put something into: an evaluation, an export.
+    """Drop all checkpoints but the newest `keep` (0 keeps all), those of `spare` steps, and altered ones.
 
-    Args:
-        folder: of all checkpoints of the run.
-        keep: how many of the newest stay; 0 keeps all.
-        spare: steps of others that stay.
+    A checkpoint that the user has put something into, such as an evaluation or an export, stays.
     """
     for step in saved_steps(folder)[:-keep] if keep else ():
         old = folder / _name(step)
@@ -119,12 +111,9 @@ def _discard(path: Path) -> None:
 
 
 def saved_steps(folder: Path) -> list[int]:
-    """Steps of the checkpoints that are there, ascending."""
-    found = (
-        re.fullmatch(r"step_(\d{8,})", path.parent.parent.name)
-        for path in folder.glob("step_*/training/state.json")
-    )
-    return sorted(int(match[1]) for match in found if match)
+    """Steps of the checkpoints in a folder, ascending."""
+    names = (path.parent.parent.name for path in folder.glob("step_*/training/state.json"))
+    return sorted(int(name[5:]) for name in names if re.fullmatch(r"step_\d{8,}", name))
 
 
 def load_training(folder: Path, step: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -139,17 +128,16 @@ def load_training(folder: Path, step: int) -> tuple[dict[str, Tensor], dict[str,
         if state["step"] != step:
             raise ValueError(f"state.json says step {state['step']}, expected {step}")
         found = sha256_of(path / "state.safetensors")
-        expected = state.get("sha256", found)  # there was none at first
+        expected = state.get("sha256", found)  # older checkpoints have none
         if found != expected:
             raise ValueError(f"state.safetensors has SHA-256 {found[:12]}..., expected {expected[:12]}...")
         return load_file(path / "state.safetensors"), state
     except Exception as error:
-        reason = " ".join(str(error).split())
-        raise CheckpointError(f"{path}: no readable training state: {reason}") from error
+        raise CheckpointError(f"{path}: no readable training state: {one_line(error)}") from error
 
 
 def find_training(path: Path) -> tuple[Path, int]:
-    """The folder of checkpoints and the step that `load_training` wants, of a run's last checkpoint or any.
+    """The arguments of `load_training` for a run (its last checkpoint) or a checkpoint.
 
     Raises:
         CheckpointError: there is none, or it is a policy alone.

@@ -24,7 +24,7 @@ __all__ = [
     "group_agent_config",
 ]
 
-# In these the members of one program may differ, and in the agent's settings in its `by_member`.
+# What members of one program may differ in, besides the agent's settings in its `by_member`.
 OWN = ("seed", "run_dir", "agent", "checkpoint")
 
 
@@ -179,11 +179,7 @@ class TrainConfig:
 
 
 def agent_config(config: TrainConfig) -> tuple[type[Agent], AgentConfig]:
-    """The agent that a configuration asks for, and its settings.
-
-    Raises:
-        ConfigError: unknown agent, key or value.
-    """
+    """The agent's class and its settings; ConfigError for an unknown agent, key or value."""
     settings = dict(config.agent)
     name = settings.pop("name", None)
     if name not in AGENTS:
@@ -193,21 +189,21 @@ def agent_config(config: TrainConfig) -> tuple[type[Agent], AgentConfig]:
 
 
 def group_agent_config(configs: Sequence[TrainConfig]) -> tuple[type[Agent], AgentConfig]:
-    """The agent of all members of a program, with a tuple for each setting in which they differ.
+    """The same for all members of a program, with a tuple for each setting in which they differ.
 
     Raises:
         ConfigError: they differ in a setting that has to be the same.
     """
     chosen = [agent_config(config) for config in configs]
     kind, first = chosen[0]
-    rest = {name: value for name, value in vars(configs[0]).items() if name not in OWN}
+    rest = vars(configs[0]).keys() - set(OWN)
     for config, (other, settings) in zip(configs, chosen, strict=True):
         same = {name: getattr(first, name) for name in kind.by_member}
         if other is not kind or replace(settings, **same) != first:
             raise ConfigError(
                 f"members may differ in {', '.join(kind.by_member)}, not in other settings of the agent"
             )
-        if any(getattr(config, name) != value for name, value in rest.items()):
+        if any(getattr(config, name) != getattr(configs[0], name) for name in rest):
             raise ConfigError("members may differ in seed, run_dir and by member, not in other settings")
     every = {name: tuple(getattr(settings, name) for _, settings in chosen) for name in kind.by_member}
     differing: dict[str, Any] = {name: values for name, values in every.items() if len(set(values)) > 1}

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cpql.deploy.policy import Policy
-from cpql.environments import TaskEnvironment, make_task_environment, widths
+from cpql.environments import make_task_environment, widths
 from cpql.errors import ConfigError, Interrupted
 from cpql.io import versions
 from cpql.tasks import Task
@@ -29,7 +29,7 @@ class Evaluation:
         lengths: in steps.
         seed: episode i was reset with seed + i.
         rule: how actions were chosen, in words.
-        episode_limit: steps after which an episode was cut that its environment hadn't ended.
+        episode_limit: steps after which an unfinished episode was cut.
         cut: how many episodes were cut.
     """
 
@@ -71,6 +71,7 @@ class Evaluation:
         """Everything, as JSON-able values."""
         low, high = self.interval
         task = self.task
+        references = {"of": task.benchmark, "random": task.random_return, "expert": task.expert_return}
         return {
             "score": self.score,
             "score_interval": None if self.score is None else [task.score(low), task.score(high)],
@@ -88,11 +89,7 @@ class Evaluation:
             "environment": task.id,
             "environment_options": task.env_options | task.reset_options,
             "note": task.note,
-            "references": {
-                "of": task.benchmark,
-                "random": task.random_return,
-                "expert": task.expert_return,
-            },
+            "references": references,
             "versions": versions(),
         }
 
@@ -120,11 +117,11 @@ def evaluate(
         seed: of the environments and the noise.
         deterministic: see `Policy.predict`.
         at_once: how many environments run side by side.
-        episode_limit: steps after which an episode is cut that its environment doesn't end.
+        episode_limit: steps after which an unfinished episode is cut.
         stopped: called at every step; True ends the evaluation.
 
     Raises:
-        Interrupted: `stopped` said so.
+        Interrupted: `stopped` returned True.
         ConfigError: the environment can't be made, or doesn't fit the policy.
         ActingError: the environment failed.
     """
@@ -135,48 +132,36 @@ def evaluate(
         indices = range(start, min(start + at_once, episodes))
         with ExitStack() as stack:
             environments = [stack.enter_context(closing(make_task_environment(task))) for _ in indices]
-            _check_widths(policy, environments[0], task)
+            found, expected = widths(environments[0]), (policy.config.state_dim, policy.config.action_dim)
+            if found != expected:
+                raise ConfigError(
+                    f"environment {task.id}: observations and actions are {found[0]} and {found[1]} wide: "
+                    f"expected {expected[0]} and {expected[1]}, the policy's"
+                )
             observations: list[NDArray[np.float64]] = [
-                environment.reset(seed=seed + index)[0]
-                for environment, index in zip(environments, indices, strict=True)
+                environments[i].reset(seed=seed + index)[0] for i, index in enumerate(indices)
             ]
             running = list(range(len(environments)))
             for _ in range(episode_limit):
                 if stopped():
                     raise Interrupted("the evaluation was stopped")
-                actions, _ = policy.predict(
-                    np.stack([observations[i] for i in running]), None, None, deterministic
-                )
-                still = []
+                rows = np.stack([observations[i] for i in running])
+                actions, _ = policy.predict(rows, deterministic=deterministic)
+                ended = set()
                 for i, action in zip(running, actions, strict=True):
                     observations[i], reward, terminated, truncated, _ = environments[i].step(action)
                     returns[start + i] += float(reward)
                     lengths[start + i] += 1
-                    if not (terminated or truncated):
-                        still.append(i)
-                running = still
+                    if terminated or truncated:
+                        ended.add(i)
+                running = [i for i in running if i not in ended]
                 if not running:
                     break
             cut += len(running)
-    rule = _rule(policy, deterministic)
-    return Evaluation(task, tuple(returns.tolist()), tuple(lengths.tolist()), seed, rule, episode_limit, cut)
-
-
-def _rule(policy: Policy, deterministic: bool) -> str:
-    """How a policy chooses actions, in words."""
-    rule = "actor alone"
+    rule, steps = "actor alone", policy.actor.steps
     if policy.candidates > 1:
         rule = f"{policy.candidates} candidates ranked by Q"
         rule += "" if deterministic else f", temperature {policy.temperature:g}"
     sampled = not deterministic and (policy.actor.draws or policy.candidates > 1)
-    steps = policy.actor.steps
-    return f"{rule}, {'sampled' if sampled else 'deterministic'}, {steps} step{'s' if steps > 1 else ''}"
-
-
-def _check_widths(policy: Policy, environment: TaskEnvironment, task: Task) -> None:
-    found, expected = widths(environment), (policy.config.state_dim, policy.config.action_dim)
-    if found != expected:
-        raise ConfigError(
-            f"environment {task.id}: observations and actions are {found[0]} and {found[1]} wide: "
-            f"expected {expected[0]} and {expected[1]}, the policy's"
-        )
+    rule += f", {'sampled' if sampled else 'deterministic'}, {steps} step{'s' if steps > 1 else ''}"
+    return Evaluation(task, tuple(returns.tolist()), tuple(lengths.tolist()), seed, rule, episode_limit, cut)

@@ -9,36 +9,17 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
-from typing import Any, Protocol, TextIO, cast
+from typing import Any, TextIO, cast
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from cpql import io
 from cpql.errors import ConfigError, printable
 
-__all__ = [
-    "LOGGERS",
-    "Bar",
-    "CSVTable",
-    "Logger",
-    "make_console",
-    "progress",
-    "progress_bars",
-    "say",
-]
-
-
-class Logger(Protocol):
-    """Takes metrics at steps."""
-
-    def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Take the metrics of a step."""
-
-    def close(self) -> None:
-        """Write what is buffered."""
+__all__ = ["LOGGERS", "Bar", "CSVTable", "Logger", "make_console", "progress_bars", "say"]
 
 
 class CSVTable:
@@ -55,9 +36,7 @@ class CSVTable:
             return
         head, *lines = path.read_text(errors="replace").split("\n")[:-1] or [""]
         columns = head.split(",")
-        kept = [
-            line for line in lines if _numbers(line, len(columns)) and int(line.partition(",")[0]) <= step
-        ]
+        kept = [line for line in lines if _is_row(line, len(columns)) and int(line.partition(",")[0]) <= step]
         if kept:
             self.columns = columns
             io.write_text(path, "\n".join([head, *kept]) + "\n")
@@ -87,8 +66,8 @@ class CSVTable:
             io.flush(self.path)
 
 
-def _numbers(line: str, count: int) -> bool:
-    """Whether a line is a row: a step and as many numbers as make `count`."""
+def _is_row(line: str, count: int) -> bool:
+    """Whether a line is a step and as many numbers as make `count`."""
     step, *rest = line.split(",")
     try:
         return step.isdecimal() and len([float(cell) for cell in rest]) == count - 1
@@ -142,39 +121,31 @@ class WandbLogger:
         self.run.finish()
 
 
+Logger = TensorBoardLogger | WandbLogger
 LOGGERS: dict[str, Callable[[Path, str, dict[str, Any], int], Logger]] = {
     "tensorboard": TensorBoardLogger,
     "wandb": WandbLogger,
 }
-"""Loggers besides CSV, by name, each made with the run's folder, a name for the run, its configuration as
-plain values and the step from which it goes on. They raise ConfigError if their package is missing."""
+"""Loggers besides CSV by name, each made from the run's folder, a name for the run, its configuration as
+plain values and the step that it continues from. They raise ConfigError if their package is missing."""
 
 
 class _Output:
-    """A stream that is written to for as long as it has a reader: training goes on without a terminal."""
+    """A stream that drops what can't be written any more, so that training continues without a terminal."""
 
     def __init__(self, stream: TextIO) -> None:
         self.stream = stream
 
     def write(self, text: str) -> int:
-        """Write, unless writing has failed before."""
-        with self._until_it_fails():
-            self.stream.write(text)
-        return len(text)
-
-    def flush(self) -> None:
-        """Flush, unless writing has failed before."""
-        with self._until_it_fails():
-            self.stream.flush()
-
-    @contextmanager
-    def _until_it_fails(self) -> Iterator[None]:
+        """Write and flush, to nowhere once that has failed."""
         try:
-            yield
+            self.stream.write(text)
+            self.stream.flush()
         except OSError:  # a closed pipe, a terminal that is gone, a full disk
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, self.stream.fileno())  # also for what is buffered, and Python's last flush
             os.close(nowhere)
+        return len(text)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.stream, name)
@@ -202,7 +173,6 @@ class Bar:
         self.printed = time.monotonic()
         self.away = 0.0
         self.rich: Progress | None = None
-        self.id: TaskID | None = None
         if console.is_terminal:
             self.rich = Progress(
                 TextColumn("{task.description}"),
@@ -214,7 +184,7 @@ class Bar:
                 TimeRemainingColumn(),
                 console=console,
             )
-            self.id = self.rich.add_task(title, total=total, completed=start, text="")
+            self.rich.add_task(title, total=total, completed=start, text="")
             self.rich.start()
 
     def update(self, done: int, text: str = "") -> None:
@@ -226,18 +196,14 @@ class Bar:
             self.recent.popleft()
         then, before = self.recent[0]
         speed = (done - before) / (now - then) if now > then else 0.0
-        if self.rich is not None and self.id is not None:
-            self.rich.update(self.id, completed=done, text=f"{speed:,.0f}/s {text}")
+        if self.rich is not None:
+            self.rich.update(self.rich.task_ids[0], completed=done, text=f"{speed:,.0f}/s {text}")
         elif now - self.printed >= self.every or done == self.total:
             self.printed = now
-            minutes, seconds = divmod(round((self.total - done) / speed), 60) if speed else (0, 0)
-            left = f"{minutes}:{seconds:02d} left" if speed and done < self.total else ""
-            line = (
-                f"{self.title} {done:,}/{self.total:,}",
-                f"{speed:,.0f}/s" if speed else "",
-                text,
-                left,
-            )
+            line = [f"{self.title} {done:,}/{self.total:,}", f"{speed:,.0f}/s" if speed else "", text]
+            if speed and done < self.total:
+                minutes, seconds = divmod(round((self.total - done) / speed), 60)
+                line.append(f"{minutes}:{seconds:02d} left")
             self.console.print("  ".join(filter(None, line)), highlight=False, soft_wrap=True)
 
     @contextmanager
@@ -258,16 +224,6 @@ class Bar:
 
 
 @contextmanager
-def progress(console: Console, title: str, total: int, start: int = 0) -> Iterator[Bar]:
-    """A bar that is closed whatever happens."""
-    bar = Bar(console, title, total, start)
-    try:
-        yield bar
-    finally:
-        bar.close()
-
-
-@contextmanager
 def progress_bars(console: Console) -> Iterator[io.Progress]:
     """A callback that draws a bar for each title that it is called with."""
     bars: dict[str, Bar] = {}
@@ -275,7 +231,7 @@ def progress_bars(console: Console) -> Iterator[io.Progress]:
 
         def show(title: str, done: int, total: int) -> None:
             if title not in bars:
-                bars[title] = stack.enter_context(progress(console, title, total))
+                bars[title] = stack.enter_context(closing(Bar(console, title, total)))
             bars[title].update(done)
             if done >= total:
                 bars.pop(title).close()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from cpql.data.embedded import cache_folder
 from cpql.device import choose_device
 from cpql.errors import ActingError, CheckpointError, ConfigError, Interrupted
 from cpql.train.config import TrainConfig, group_agent_config
-from cpql.train.logging import progress, say
+from cpql.train.logging import Bar, say
 from cpql.train.members import Members
 from cpql.train.program import Update, program
 from cpql.train.runs import Run, claimed
@@ -38,7 +38,7 @@ def loop(members: Members, update: Update, stopped: Callable[[], bool]) -> None:
     """
     budget = members.config.budget
     began, first, text = time.monotonic(), members.step, members.last_scores()
-    with progress(members.console, "training", budget.updates, first) as bar:
+    with closing(Bar(members.console, "training", budget.updates, first)) as bar:
         with bar.paused():
             # What a killed process still owed, or the policy that this run starts from.
             if first or members.config.checkpoint:
@@ -168,7 +168,7 @@ def _run_to_end(members: Members) -> list[dict[str, Any]]:
             for run in members.runs:
                 run.begin(members.step, made.how, lambda: source.provenance)
             loop(members, made.update, stack.enter_context(stop_signals()))
-            results = [run.finish(members.step) for _, run in members.going()]
+            results = [run.finish(members.step) for _, run in members.active()]
         except ActingError as error:
             members.save()
             raise ActingError(f"{error}; {members.where()}") from error

@@ -79,7 +79,7 @@ class Means:
 class Members:
     """The members of a program under way: one agent, what it learns from, and the run of each member.
 
-    A member that diverges is left as it was last saved, and the others go on.
+    A member that diverges is left as it was last saved, and the others continue.
 
     Args:
         runs: one for each member.
@@ -89,7 +89,7 @@ class Members:
         console: for progress and warnings.
 
     Attributes:
-        step: gradient steps taken; after making one, those of the last checkpoint that all members have.
+        step: gradient steps taken, at first those of the last checkpoint that all members have.
 
     Raises:
         CheckpointError: the checkpoints can't be read, or are another training's.
@@ -108,8 +108,6 @@ class Members:
             spec = spec_of(task)
             self.bounds = tuple(spec.action_low.tolist()), tuple(spec.action_high.tolist())
         self.step = self.saved = self._restore()
-        if not self.step:
-            self._start_from_checkpoints()
         # A run that starts from another one's checkpoint counts from 0; its agent counts on.
         self.before = int(agent.state["step"]) - self.step
 
@@ -118,7 +116,7 @@ class Members:
         """The phase of the next update: the updates that the agent has taken, modulo its `cycle`."""
         return (self.before + self.step) % self.agent.cycle
 
-    def going(self) -> list[tuple[int, Run]]:
+    def active(self) -> list[tuple[int, Run]]:
         """The members that haven't diverged, by number."""
         return [(k, run) for k, run in enumerate(self.runs) if k not in self.diverged]
 
@@ -127,62 +125,53 @@ class Members:
         folders = ", ".join(str(run.folder) for run in self.runs)
         if not self.saved:
             return f"nothing was saved yet in {folders}"
-        return f"saved up to update {self.saved:,} in {folders}; go on with the same command and resume=true"
+        return (
+            f"saved up to update {self.saved:,} in {folders}; continue with the same command and resume=true"
+        )
 
     def due(self, every: int) -> bool:
         """Whether an event that occurs every so many updates, and at the end, is due; 0 is never."""
         return self.step == self.config.budget.updates or (every > 0 and self.step % every == 0)
-
-    # An update's noise and batch.
 
     def inputs(self) -> tuple[Any, dict[str, Tensor]]:
         """The batch and the noise of the next update."""
         batch = self.source.batch(self.agent, self.generators)
         return batch, self.agent.draw(self.generators if self.agent.members else self.generators[0])
 
-    # What comes of them.
-
     def log(self, seconds: float, updates: int) -> str:
         """Write the interval's means, and return them in short, averaged over the members."""
         means = [each | self.source.metrics(k) for k, each in enumerate(self.means.take())]
-        for k, run in self.going():
-            broken = next(
-                (n for n, value in means[k].items() if not math.isfinite(value) and n != "online/return"),
-                None,
-            )
-            if broken is None:
-                run.log(self.step, means[k], seconds, updates)
+        for k, run in self.active():
+            broken = [n for n, x in means[k].items() if not math.isfinite(x) and n != "online/return"]
+            if broken:
+                self._diverge(k, run, f"{broken[0]} is {means[k][broken[0]]}")
             else:
-                self._diverge(k, run, f"{broken} is {means[k][broken]}")
-        going = [means[k] for k, _ in self.going()]
+                run.log(self.step, means[k], seconds, updates)
+        active = [means[k] for k, _ in self.active()]
         text = [
-            f"{word} {statistics.fmean(m[name] for m in going):{form}}"
+            f"{word} {statistics.fmean(m[name] for m in active):{form}}"
             for word, name, form in SHOWN
-            if name in going[0] and math.isfinite(going[0][name])
+            if name in active[0] and math.isfinite(active[0][name])
         ]
         return "  ".join([*text, self.last_scores()])
 
     def last_scores(self) -> str:
         """The scores of the last evaluations, for the progress line."""
-        last = [evaluations[-1] for _, run in self.going() if (evaluations := run.evaluations())]
+        last = [evaluations[-1] for _, run in self.active() if (evaluations := run.evaluations())]
         if not last:
             return ""
-        of = "return" if last[0]["score"] is None else "score"
-        values = [f"{e['return_mean' if of == 'return' else 'score']:.1f}" for e in last]
-        return f"{of} {' '.join(values)}"
+        of, key = ("return", "return_mean") if last[0]["score"] is None else ("score", "score")
+        return " ".join([of, *(f"{evaluation[key]:.1f}" for evaluation in last)])
 
     def _diverge(self, member: int, run: Run, what: str) -> None:
-        """Leave a member as it was last saved.
-
-        Raises:
-            CpqlError: there are no others.
-        """
+        """Leave a member as it was last saved, or raise a CpqlError if there are no others."""
         where = f" in {run.folder}" if self.agent.members else ""
+        last = f"{run.checkpoints}/step_{max(run.steps()):08d}" if max(run.steps()) else "none"
         error = CpqlError(
             f"{what} at update {self.step}: training diverged{where}. A smaller agent.eta or actor_lr "
-            f"usually helps; the last checkpoint is {run.last}"
+            f"usually helps; the last checkpoint is {last}"
         )
-        if len(self.going()) == 1:
+        if len(self.active()) == 1:
             raise error
         self.diverged[member] = error
         say(self.console, str(error), "red")
@@ -223,47 +212,44 @@ class Members:
         if self.due(budget.evaluate_every):
             episodes = budget.final_episodes if self.step == budget.updates else budget.episodes
             with contextlib.suppress(Interrupted):  # the loop reports it
-                for k, run in self.going():
+                for k, run in self.active():
                     run.evaluate(self.step, self.policy(k), episodes, stopped)
-        for _, run in self.going():
+        for _, run in self.active():
             run.prune()
 
-    # Checkpoints.
-
     def save(self) -> None:
-        """Write a checkpoint of every member, from which it can go on alone or in a group.
+        """Write a checkpoint of every member, from which it can be resumed alone or in a group.
 
         Older checkpoints are dropped only after all members have theirs, so that some step is always common
         to all.
         """
         if self.saved == self.step:
             return
-        for k, run in self.going():
+        for k, run in self.active():
             state = self.agent.state_dict(k)
             if not all(bool(tensor.isfinite().all()) for tensor in state.values()):
                 self._diverge(k, run, "a weight isn't finite")
                 continue
+            parts = {
+                "agent.": state,
+                "means.": self.means.state_dict(k),
+                "source.": self.source.state_dict(k),
+            }
             tensors = {"generator": self.generators[k].get_state()}
-            for prefix, part in (
-                ("agent.", state),
-                ("means.", self.means.state_dict(k)),
-                ("source.", self.source.state_dict(k)),
-            ):
-                tensors |= {prefix + name: tensor for name, tensor in part.items()}
+            tensors |= {prefix + name: x for prefix, part in parts.items() for name, x in part.items()}
             run.save(self.step, self.policy(k), tensors)
         self.saved = self.step
 
     def _restore(self) -> int:
-        """Load the last checkpoint that all members have, and return its step.
-
-        Raises:
-            CheckpointError: there are some and none can be read, or they are another training's.
-        """
-        *steps, beginning = self._common_steps()
+        """Load the last checkpoint that all members have and that can be read, and return its step."""
+        *steps, _ = common = sorted(set.intersection(*(run.steps() for run in self.runs)), reverse=True)
+        if common == [0] and any(max(run.steps()) > run.config.budget.save_every for run in self.runs):
+            where = ", ".join(f"{run.folder} at {max(run.steps()):,}" for run in self.runs)
+            raise CheckpointError(f"no checkpoint that all members have ({where}): resume them one by one")
         damage: CheckpointError | None = None
         for step in steps:
             try:
-                read = [run.read(step) for run in self.runs]
+                read = [load_training(run.checkpoints, step) for run in self.runs]
             except CheckpointError as error:
                 damage = error
                 say(self.console, f"warning: {error}; trying the checkpoint before it", "yellow")
@@ -272,37 +258,6 @@ class Members:
             return step
         if damage is not None:
             raise damage
-        return beginning
-
-    def _common_steps(self) -> list[int]:
-        """The steps that all runs can go on from, the last one first; 0 is the beginning.
-
-        Raises:
-            CheckpointError: only the beginning is common, and some have gone on from it for longer than from
-                one checkpoint to the next.
-        """
-        common = sorted(set.intersection(*(run.steps() for run in self.runs)), reverse=True)
-        if common == [0] and any(max(run.steps()) > run.config.budget.save_every for run in self.runs):
-            where = ", ".join(f"{run.folder} at {max(run.steps()):,}" for run in self.runs)
-            raise CheckpointError(f"no checkpoint that all members have ({where}): resume them one by one")
-        return common
-
-    def _load(self, step: int, read: Sequence[tuple[dict[str, Tensor], dict[str, Any]]]) -> None:
-        """Continue from a checkpoint's tensors and state, by member."""
-        means: list[dict[str, Tensor]] = []
-        for k, (run, (tensors, state)) in enumerate(zip(self.runs, read, strict=True)):
-            try:
-                run.check_data(state["data_sha256"], self.source.provenance.sha256)
-                self.agent.load_state_dict(_named("agent.", tensors), k)
-                self.source.load_state_dict(_named("source.", tensors), k)
-                self.generators[k].set_state(tensors["generator"])
-                means.append(_means(tensors))
-            except (ValueError, KeyError) as error:
-                raise CheckpointError(f"{run.checkpoints}, step {step}: {error}") from error
-        self.means.load_state_dicts(means, self.source.device)
-
-    def _start_from_checkpoints(self) -> None:
-        """Take all networks and optimisers from the run that each member's `checkpoint` names, if any."""
         for k, run in enumerate(self.runs):
             if run.config.checkpoint:
                 tensors, _ = load_training(*find_training(Path(run.config.checkpoint)))
@@ -310,17 +265,31 @@ class Members:
                     self.agent.load_state_dict(_named("agent.", tensors), k)
                 except ValueError as error:
                     raise CheckpointError(f"checkpoint={run.config.checkpoint}: {error}") from error
+        return 0
+
+    def _load(self, step: int, read: Sequence[tuple[dict[str, Tensor], dict[str, Any]]]) -> None:
+        """Continue from a checkpoint's tensors and state, by member."""
+        means: list[dict[str, Tensor]] = []
+        for k, (run, (tensors, state)) in enumerate(zip(self.runs, read, strict=True)):
+            try:
+                then, now = state["data_sha256"], self.source.provenance.sha256
+                if then != now:
+                    raise CheckpointError(
+                        f"{run.folder}: the run learnt from a dataset with SHA-256 {then}, this one has {now}"
+                    )
+                self.agent.load_state_dict(_named("agent.", tensors), k)
+                self.source.load_state_dict(_named("source.", tensors), k)
+                self.generators[k].set_state(tensors["generator"])
+            except (ValueError, KeyError) as error:
+                raise CheckpointError(f"{run.checkpoints}, step {step}: {error}") from error
+            means.append(_named("means.", tensors))
+            if "means_count" in tensors:  # older checkpoints have sums alone, and one count for all
+                sums = means[k].items()
+                means[k] = {f"sum.{name}": total for name, total in sums}
+                means[k] |= {f"count.{name}": tensors["means_count"] for name, _ in sums}
+        self.means.load_state_dicts(means, self.source.device)
 
 
 def _named(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Those whose names have a prefix, without it."""
     return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
-
-
-def _means(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The state of `Means` in a checkpoint; older ones have sums alone, and one count for all."""
-    state = _named("means.", tensors)
-    if "means_count" not in tensors:
-        return state
-    sums = {f"sum.{name}": total for name, total in state.items()}
-    return sums | {f"count.{name}": tensors["means_count"] for name in state}

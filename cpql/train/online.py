@@ -33,7 +33,7 @@ class Explorer:
 
     Args:
         task: where to act.
-        config: how.
+        config: how to act.
         seed: of the environments and of exploration.
         device: of the buffer.
         reward: what training makes of rewards [B].
@@ -69,13 +69,13 @@ class Explorer:
 
     @property
     def epsilon(self) -> float:
-        """The present probability of a uniformly random action."""
+        """The current probability of a uniformly random action."""
         c = self.config
         done = min(1.0, self.steps / c.epsilon_steps) if c.epsilon_steps else 1.0
         return c.epsilon + done * (c.epsilon_end - c.epsilon)
 
     def explore(self, agent: Agent, member: int, generator: torch.Generator) -> None:
-        """Act as often as one update makes due, once the buffer holds what the first one waits for."""
+        """Act as often as one update requires, after filling the buffer for the first one."""
         while len(self.buffer) < max(1, min(self.config.start_steps, self.config.buffer_size)):
             self.step(agent, member, generator)
         self.owed += 1.0 / self.config.updates_per_step
@@ -126,7 +126,7 @@ class Explorer:
         return (state - mean) / std
 
     def state_dict(self) -> dict[str, Tensor]:
-        """What exploring goes on from. Environments can't be saved: going on begins new episodes."""
+        """What exploring is resumed from, in new episodes: environments can't be saved."""
         state = {
             "steps": torch.tensor(self.steps),
             "owed": torch.tensor(self.owed, dtype=torch.float64),
@@ -139,35 +139,25 @@ class Explorer:
         return state
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Go on from there; without a saved buffer a new one is filled before the next update.
-
-        Raises:
-            KeyError: something is missing.
-            ValueError: the buffer doesn't fit.
-        """
+        """Resume from there; without a saved buffer a new one is filled before the next update."""
         self.steps, self.owed = int(state["steps"]), float(state["owed"])
         self.episodes, self.recent = int(state["episodes"]), deque(state["recent"].tolist(), RECENT)
         self.coins.set_state(state["coins"])
         if self.config.save_buffer:
-            prefix = "buffer."
-            self.buffer.load_state_dict(
-                {n.removeprefix(prefix): t for n, t in state.items() if n.startswith(prefix)}
-            )
+            self.buffer.load_state_dict({name: state[f"buffer.{name}"] for name in ("table", "added")})
         self._begin(int(torch.randint(2**31, (), generator=self.coins)))
 
 
 class Experience:
-    """What an agent learns from while it acts: its members' own experience, and part of a dataset.
-
-    For the training loop it is a source whose batches take some acting to get.
+    """A source for the training loop: its members' own experience, mixed with a dataset where there is one.
 
     Args:
         task: where to act.
-        config: how.
+        config: how to act.
         seeds: one for each member.
         device: of buffers and batches.
         offline: the dataset that gives `config.offline_fraction` of each batch.
-        reward: what training makes of rewards, of `offline`'s already.
+        reward: what training makes of rewards, as already in `offline`.
     """
 
     def __init__(
@@ -182,29 +172,19 @@ class Experience:
         self.task, self.config, self.device, self.offline = task, config, device, offline
         self.normalisation = None if offline is None else offline.normalisation
         self.explorers = [Explorer(task, config, seed, device, reward, self.normalisation) for seed in seeds]
-
-    @property
-    def state_dim(self) -> int:
-        """S."""
-        return self.explorers[0].buffer.state_dim
-
-    @property
-    def action_dim(self) -> int:
-        """A."""
-        return self.explorers[0].buffer.action_dim
+        buffer = self.explorers[0].buffer
+        self.state_dim, self.action_dim = buffer.state_dim, buffer.action_dim
 
     @property
     def provenance(self) -> Provenance:
-        """The environment and the steps taken so far, and the dataset's own where there is one."""
+        """The environment and the steps so far, added to the dataset's provenance if there is one."""
         steps = self.explorers[0].steps
         acted = {"environment": self.task.id, "steps": steps}
         if self.offline is not None:
             p = self.offline.provenance
             return replace(p, source=f"{p.source} + online", details=p.details | {"online": acted})
-        none = None
-        return Provenance(
-            "online", str(self.task.id), none, none, steps, 0, none, none, none, none, none, acted
-        )
+        nothing = (None,) * 5
+        return Provenance("online", str(self.task.id), None, None, steps, 0, *nothing, acted)
 
     def batch(self, agent: Agent, generators: Sequence[torch.Generator]) -> Batch:
         """Let every member act, and draw a batch for each from what it has seen."""
@@ -220,20 +200,19 @@ class Experience:
         return split(torch.stack(each) if agent.members else each[0], self.state_dim, self.action_dim)
 
     def metrics(self, member: int) -> dict[str, float]:
-        """For the metrics: steps and episodes so far, and the mean return of the last ones."""
+        """Steps and episodes so far, and the mean return of the last ones."""
         explorer = self.explorers[member]
-        recent = fmean(explorer.recent) if explorer.recent else float("nan")
         return {
             "online/steps": explorer.steps,
             "online/episodes": explorer.episodes,
-            "online/return": recent,
+            "online/return": fmean(explorer.recent) if explorer.recent else float("nan"),
             "online/epsilon": explorer.epsilon,
         }
 
     def state_dict(self, member: int) -> dict[str, Tensor]:
-        """What a member's experience goes on from."""
+        """A member's `Explorer.state_dict`."""
         return self.explorers[member].state_dict()
 
     def load_state_dict(self, state: Mapping[str, Tensor], member: int) -> None:
-        """Take over what `state_dict` gave."""
+        """Take over what `state_dict` gave of a member."""
         self.explorers[member].load_state_dict(state)

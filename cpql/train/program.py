@@ -30,13 +30,7 @@ Update = Callable[[Batch, dict[str, Tensor], int], dict[str, Tensor]]
 
 @dataclass(frozen=True)
 class Program:
-    """An update that is ready to run.
-
-    Attributes:
-        update: the program.
-        how: "compiled", "compiled, CUDA graph", "compiled, no CUDA graph" or "uncompiled", and why.
-        compiled: whether it is compiled.
-    """
+    """An update that is ready to run, whether it is compiled, and in words how it runs and why."""
 
     update: Update
     how: str
@@ -48,8 +42,7 @@ def program(
 ) -> Program:
     """Make an agent's update ready: compiled, and on a GPU recorded so that one call of it is one launch.
 
-    Each phase of the update is tried once, on zeros, so that whatever can fail does so here; the agent's
-    state stays as it was.
+    Each phase is tried once, on zeros, so that any failure occurs here; the agent's state stays as it was.
 
     Args:
         agent: whose state the program changes in place.
@@ -74,7 +67,7 @@ def program(
     except Exception as error:  # from any part of the compiler
         reason = _reason(error)
         if compile is True:
-            raise ConfigError(f"compile=true: {reason}, or compile=auto to go on without") from error
+            raise ConfigError(f"compile=true: {reason}, or compile=auto to train uncompiled") from error
         say(f"warning: not compiled, so updates take about twice as long: {reason}")
         return Program(agent.update, f"uncompiled: {reason}", False)
     if not agent.state["step"].is_cuda:
@@ -124,11 +117,7 @@ def zeros(agent: Agent) -> tuple[Batch, dict[str, Tensor]]:
 
 
 def _check_cache(folder: Path) -> None:
-    """Refuse a cache that others can write to: what is read from it is unpickled.
-
-    Raises:
-        ConfigError: others have write access, or this user has none.
-    """
+    """Refuse a cache that others can write to: what is read from it is unpickled."""
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         about = folder.stat()
@@ -155,12 +144,10 @@ def _reason(error: BaseException) -> str:
     if name == "InvalidCxxCompiler":
         return "there is no C++ compiler. Install one (apt install g++, conda install gxx), or name it by CXX"
     if name == "CppCompileError":
-        said = re.search(r"(?:error: .*|Output:\n.*)", text)
-        what = said[0].removeprefix("Output:\n") if said else text.partition("\n")[0]
+        found = re.search(r"(?:error: .*|Output:\n.*)", text)
+        what = found[0].removeprefix("Output:\n") if found else text.partition("\n")[0]
         if " " in (cache := os.environ["TORCHINDUCTOR_CACHE_DIR"]):  # which PyTorch doesn't quote
-            return (
-                f"the C++ compiler fails, as there is a space in {cache}. Set CPQL_CACHE to a folder without"
-            )
+            return f"the C++ compiler fails, as {cache} has a space. Set CPQL_CACHE to a folder without one"
         return f"the C++ compiler fails ({what.strip()}). Install another one, or name it by CXX"
     if "triton" in name.lower() or "triton" in text.lower():
         return f"there is no working Triton ({_first_line(error)}). Install it (pip install triton)"
@@ -168,17 +155,13 @@ def _reason(error: BaseException) -> str:
 
 
 class CudaGraph:
-    """An update that is recorded as a CUDA graph when it is first called, and replayed from then on.
+    """One phase of an update, recorded as a CUDA graph when first called, and replayed from then on.
 
     Even compiled, an update is about a hundred launches, each of which takes the CPU longer than the GPU; a
     graph is a single launch. It is possible because an update uses only tensors that stay in place: the
     agent's state, which it changes in place, and the batch and the noise, which are copied into the graph's.
 
     The metrics that a call returns are overwritten by the next one.
-
-    Args:
-        agent: whose state the update changes.
-        update: one phase of `agent.update`, or of its compiled form.
     """
 
     WARM_UP = 3  # updates before recording, as CUDA graphs require: libraries allocate their workspaces

@@ -31,13 +31,7 @@ from cpql.io import clear_leftovers, held, versions, write_text
 from cpql.migration import upgrade
 from cpql.settings import build
 from cpql.tasks import Task
-from cpql.train.checkpoint import (
-    go_back,
-    load_training,
-    prune,
-    save_checkpoint,
-    saved_steps,
-)
+from cpql.train.checkpoint import go_back, prune, save_checkpoint, saved_steps
 from cpql.train.config import DatasetConfig, OnlineConfig, TrainConfig
 from cpql.train.curve import learning_curve
 from cpql.train.evaluation import evaluate
@@ -46,22 +40,12 @@ from cpql.train.logging import LOGGERS, CSVTable, Logger
 __all__ = ["Run", "claimed"]
 
 # What a resumed run may change, since it doesn't affect training; `check_length` checks the budget's length.
-FREE = (
-    "budget",
-    "configuration",
-    "device",
-    "threads",
-    "compile",
-    "logger",
-    "resume",
-    "traceback",
-    "run_dir",
-)
+FREE = {"budget", "configuration", "device", "threads", "compile", "logger", "resume", "traceback", "run_dir"}
 
 
 @contextmanager
 def claimed(folder: Path) -> Iterator[None]:
-    """Be the only process that works on a run, and remove the temporary files of killed ones.
+    """Hold the lock of a run's folder, and remove the temporary files of killed processes.
 
     The folder is created if necessary, and removed again if it stays empty.
 
@@ -92,17 +76,17 @@ class Run:
 
     Args:
         config: of the run.
-        resolved: the configuration as plain values, to be kept in `config.yaml`.
+        resolved: the configuration as plain values, which `config.yaml` keeps.
 
     Raises:
-        CheckpointError: the folder already holds a run, or another one than is to be resumed.
+        CheckpointError: the folder holds a run that isn't to be resumed, or has other settings.
     """
 
     def __init__(self, config: TrainConfig, resolved: dict[str, Any]) -> None:
-        self.config = config
-        self.folder = Path(config.run_dir)
+        self.config, self.folder = config, Path(config.run_dir)
+        self.config_file, self.result_file = self.folder / "config.yaml", self.folder / "result.json"
+        self.checkpoints = self.folder / "checkpoints"
         self.length = config.budget.updates  # that it was started with
-        self.config_file = self.folder / "config.yaml"
         self.begun = self.config_file.exists()
         if not self.begun and saved_steps(self.checkpoints):
             raise CheckpointError(
@@ -110,17 +94,14 @@ class Run:
             )
         if self.begun and not config.resume:
             raise CheckpointError(
-                f"{self.folder} already holds a run: go on with it by resume=true, or name another folder "
+                f"{self.folder} already holds a run: continue it with resume=true, or name another folder "
                 f"by run_dir={self.folder}-2"
             )
         if self.begun:
-            before = self._read_config()
-            for key in sorted((before.keys() | resolved.keys()) - set(FREE)):
-                then, now = _whole(key, before.get(key)), _whole(key, resolved.get(key))
-                if then != now:
-                    raise CheckpointError(f"{self.config_file}: {_difference(key, then, now)}")
-            self.length = before["budget"]["updates"]
-            resolved = before
+            resolved, now = self._read_config(), resolved
+            for key in sorted((resolved.keys() | now.keys()) - FREE):
+                self._compare(key, _whole(key, resolved.get(key)), _whole(key, now.get(key)))
+            self.length = resolved["budget"]["updates"]
         self.resolved = resolved | {"budget": asdict(config.budget)}
 
     def _read_config(self) -> dict[str, Any]:
@@ -133,20 +114,16 @@ class Run:
                 f"{self.config_file}: damaged ({brief(error)}): expected the run's configuration"
             ) from error
 
-    @property
-    def checkpoints(self) -> Path:
-        """The folder of checkpoints."""
-        return self.folder / "checkpoints"
-
-    @property
-    def result_file(self) -> Path:
-        """The result of a finished run."""
-        return self.folder / "result.json"
-
-    @property
-    def finished(self) -> bool:
-        """Whether the run has reached the end of its budget, which may have been raised since."""
-        return self.result_file.exists() and self.result()["step"] == self.config.budget.updates
+    def _compare(self, key: str, then: Any, now: Any) -> None:
+        """Refuse other settings than the run was started with."""
+        if isinstance(then, dict) and isinstance(now, dict):
+            for inner in sorted(then.keys() | now.keys()):
+                self._compare(f"{key}.{inner}", then.get(inner), now.get(inner))
+        elif then != now:
+            raise CheckpointError(
+                f"{self.config_file}: the run was started with {key}={then}, not {now}; resume it with the "
+                "same settings"
+            )
 
     def check_length(self, schedule: str | None) -> None:
         """Refuse a new length that would make it another run.
@@ -155,7 +132,7 @@ class Run:
             schedule: the agent's setting that depends on the length, if there is one.
 
         Raises:
-            CheckpointError: there is one, or the run has already gone on for longer.
+            CheckpointError: there is one, or the run is longer already.
         """
         now, done = self.config.budget.updates, max(self.steps())
         if self.length != now and schedule is not None:
@@ -165,9 +142,14 @@ class Run:
             )
         if done > now:
             raise CheckpointError(
-                f"{self.folder} has gone on to {done} updates: expected budget.updates of as many or more, "
+                f"{self.folder} has {done} updates already: expected budget.updates of as many or more, "
                 f"found {now}"
             )
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run has reached the end of its budget, which may have been raised since."""
+        return self.result_file.exists() and self.result()["step"] == self.config.budget.updates
 
     def result(self) -> dict[str, Any]:
         """The result of a finished run."""
@@ -183,37 +165,12 @@ class Run:
         return sorted((int(number), file) for number, file in numbered if number.isdecimal())
 
     def _best(self) -> dict[str, Any] | None:
-        """The evaluation with the highest return, and the first of those."""
+        """The first of the evaluations with the highest return."""
         return max(self.evaluations(), key=lambda e: e["return_mean"], default=None)
 
     def steps(self) -> set[int]:
-        """The steps from which it can go on; 0 is the beginning."""
+        """The steps that the run can be resumed from; 0 is the beginning."""
         return {0, *saved_steps(self.checkpoints)} if self.begun else {0}
-
-    @property
-    def last(self) -> str:
-        """The path of its last checkpoint, or `none`."""
-        steps = self.steps()
-        return str(self.checkpoints / f"step_{max(steps):08d}") if max(steps) else "none"
-
-    def read(self, step: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """A checkpoint's tensors and state.
-
-        Raises:
-            CheckpointError: it is damaged.
-        """
-        return load_training(self.checkpoints, step)
-
-    def check_data(self, then: str | None, now: str | None) -> None:
-        """Refuse another dataset than the one that training began with, by their SHA-256.
-
-        Raises:
-            CheckpointError: they differ.
-        """
-        if then != now:
-            raise CheckpointError(
-                f"{self.folder}: the run learnt from a dataset with SHA-256 {then}, this one has {now}"
-            )
 
     def start_logger(self, step: int, task: Task, agent: str) -> None:
         """Start the logger besides CSV. It comes before anything is written, since it may fail."""
@@ -225,14 +182,12 @@ class Run:
             self.logger = LOGGERS[self.config.logger](self.folder, name, self.resolved, step)
 
     def begin(self, step: int, program: str, data: Callable[[], Provenance]) -> None:
-        """Open the folder's tables, once everything that can be checked beforehand has been.
-
-        What was written after `step` is dropped, since a resumed run writes it again.
+        """Write the configuration and open the tables; whatever was written after `step` is dropped.
 
         Args:
-            step: the step that the run goes on from.
+            step: the step that training continues from.
             program: how updates are computed, `cpql.train.program.Program.how`.
-            data: gives the provenance of what the run has learnt from by now.
+            data: gives the provenance of the data so far.
         """
         self.program, self.data = program, data
         write_text(self.config_file, yaml.safe_dump(self.resolved, sort_keys=False))
@@ -261,28 +216,21 @@ class Run:
             self.logger.log(step, metrics)
 
     def evaluate(self, step: int, policy: Policy, episodes: int, stopped: Callable[[], bool]) -> None:
-        """Score a step's policy, unless it has been scored or there is no environment, and draw the curve.
+        """Evaluate a step's policy, unless that was done or there is no environment, and draw the curve.
 
         Raises:
-            Interrupted: `stopped` said so.
+            Interrupted: `stopped` returned True.
             ActingError: the environment failed.
         """
         file = self.folder / "evaluations" / f"step_{step:08d}.json"
         if self.task.id is not None and not file.exists():
-            evaluation = evaluate(
-                policy,
-                self.task,
-                episodes,
-                seed=self.config.seed + 100,
-                episode_limit=self.config.budget.episode_limit,
-                stopped=stopped,
-            )
+            seed, limit = self.config.seed + 100, self.config.budget.episode_limit
+            found = evaluate(policy, self.task, episodes, seed=seed, episode_limit=limit, stopped=stopped)
             file.parent.mkdir(exist_ok=True)
-            content = {"step": step, **self.provenance(), **evaluation.to_dict()}
-            write_text(file, json.dumps(content, indent=2, allow_nan=False) + "\n")
+            _write(file, {"step": step, **self.provenance(), **found.to_dict()})
             if self.logger is not None:
-                score = {} if evaluation.score is None else {"evaluation/score": evaluation.score}
-                self.logger.log(step, {"evaluation/return": evaluation.mean, **score})
+                score = {} if found.score is None else {"evaluation/score": found.score}
+                self.logger.log(step, {"evaluation/return": found.mean, **score})
         path = self.folder / "learning_curve.png"
         learning_curve(path, self.provenance(), self.evaluations(), self.metrics.rows())
 
@@ -302,7 +250,7 @@ class Run:
         }
 
     def save(self, step: int, policy: Policy, tensors: dict[str, Tensor]) -> None:
-        """Write a checkpoint that training can go on from, after the metrics that lead to it."""
+        """Write a checkpoint that training can be resumed from, after the metrics that lead to it."""
         self.metrics.flush()
         save_checkpoint(self.checkpoints, step, policy, tensors, {"data_sha256": self.data().sha256})
 
@@ -317,21 +265,21 @@ class Run:
         result: dict[str, Any] = {"checkpoint": "last", "evaluated": best is not None}
         if best is not None:
             result["best_evaluation"] = {k: best[k] for k in ("step", "score", "return_mean", "episodes")}
-            there = best["step"] in self.steps() - {0}
-            result["best_evaluation"]["checkpoint"] = f"step_{best['step']:08d}" if there else None
+            kept = best["step"] in self.steps() - {0}
+            result["best_evaluation"]["checkpoint"] = f"step_{best['step']:08d}" if kept else None
             result |= self.evaluations()[-1]
         else:
             result |= {"step": step, **self.provenance(), "note": self.task.note, "versions": versions()}
-        write_text(self.result_file, json.dumps(result, indent=2, allow_nan=False) + "\n")
+        _write(self.result_file, result)
         return result
 
 
-def _read(path: Path, *numbers: str) -> dict[str, Any]:
-    """Read a result or an evaluation, with a step and other numbers in it.
+def _write(path: Path, content: dict[str, Any]) -> None:
+    write_text(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
 
-    Raises:
-        CheckpointError: it is damaged.
-    """
+
+def _read(path: Path, *numbers: str) -> dict[str, Any]:
+    """Read a result or an evaluation, which has a step and these numbers."""
     try:
         content = json.loads(path.read_text())
         for name in ("step", *numbers):
@@ -339,7 +287,7 @@ def _read(path: Path, *numbers: str) -> dict[str, Any]:
         return dict(content)
     except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
         raise CheckpointError(
-            f"{path}: damaged ({brief(error)}): expected what a run wrote; remove it to go on"
+            f"{path}: damaged ({brief(error)}): expected what a run wrote; remove it to continue"
         ) from error
 
 
@@ -347,11 +295,7 @@ def _whole(key: str, settings: Any) -> Any:
     """A group of settings with all defaults, so that settings added since compare as their defaults."""
     if not isinstance(settings, dict):
         return settings
-    kinds: dict[str, type[Any]] = {
-        "env": Task,
-        "dataset": DatasetConfig,
-        "online": OnlineConfig,
-    }
+    kinds: dict[str, type[Any]] = {"env": Task, "dataset": DatasetConfig, "online": OnlineConfig}
     rest = dict(settings)
     if key == "agent" and rest.get("name") in AGENTS:
         kinds[key] = AGENTS[rest.pop("name")].config_class
@@ -359,11 +303,3 @@ def _whole(key: str, settings: Any) -> Any:
         return settings | asdict(build(kinds[key], rest, key))
     except (KeyError, ConfigError):  # unknown to this version: compared as it is
         return settings
-
-
-def _difference(key: str, before: Any, now: Any) -> str:
-    if isinstance(before, dict) and isinstance(now, dict):
-        for inner in sorted(before.keys() | now.keys()):
-            if before.get(inner) != now.get(inner):
-                return _difference(f"{key}.{inner}", before.get(inner), now.get(inner))
-    return f"the run was started with {key}={before}, not {now}; resume it with the same settings"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Protocol
 
 import torch
 from rich.console import Console
@@ -12,7 +11,7 @@ from torch import Tensor
 import cpql.data
 from cpql.agents import Agent
 from cpql.data import transforms
-from cpql.data.transitions import Batch, Provenance, Transitions
+from cpql.data.transitions import Batch, Transitions
 from cpql.errors import ConfigError
 from cpql.tasks import Task
 from cpql.train.config import DatasetConfig, TrainConfig
@@ -20,37 +19,6 @@ from cpql.train.logging import progress_bars, say
 from cpql.train.online import Experience
 
 __all__ = ["Dataset", "Source", "load_source"]
-
-
-class Source(Protocol):
-    """What a training learns from."""
-
-    device: torch.device
-    normalisation: tuple[Tensor, Tensor] | None
-
-    @property
-    def state_dim(self) -> int:
-        """S."""
-
-    @property
-    def action_dim(self) -> int:
-        """A."""
-
-    @property
-    def provenance(self) -> Provenance:
-        """Where the data come from, and how many there are by now."""
-
-    def batch(self, agent: Agent, generators: Sequence[torch.Generator]) -> Batch:
-        """The batch of one update, from a generator for each member."""
-
-    def metrics(self, member: int) -> dict[str, float]:
-        """More metrics of a member."""
-
-    def state_dict(self, member: int) -> dict[str, Tensor]:
-        """What a member's checkpoint holds of it."""
-
-    def load_state_dict(self, state: Mapping[str, Tensor], member: int) -> None:
-        """Take over what `state_dict` gave."""
 
 
 class Dataset:
@@ -61,25 +29,28 @@ class Dataset:
         self.state_dim, self.action_dim, self.provenance = data.state_dim, data.action_dim, data.provenance
 
     def batch(self, agent: Agent, generators: Sequence[torch.Generator]) -> Batch:
-        """Drawn uniformly, with replacement."""
+        """Draw one update's batch uniformly, with replacement."""
         return self.data.sample(agent.config.batch_size, generators if agent.members else generators[0])
 
     def metrics(self, member: int) -> dict[str, float]:
-        """None: a dataset doesn't change."""
+        """No metrics."""
         return {}
 
     def state_dict(self, member: int) -> dict[str, Tensor]:
-        """Nothing."""
+        """No state."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, Tensor], member: int) -> None:
-        """Nothing."""
+        """Do nothing."""
+
+
+Source = Dataset | Experience
 
 
 def load_source(
     config: TrainConfig, seeds: Sequence[int], device: torch.device, console: Console, discount: float
 ) -> tuple[Task, Source]:
-    """Load what the members learn from.
+    """Load the task as its data have it, and what the members learn from.
 
     Args:
         config: of the training.
@@ -88,12 +59,9 @@ def load_source(
         console: for progress, warnings and what was loaded.
         discount: gamma of n-step returns.
 
-    Returns:
-        The task as the source has it, and the source.
-
     Raises:
         ConfigError: a setting of the dataset that isn't possible while acting.
-        DataError: the data can't be had, or aren't valid.
+        DataError: there are no such data, or they aren't valid.
     """
     d, online = config.dataset, config.online
     if online is not None and not online.offline_fraction:
@@ -101,21 +69,6 @@ def load_source(
             if key in ("reward", "normalise_observations", "n_step") and getattr(d, key) != default:
                 raise ConfigError(f"dataset.{key}={getattr(d, key)}: expected {default} without a dataset")
         return config.env, Experience(config.env, online, seeds, device)
-    task, data = _load(config, console)
-    rule = transforms.reward_rule(data, d.reward)
-    data = transforms.reward(data, d.reward)
-    if d.normalise_observations:
-        data = transforms.normalise_observations(data)
-    if online is None:
-        return task, Dataset(transforms.n_step(data, d.n_step, discount).to(device))
-    if d.n_step != 1:
-        raise ConfigError(f"dataset.n_step={d.n_step}: an agent that acts meanwhile learns from single steps")
-    return task, Experience(task, online, seeds, device, data.to(device), rule)
-
-
-def _load(config: TrainConfig, console: Console) -> tuple[Task, Transitions]:
-    """The dataset as it is, and the task as the dataset has it."""
-    d = config.dataset
     with progress_bars(console) as progress:
         task, data = cpql.data.load(
             config.env,
@@ -129,4 +82,12 @@ def _load(config: TrainConfig, console: Console) -> tuple[Task, Transitions]:
             say=lambda line: say(console, line, "yellow"),
         )
     say(console, data.provenance.line())
-    return task, data
+    rule = transforms.reward_rule(data, d.reward)
+    data = transforms.reward(data, d.reward)
+    if d.normalise_observations:
+        data = transforms.normalise_observations(data)
+    if online is None:
+        return task, Dataset(transforms.n_step(data, d.n_step, discount).to(device))
+    if d.n_step != 1:
+        raise ConfigError(f"dataset.n_step={d.n_step}: an agent that acts meanwhile learns from single steps")
+    return task, Experience(task, online, seeds, device, data.to(device), rule)
