@@ -948,7 +948,7 @@ def test_an_own_mirror_is_asked_first(
 @pytest.mark.parametrize(
     ("kind", "reason"),
     [
-        ("page", "not HDF5"),
+        ("page", "damaged"),
         ("half", "damaged"),
         ("none", "an empty file"),
         ("other", "none of D4RL's arrays"),
