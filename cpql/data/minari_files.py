@@ -232,7 +232,8 @@ def _arrays(
             f"{name}: 'observations' is a dict of {keys}: expected a task whose `observation` names some of "
             f"them, found {list(observation)}"
         )
-    widths = {}
+    widths: dict[str, int] = {}
+    shape: tuple[int, ...]
     for path in (*paths, "actions"):
         shape = array_of(file, f"episode_0/{path}", name).shape or ()
         if len(shape) != 2 or not shape[1]:
