@@ -233,11 +233,10 @@ def _arrays(
             f"them, found {list(observation)}"
         )
     widths: dict[str, int] = {}
-    shape: tuple[int, ...]
     for path in (*paths, "actions"):
-        shape = array_of(file, f"episode_0/{path}", name).shape or ()
+        shape = list(array_of(file, f"episode_0/{path}", name).shape or ())
         if len(shape) != 2 or not shape[1]:
-            raise DataError(f"{name}: 'episode_0/{path}' has shape {list(shape)}: expected a vector a step")
+            raise DataError(f"{name}: 'episode_0/{path}' has shape {shape}: expected a vector a step")
         widths[path] = shape[1]
     width = widths.pop("actions")
     ends = [0, *itertools.accumulate(widths.values())]
@@ -252,17 +251,17 @@ def _arrays(
     start = 0
     for number in range(about.total_episodes):
         episode = f"episode_{number}"
-        shape = array_of(file, f"{episode}/rewards", name).shape or ()
+        shape = list(array_of(file, f"{episode}/rewards", name).shape or ())
         stop = start + (shape[0] if len(shape) == 1 else 0)
         if not start < stop <= steps:
             raise DataError(
-                f"{name}: '{episode}/rewards' has shape {list(shape)} after {start:,} steps: expected at "
+                f"{name}: '{episode}/rewards' has shape {shape} after {start:,} steps: expected at "
                 f"least 1, and {steps:,} in all, as {METADATA} says"
             )
         with np.errstate(over="ignore"):  # from_dict reports infinity, with its row
             for key, column in columns.items():
-                shape = (stop - start, *column.shape[1:])
-                column[start:stop] = _values(file, f"{episode}/{PATHS[key]}", name, shape)
+                expected = (stop - start, *column.shape[1:])
+                column[start:stop] = _values(file, f"{episode}/{PATHS[key]}", name, expected)
             for path, (left, right) in zip(paths, itertools.pairwise(ends), strict=True):
                 table = _values(file, f"{episode}/{path}", name, (stop - start + 1, right - left))
                 observations[start:stop, left:right] = table[:-1]
