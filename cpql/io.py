@@ -42,18 +42,12 @@ Progress = Callable[[str, int, int], None]
 
 
 def user_folder(variable: str, default: str) -> Path:
-    """The folder that an environment variable names, or else `default`; either may begin with `~`.
-
-    Raises:
-        DataError: it begins with `~`, and there is no home folder.
-    """
+    """The folder that an environment variable names, or else `default`; either may begin with `~`."""
     path = os.environ.get(variable) or default
     try:
         return Path(path).expanduser()
     except RuntimeError as error:
-        raise DataError(
-            f"there is no home folder for {path}: expected {variable} to name a folder"
-        ) from error
+        raise DataError(f"no home folder for {path}: expected {variable} to name a folder") from error
 
 
 def versions(*packages: str) -> dict[str, str]:
@@ -146,49 +140,48 @@ def flush_folder(folder: Path) -> None:
 
 @contextmanager
 def held(file: Path, busy: Callable[[str], None]) -> Iterator[None]:
-    """Hold a lock, and no other process does.
+    """Hold a lock; the lock of a process that is dead delays nobody.
 
-    The lock's folder is made for that, and goes again where nothing was put into it. The lock of a process
-    that is dead holds nobody up.
+    The lock's folder is made for that, and removed again if nothing was put into it.
 
     Args:
-        file: the lock's, which says who holds it.
-        busy: called with who that is before it is waited for, unless this raises.
+        file: the lock's, which names its holder.
+        busy: called with the holder before it is waited for, unless this raises.
 
     Raises:
         OSError: the folder can't be written to.
     """
     lock = filelock.FileLock(file)
     missing = [each for each in (file.parent, *file.parent.parents) if not os.path.exists(each)]
-    waiting, lost = False, 0
+    timeout, lost = 0, 0
     while not lock.is_locked:
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
-            lock.acquire(timeout=-1 if waiting else 0)
+            lock.acquire(timeout=timeout)
         except filelock.Timeout:
             busy(_holder(file))
-            waiting = True
+            timeout = -1
         except FileNotFoundError:
-            # The other process may have failed and taken the folder away; that doesn't happen for ever.
+            # The other process may have failed and removed the folder; that doesn't happen for ever.
             lost += 1
             if lost == 100:
                 raise
-        except NotImplementedError as error:  # neither flock nor what stands in for it
+        except NotImplementedError as error:  # neither flock nor its stand-in
             raise OSError(str(error)) from error
-    native = isinstance(lock, filelock.FileLock)  # the stand-in says itself who holds it, and goes by itself
-    if native:
-        with contextlib.suppress(OSError):  # a full disk hinders nobody from being alone
+    native = isinstance(lock, filelock.FileLock)  # the stand-in names its holder and removes itself
+    with contextlib.suppress(OSError):  # a full disk prevents no lock
+        if native:
             file.write_text(f"process {os.getpid()} on {socket.gethostname()}")
     try:
         yield
     finally:
         # filelock leaves flock's file there. Removing it while it is held is safe: since 3.24 a lock on a
         # file that is gone isn't taken.
-        if native:
-            with contextlib.suppress(OSError):  # not while it is open, on Windows
+        with contextlib.suppress(OSError):  # not while it is open, on Windows
+            if native:
                 file.unlink()
         lock.release()
-        with contextlib.suppress(OSError):  # something lies in it
+        with contextlib.suppress(OSError):  # there is something in it
             for each in missing:
                 each.rmdir()
 
@@ -205,13 +198,10 @@ def alone(path: Path, doing: str, say: Callable[[str], None]) -> Iterator[None]:
     Raises:
         DataError: the file's folder can't be written to.
     """
-
-    def busy(holder: str) -> None:
-        say(f"{path.name}: {holder} is {doing} it: waiting until that has ended")
-
     with contextlib.ExitStack() as stack:
         try:
-            stack.enter_context(held(path.with_name(f".{path.name}.lock"), busy))
+            lock, end = path.with_name(f".{path.name}.lock"), f"is {doing} it: waiting until that has ended"
+            stack.enter_context(held(lock, lambda holder: say(f"{path.name}: {holder} {end}")))
         except OSError as error:
             where, reason = path.absolute().parent, error.strerror or str(error)
             raise DataError(f"{path.name}: can't be written in {where} ({reason})") from error

@@ -30,11 +30,13 @@ __all__ = [
     "KEYS",
     "ORIGIN",
     "Origin",
+    "array_of",
     "cache_folder",
     "check_file",
     "check_fit",
     "filename",
     "is_bomb",
+    "object_of",
     "opened",
     "origin",
     "origin_of",
@@ -80,11 +82,9 @@ class D4RL(Source):
     def locate(self, request: Request) -> Path | None:
         """See `Source`."""
         entry = request.about("d4rl")
-        if not entry:
-            return None
-        file = cache_folder() / _path(entry).rpartition("/")[2]
+        file = cache_folder() / _path(entry).rpartition("/")[2] if entry else None
         # Unlike `Path.exists`, this doesn't raise where the folder can't be read.
-        return file if os.path.exists(file) else None
+        return file if file and os.path.exists(file) else None
 
     def fetch(self, request: Request) -> Path:
         """See `Source`; a file that is there already is checked."""
@@ -114,11 +114,7 @@ class D4RL(Source):
 
 
 def cache_folder() -> Path:
-    """Where D4RL keeps its files: `$D4RL_DATASET_DIR`, else `~/.d4rl/datasets`.
-
-    Raises:
-        DataError: there is no home folder.
-    """
+    """Where D4RL keeps its files: `$D4RL_DATASET_DIR`, else `~/.d4rl/datasets`."""
     return user_folder("D4RL_DATASET_DIR", "~/.d4rl/datasets")
 
 
@@ -140,12 +136,7 @@ def _path(entry: Mapping[str, Any]) -> str:
 
 
 def check_fit(path: Path, id: str, rows: int | None = None) -> None:
-    """Check that a file can be D4RL's: cpql didn't write it, and its shapes are D4RL's where they are known.
-
-    Args:
-        path: the file.
-        id: D4RL's, whose first word says how wide its rows are.
-        rows: number of rows of D4RL's file; None where it isn't known.
+    """Check that a file can be D4RL's `id`: cpql didn't write it, and known shapes are D4RL's.
 
     Raises:
         AnotherDatasetError: it can't be.
@@ -185,7 +176,7 @@ def read(
     """
     path = Path(path)
     with opened(path) as (arrays, origin):
-        about = Origin(source, id, {}) if origin is None else origin
+        about = origin or Origin(source, id, {})
         return Transitions.from_dict(
             arrays, **about._asdict(), file=path.name, sha256=sha256_of(path), **reading
         )
@@ -200,14 +191,10 @@ class Origin(NamedTuple):
 
 
 def origin(text: str, where: str) -> Origin:
-    """Read what `origin_of` wrote.
+    """Read what `origin_of` wrote; `where` names the file and the place in it in an error.
 
     Anyone can write an origin. So one may claim that data are cpql's own or Minari's, never that they are
     D4RL's: any other claim is read as "file".
-
-    Args:
-        text: JSON.
-        where: names the file and the place in it in an error.
 
     Raises:
         DataError: it is damaged.
@@ -231,21 +218,10 @@ def origin_of(provenance: Provenance) -> str | None:
 
 
 def check_file(path: Path, expected: str) -> None:
-    """Check that there is a file.
-
-    Raises:
-        DataError: there is none, or an empty one; says what it is expected to hold.
-    """
-    if not path.exists():
-        what = "a symbolic link that leads nowhere" if path.is_symlink() else "no such file"
-        found = f"{what} in {path.absolute().parent}"
-    elif not path.is_file():
-        found = "not a file"
-    elif path.stat().st_size == 0:
-        found = "an empty file"
-    else:
-        return
-    raise DataError(f"{path.name}: {found}: expected {expected}")
+    """Raise a DataError, which says what is expected, unless there is a file."""
+    if not path.is_file():
+        found = "not a file" if os.path.lexists(path) else "no such file"
+        raise DataError(f"{path.name}: {found} in {path.absolute().parent}: expected {expected}")
 
 
 @contextlib.contextmanager
@@ -261,13 +237,19 @@ def opened(path: Path) -> Iterator[tuple[dict[str, h5py.Dataset], Origin | None]
     name = path.name
     check_file(path, "HDF5 in D4RL's layout")
     try:
-        if not h5py.is_hdf5(path):
-            raise DataError(f"{name}: not HDF5: expected HDF5 in D4RL's layout")
         with h5py.File(path, "r") as file:
-            arrays = {key: _dataset(file, key, name) for key in KEYS if file.get(key, getlink=True)}
+            links = file.id.links
+            arrays = {k: h5py.Dataset(array_of(file.id, k, name)) for k in KEYS if links.exists(k.encode())}
             if not arrays:
                 found = ", ".join(file) or "nothing"
                 raise DataError(f"{name}: none of D4RL's arrays, only {found}: expected {', '.join(KEYS)}")
+            for key, array in arrays.items():
+                stored = array.id.get_storage_size()
+                if len(array.shape or ()) > 1 and is_bomb(array.nbytes, stored):
+                    raise DataError(
+                        f"{name}: '{key}' declares {array.nbytes / 2**30:,.1f} GiB and holds "
+                        f"{stored / 2**20:,.1f} MiB: expected an array that is written"
+                    )
             text = file.attrs.get(ORIGIN)
             yield arrays, None if text is None else origin(text, f"{name}: the attribute")
     except (OSError, RuntimeError, KeyError) as error:
@@ -275,20 +257,37 @@ def opened(path: Path) -> Iterator[tuple[dict[str, h5py.Dataset], Origin | None]
         raise DataError(f"{name}: damaged, can't be read ({reason}): expected whole HDF5") from error
 
 
-def _dataset(file: h5py.File, key: str, name: str) -> h5py.Dataset:
-    """One array of the file, and of nothing but the file."""
-    array = file[key] if isinstance(file.get(key, getlink=True), h5py.HardLink) else None
-    found = ""
-    if array is None:
-        found = "is a link to elsewhere"
-    elif not isinstance(array, h5py.Dataset):
+def object_of(file: Any, path: str, name: str) -> Any:
+    """What a path in an HDF5 file leads to, by hard links alone: then it is in this file.
+
+    With h5py's low-level interface: with the other, looking at a short array takes longer than reading it.
+
+    Args:
+        file: the file's low-level id.
+        path: in the file.
+        name: the file's, for errors.
+    """
+    found = file
+    for key in path.encode().split(b"/"):
+        if not isinstance(found, h5py.h5g.GroupID) or not found.links.exists(key):
+            raise DataError(f"{name}: no '{path}': expected an array")
+        if found.links.get_info(key).type != h5py.h5l.TYPE_HARD:
+            raise DataError(f"{name}: '{path}' is a link to elsewhere: expected an array")
+        found = h5py.h5o.open(found, key)
+    return found
+
+
+def array_of(file: Any, path: str, name: str) -> Any:
+    """An array of numbers that are in this file, not read yet; see `object_of`."""
+    array, found = object_of(file, path, name), ""
+    if not isinstance(array, h5py.h5d.DatasetID):
         found = "is a group"
-    elif array.is_virtual or array.external:
+    elif (made := array.get_create_plist()).get_layout() == h5py.h5d.VIRTUAL or made.get_external_count():
         found = "keeps its numbers in another file"
-    elif len(array.shape or ()) > 1 and is_bomb(array.nbytes, stored := array.id.get_storage_size()):
-        found = f"declares {array.nbytes / 2**30:,.1f} GiB and holds {stored / 2**20:,.1f} MiB"
+    elif array.dtype.kind not in "biuf":
+        found = f"holds {array.dtype}"
     if found:
-        raise DataError(f"{name}: '{key}' {found}: expected an array that is written")
+        raise DataError(f"{name}: '{path}' {found}: expected an array of numbers")
     return array
 
 
@@ -300,10 +299,10 @@ def is_bomb(declared: int, stored: int) -> bool:
 def write(
     path: str | os.PathLike[str], arrays: Mapping[str, NDArray[Any]], attributes: Mapping[str, Any]
 ) -> None:
-    """Write D4RL's layout, whole or not at all.
+    """Write D4RL's layout, whole or not at all, replacing a file of that name.
 
     Args:
-        path: the file; its folder is made, and a file of that name is replaced.
+        path: the file; its folder is made.
         arrays: by D4RL's keys.
         attributes: of the file, text or numbers; `ORIGIN` is what `origin_of` gives.
 
@@ -315,7 +314,6 @@ def write(
         with aside(path) as temporary, h5py.File(temporary, "w") as file:
             for key in sorted(arrays):  # the same arrays give the same bytes, and SHA-256
                 file.create_dataset(key, data=np.asarray(arrays[key]), track_times=False)
-            for key, value in attributes.items():
-                file.attrs[key] = value
+            file.attrs.update(attributes)
     except OSError as error:
         raise DataError(f"{path.name}: can't be written in {path.absolute().parent} ({error})") from error

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from cpql.errors import DataError, printable
+from cpql.errors import DataError, brief, printable
 from cpql.io import Progress, alone, flush_folder, sha256_of, write_text
 
 __all__ = ["fetch", "recorded", "verify_recorded"]
@@ -33,8 +33,6 @@ MOST = 8 << 30
 
 BLOCK = 1 << 18
 OVERLAP = 1 << 16
-# What a URL raises that doesn't give the file; a DataError ends the download.
-REFUSALS = (OSError, http.client.HTTPException, ValueError, OverflowError)
 
 
 def fetch(
@@ -59,9 +57,6 @@ def fetch(
             the expected one.
         progress: called with the number of bytes, about ten times a second.
         say: takes the line that another process is waited for.
-
-    Returns:
-        `path`.
 
     Raises:
         DataError: no URL gave the whole file; names the file to put into the folder by hand, and keeps the
@@ -89,10 +84,9 @@ def recorded(path: Path) -> str | None:
         DataError: the record is damaged.
     """
     record = _record(path)
-    try:
-        text = record.read_text("utf-8", errors="replace")
-    except FileNotFoundError:
+    if not record.exists():
         return None
+    text = record.read_text("utf-8", errors="replace")
     match = re.fullmatch(r"([0-9a-fA-F]{64}) [ *](.+)\n?", text)
     if match is None or match[2] != path.name:
         found = text.partition("\n")[0][:100]
@@ -108,21 +102,18 @@ def verify_recorded(path: Path, found: str | None = None) -> None:
         found: its SHA-256 as it is now, where that is known already.
 
     Raises:
-        DataError: the file has changed, or it or the record can't be read.
+        DataError: the file has changed, or the record is damaged.
     """
     expected = recorded(path)
-    if expected is None:
-        return
-    try:
-        found = found or sha256_of(path)
-    except OSError as error:
-        where = path.absolute().parent
-        raise DataError(f"{path.name}: can't be read in {where} ({_reason(error)})") from error
-    if found.lower() != expected:
+    if expected is not None and (found := found or sha256_of(path)) != expected:
         raise DataError(
             f"{path.name}: changed since it was downloaded: SHA-256 found {found}, expected {expected} as in "
             f"{_record(path).name}: remove both to download it again"
         )
+
+
+class _OtherBytesError(ValueError):
+    """A server that doesn't continue what was downloaded, or a whole file that isn't the expected one."""
 
 
 class _Download:
@@ -138,7 +129,7 @@ class _Download:
         for url in urls:
             try:
                 sha256 = self.bring(url)
-            except REFUSALS as error:
+            except (OSError, http.client.HTTPException, ValueError, OverflowError) as error:
                 reasons.append(f"{url} ({_reason(error)})")
                 continue
             with self.writing(self.size()):
@@ -149,40 +140,36 @@ class _Download:
             return self.path
         where = ", ".join(reasons) or "anywhere: no URL is known"
         if self.size() > OVERLAP:
-            where += f" ({self.size():,} bytes are kept, another call goes on from there)"
+            where += f" ({self.size():,} bytes are kept, another call continues there)"
         else:
             self.part.unlink(missing_ok=True)
         name, folder = self.path.name, self.path.parent
         raise DataError(f"{name} can't be downloaded from {where}: put {name} into {folder} by hand")
 
     def bring(self, url: str) -> str:
-        """Download the whole file to `part` and return its SHA-256; failures are among REFUSALS."""
-        start = self.size() - OVERLAP
-        if start > 0 and self.receive(url, start):
+        """Download the whole file to `part` and return its SHA-256."""
+        if self.size() > OVERLAP:
             # If the check fails, the earlier bytes may be wrong rather than this server's.
-            with contextlib.suppress(ValueError):
+            with contextlib.suppress(_OtherBytesError):
+                self.receive(url, self.size() - OVERLAP)
                 return self.examine()
         self.receive(url, 0)
         return self.examine()
 
-    def receive(self, url: str, start: int) -> bool:
-        """Receive the file from byte `start` on, or all of it if the server sends that.
-
-        Returns:
-            False if the answer doesn't continue `part`; never for `start=0`.
-        """
+    def receive(self, url: str, start: int) -> None:
+        """Receive the file from byte `start` on, or all of it if the server sends that."""
         if not re.match(r"https?://", url, re.IGNORECASE):
             raise ValueError("expected an http or https URL")
         headers = {"User-Agent": "cpql", "Accept-Encoding": "identity"}
         if start:
             headers["Range"] = f"bytes={start}-"
-        opener = urllib.request.build_opener(_Redirections)
         try:
+            opener = urllib.request.build_opener(_Redirections)
             response = opener.open(urllib.request.Request(url, headers=headers), timeout=TIMEOUT)
         except urllib.error.HTTPError as error:
             error.close()
             if start and error.code == http.HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
-                return False
+                raise _OtherBytesError("another file") from error
             raise
         with response:
             total = response.length or 0
@@ -190,10 +177,10 @@ class _Download:
                 raise ValueError("a web page, not the file")
             if start and response.status == http.HTTPStatus.PARTIAL_CONTENT:
                 sent = response.headers.get("Content-Range", "").strip()
-                match = re.fullmatch(r"bytes (\d{1,15})-(\d{1,15})/(\d{1,15})", sent)
-                first, last, total = map(int, match.groups()) if match else (0, 0, 0)
-                if (first, last + 1) != (start, total):
-                    return False
+                match = re.fullmatch(rf"bytes {start}-(\d{{1,15}})/(\d{{1,15}})", sent)
+                if match is None or int(match[1]) + 1 != int(match[2]):
+                    raise _OtherBytesError("another part of the file")
+                total = int(match[2])
             elif response.status == http.HTTPStatus.OK:
                 start = 0
             else:
@@ -202,16 +189,15 @@ class _Download:
                 raise ValueError(f"declares {total:,} bytes: expected at most {MOST:,}")
             if total - self.size() > shutil.disk_usage(self.path.parent).free:
                 raise self.no_room(total - self.size())
-            return self.write(response, start, total)
+            self.write(response, start, total)
 
-    def write(self, response: http.client.HTTPResponse, start: int, total: int) -> bool:
-        """Write a body to `part` from byte `start` on; False where it differs from the bytes there."""
+    def write(self, response: http.client.HTTPResponse, start: int, total: int) -> None:
+        """Write a body to `part` from byte `start` on, where the bytes that are there must be the same."""
         label, size, done, due = f"download {self.path.name}", self.size() if start else 0, start, 0.0
         # Without a buffer a killed process loses nothing that has arrived.
         with self.writing(total), open(self.part, "r+b" if start else "w+b", buffering=0) as file:
             file.seek(start)
-            # Nothing is read after the last byte.
-            while not total or done < total:
+            while True:
                 try:
                     block = response.read1(min(BLOCK, total - done) if total else BLOCK)
                 except (OSError, http.client.HTTPException) as error:
@@ -220,7 +206,7 @@ class _Download:
                     break
                 known = file.read(min(len(block), max(0, size - done)))
                 if block[: len(known)] != known:
-                    return False
+                    raise _OtherBytesError("another file")
                 rest = memoryview(block)[len(known) :]
                 while rest:
                     rest = rest[file.write(rest) :]
@@ -230,20 +216,17 @@ class _Download:
                 if self.progress and done > size and time.monotonic() >= due:
                     self.progress(label, done, total)
                     due = time.monotonic() + 0.1
-            if done >= total:
-                file.truncate(done)
+            if done < total:
+                raise ValueError(f"cut off after {done:,} of {total:,} bytes")
+            file.truncate(done)
             os.fsync(file.fileno())
         if self.progress:
             self.progress(label, done, total)
-        if done < total:
-            raise ValueError(f"cut off after {done:,} of {total:,} bytes")
-        return True
 
     def examine(self) -> str:
         """Check the whole file and return its SHA-256; a wrong file is removed."""
+        found = sha256_of(self.part)
         try:
-            with self.writing(0):
-                found = sha256_of(self.part)
             if self.size() == 0:
                 raise ValueError("an empty file")
             if self.expected not in (None, found):
@@ -251,7 +234,7 @@ class _Download:
             self.check(self.part)
         except (DataError, ValueError) as error:
             self.part.unlink()
-            raise ValueError(str(error).removeprefix(f"{self.part.name}: ")) from error
+            raise _OtherBytesError(str(error).removeprefix(f"{self.part.name}: ")) from error
         return found
 
     def size(self) -> int:
@@ -302,8 +285,8 @@ def _reason(error: Exception) -> str:
         text = f"HTTP {error.code} {error.reason}"
     elif isinstance(cause, TimeoutError):
         text = f"no answer within {TIMEOUT:g} s"
-    elif type(cause) in (http.client.BadStatusLine, http.client.UnknownProtocol):
-        text = f"expected an answer in HTTP/1, found '{cause}'"
+    elif isinstance(cause, http.client.HTTPException):
+        text = brief(cause)
     else:
         text = str(getattr(cause, "strerror", None) or cause or type(cause).__name__)
     return printable(" ".join(text.split()))[:200]

@@ -66,10 +66,8 @@ def form(path: Where) -> Form:
     path = Path(path)
     if path.is_dir():
         return "minari"
-    named = ENDINGS.get(path.suffix.lower())
-    if named is None:
-        return "npz" if path.is_file() and zipfile.is_zipfile(path) else "hdf5"
-    return named
+    by_content: Form = "npz" if path.is_file() and zipfile.is_zipfile(path) else "hdf5"
+    return ENDINGS.get(path.suffix.lower(), by_content)
 
 
 def read(
@@ -103,11 +101,7 @@ def read(
 
 
 def _npz(path: Path) -> dict[str, Any]:
-    """The arrays of an NPZ file that has no keys but D4RL's.
-
-    Raises:
-        DataError: the file is missing, damaged, isn't NPZ, has other keys, or declares more than it holds.
-    """
+    """The arrays of an NPZ file that has no keys but D4RL's, and doesn't declare more than it can hold."""
     name, key = path.name, "the archive"
     d4rl.check_file(path, "NPZ with D4RL's keys")
     try:
@@ -118,8 +112,6 @@ def _npz(path: Path) -> dict[str, Any]:
             for key in keys:
                 if key not in (*d4rl.KEYS, d4rl.ORIGIN):
                     raise DataError(f"{name}: {key!r} is none of D4RL's keys: {did_you_mean(key, d4rl.KEYS)}")
-                if keys.count(key) > 1:
-                    raise DataError(f"{name}: '{key}' is there {keys.count(key)} times: expected it once")
             declared = sum(archive.zip.getinfo(f"{key}.npy").file_size for key in keys)
             size = path.stat().st_size
             if d4rl.is_bomb(declared, size):
@@ -148,7 +140,7 @@ def write(
     action_high: ArrayLike = 1.0,
     replace: bool = False,
 ) -> Path:
-    """Write a dataset, whole or not at all.
+    """Write a dataset, whole or not at all, and return its file or folder.
 
     `read` gives back the same transitions, bit for bit; only actions may differ by rounding, where their
     bounds aren't -1 and 1. The origin of data from cpql or Minari is written in every form.
@@ -162,9 +154,6 @@ def write(
         action_low: lower bounds of actions in HDF5 and NPZ files: the environment's, [A] or one for all.
         action_high: their upper bounds.
         replace: whether an existing dataset may be replaced.
-
-    Returns:
-        The file, or the dataset's folder.
 
     Raises:
         ConfigError: there is no such environment.
@@ -196,41 +185,31 @@ def write(
 
 
 def left_out(path: Where, data: Transitions, task: Task | None = None) -> list[str]:
-    """Name what a dataset holds that its transitions don't.
-
-    Args:
-        path: as for `read`.
-        data: what `read` gave for it.
-        task: as for `read`.
-
-    Returns:
-        A clause for each kind of content that isn't read.
-    """
+    """A clause for each kind of content of a dataset that isn't in its transitions, `data`."""
     path = Path(path)
     kind = form(path)
     if kind == "minari":
         return _left_out_of_minari(path, task)
     if kind == "npz":
         with np.load(path, allow_pickle=False) as archive:
-            return _left_out_of_arrays(archive, archive.files, len(data))
-    with d4rl.opened(path) as (arrays, _):
-        return _left_out_of_arrays(arrays, next(iter(arrays.values())).file, len(data))
+            return _left_out_of_arrays(archive, len(data))
+    with h5py.File(path, "r") as file:
+        return _left_out_of_arrays(file, len(data))
 
 
-def _left_out_of_arrays(arrays: Mapping[str, Any], names: Iterable[str], taken: int) -> list[str]:
-    there = set(names)
-    others = sorted({name.partition("/")[0] for name in there - {*d4rl.KEYS, d4rl.ORIGIN}})
-    wide = []
-    for key in ("observations", "actions", "rewards", "next_observations"):
-        if key in there and not np.can_cast(arrays[key].dtype, np.float32):
-            wide.append(key)
+def _left_out_of_arrays(arrays: Mapping[str, Any], read: int) -> list[str]:
+    others = sorted({name.partition("/")[0] for name in set(arrays) - {*d4rl.KEYS, d4rl.ORIGIN}})
+    tables = [key for key in ("observations", "actions", "rewards", "next_observations") if key in arrays]
+    wide = [key for key in tables if not np.can_cast(arrays[key].dtype, np.float32)]
     rows = len(arrays["terminals"])
     clauses = [f"{', '.join(others)}: all of it"] if others else []
     if wide:
         clauses.append(f"{', '.join(wide)}: digits beyond float32's")
-    if taken < rows:
-        clauses.append(f"rows: {rows - taken:,} of {rows:,}, which have no next observation")
-    return clauses + (_both_flags([(arrays["terminals"], arrays["timeouts"])]) if "timeouts" in there else [])
+    if read < rows:
+        clauses.append(f"rows: {rows - read:,} of {rows:,}, which have no next observation")
+    return clauses + (
+        _both_flags([(arrays["terminals"], arrays["timeouts"])]) if "timeouts" in arrays else []
+    )
 
 
 def _left_out_of_minari(path: Path, task: Task | None) -> list[str]:
@@ -239,8 +218,8 @@ def _left_out_of_minari(path: Path, task: Task | None) -> list[str]:
         first = file["episode_0"]
         others = ["infos"] if len(first.get("infos", ())) else []
         if isinstance(first["observations"], h5py.Group):
-            taken = task.observation if task else ()
-            others += [f"observations/{key}" for key in first["observations"] if key not in taken]
+            keys = task.observation if task else ()
+            others += [f"observations/{key}" for key in first["observations"] if key not in keys]
         episodes = [file[name] for name in file if name.startswith("episode_")]
         flags = [(episode["terminations"], episode["truncations"]) for episode in episodes]
         return [*([f"{', '.join(others)}: all of it"] if others else []), *_both_flags(flags)]

@@ -17,7 +17,6 @@ import math
 import os
 import re
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -53,13 +52,31 @@ class Minari(Source):
 
     def fetch(self, request: Request) -> Path:
         """See `Source`; the package draws its own progress bars."""
+        import minari  # type: ignore[import-untyped]
+
         id = str(request.about("minari").get("id", ""))
         if not id:
             raise DataError(
                 f"{request.task.name}: Minari has no such data: expected dataset.id to name others"
             )
-        if find(id) is None:
-            _download(id, request.say)
+        if found := find(id):
+            return found
+        request.say(f"downloading {id} from Minari into {root()}")
+        try:
+            # What the package prints and most of what it warns of are meant for its own command line.
+            with warnings.catch_warnings(record=True) as caught, contextlib.redirect_stdout(io.StringIO()):
+                warnings.simplefilter("always")
+                # By force, so that the folder of an interrupted download doesn't count as the dataset.
+                minari.download_dataset(id, force_download=True)
+        except Exception as error:  # the package's client raises errors of every library beneath it
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise DataError(
+                f"{id}: no such dataset in {root()}: `minari download {id}`, or put it into "
+                f"{root() / id / 'data'} (the download failed: {reason})"
+            ) from error
+        for warning in caught:
+            if warning.category is UserWarning:
+                request.say(f"warning: {' '.join(str(warning.message).split())}")
         return root() / id
 
     def read(self, path: Path, request: Request) -> Transitions:
@@ -72,14 +89,10 @@ class Minari(Source):
 
 
 def root() -> Path:
-    """The folder of Minari's datasets: `$MINARI_DATASETS_PATH`, else `~/.minari/datasets`.
-
-    Raises:
-        DataError: there is no home folder.
-    """
+    """The folder of Minari's datasets: `$MINARI_DATASETS_PATH`, else `~/.minari/datasets`."""
     # The package doesn't expand a `~` in the variable, so it isn't expanded here.
-    named = os.environ.get("MINARI_DATASETS_PATH")
-    return Path(named) if named else user_folder("MINARI_DATASETS_PATH", "~/.minari/datasets")
+    folder = os.environ.get("MINARI_DATASETS_PATH")
+    return Path(folder) if folder else user_folder("MINARI_DATASETS_PATH", "~/.minari/datasets")
 
 
 def find(id: str) -> Path | None:
@@ -96,27 +109,6 @@ def _checked(id: str) -> str:
     if ID.fullmatch(id) is None:
         raise DataError(f"'{id}' isn't a Minari id: expected one such as 'D4RL/pen/human-v2'")
     return id
-
-
-def _download(id: str, say: Callable[[str], None]) -> None:
-    import minari  # type: ignore[import-untyped]
-
-    say(f"downloading {id} from Minari into {root()}")
-    try:
-        # What the package prints and most of what it warns of are meant for its own command line.
-        with warnings.catch_warnings(record=True) as caught, contextlib.redirect_stdout(io.StringIO()):
-            warnings.simplefilter("always")
-            # By force, so that the folder of an interrupted download doesn't count as the dataset.
-            minari.download_dataset(id, force_download=True)
-    except Exception as error:  # the package's client raises errors of every library beneath it
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise DataError(
-            f"{id}: no such dataset in {root()}: `minari download {id}`, or put it into "
-            f"{root() / id / 'data'} (the download failed: {reason})"
-        ) from error
-    for warning in caught:
-        if warning.category is UserWarning:
-            say(f"warning: {' '.join(str(warning.message).split())}")
 
 
 def task(task: Task | None, where: Where) -> Task:
@@ -136,35 +128,31 @@ def task(task: Task | None, where: Where) -> Task:
     about = metadata(where)
     id, environment = about.dataset_id, about.environment
     low, high = about.ref_min_score, about.ref_max_score
+    note = f"data and references are the Minari dataset {id}'s: its scores are never comparable with D4RL's"
     if low is None or high is None:
-        low, high = None, None
-        notes = [f"the Minari dataset {id} has no references: returns only, never comparable with D4RL's"]
-    else:
-        notes = [
-            f"data and references are the Minari dataset {id}'s: its scores are never comparable with D4RL's"
-        ]
+        low = high = None
+        note = f"the Minari dataset {id} has no references: returns only, never comparable with D4RL's"
     if environment is not None:
         names = [str(wrapper.get("name")) for wrapper in environment.additional_wrappers]
         # Names of classes only; what RescaleAction did is in the action space.
         wrappers = [name for name in names if name.isidentifier() and name != "RescaleAction"]
         if wrappers:
-            notes.append(f"collected through {', '.join(wrappers)}, which evaluation goes without")
-        base = task or Task(id, environment.id)
-        kept = about.cpql_task or TaskOptions(base.observation, {})
-        base = dataclasses.replace(
-            base, id=environment.id, env_options=environment.options, **dataclasses.asdict(kept)
+            note += f"; collected through {', '.join(wrappers)}, which evaluation goes without"
+        task = task or Task(id, environment.id)
+        options = about.cpql_task or TaskOptions(task.observation, {})
+        task = dataclasses.replace(
+            task, id=environment.id, env_options=environment.options, **dataclasses.asdict(options)
         )
     elif task is not None:
-        notes.append(f"it doesn't say which environment it is from: {task.id} is the task's")
-        base = task
+        note += f"; it doesn't say which environment it is from: {task.id} is the task's"
     else:
         raise DataError(f"{id}: no 'env_spec' in {METADATA}: expected a task that names the environment")
     return dataclasses.replace(
-        base,
+        task,
         datasets={"minari": {"id": id}},
         random_return=low,
         expert_return=high,
-        note="; ".join(notes),
+        note=note,
         benchmark="Minari",
     )
 
@@ -180,7 +168,7 @@ def write(
 
     Args:
         transitions: what to write. Actions are in [-1, 1], and the action space says so.
-        path: the root to write into, such as `root()`; the dataset becomes `path/ID/data`.
+        path: the root to write into, such as `root()`.
         id: the dataset's id, `mine/hopper/mixed-v0`.
         task: whose environment and options are named for `recover_environment`, within `RescaleAction` if
             its actions have other bounds than [-1, 1].
@@ -219,9 +207,9 @@ def write(
     }
     spec, width = None, rows["actions"].shape[1]
     if task is not None and task.id is not None:
-        spec = _spec(task, width)
-        how = {"observation": task.observation, "reset_options": task.reset_options}
-        about["cpql_task"] = json.dumps(how)
+        spec = _spec(task.id, task.env_options, width)
+        options = TaskOptions(task.observation, task.reset_options)
+        about["cpql_task"] = json.dumps(dataclasses.asdict(options))
     if (text := origin_of(transitions.provenance)) is not None:
         about[ORIGIN] = text
     spaces = Box(-math.inf, math.inf, observations.shape[1:]), Box(-1.0, 1.0, (width,))
@@ -248,14 +236,13 @@ def write(
     return folder
 
 
-def _spec(task: Task, width: int) -> Any:
-    """The spec of a task's environment that takes actions in [-1, 1]."""
-    assert task.id is not None
-    made = make_environment(task.id, **task.env_options)
+def _spec(id: str, options: dict[str, Any], width: int) -> Any:
+    """The spec of an environment that takes actions in [-1, 1]."""
+    made = make_environment(id, **options)
     with contextlib.closing(made):
         actions = made.action_space
         if not isinstance(actions, Box) or actions.shape != (width,):
-            raise DataError(f"{task.id}: its actions are {actions}: expected a Box of {width}")
+            raise DataError(f"{id}: its actions are {actions}: expected a Box of {width}")
         if not ((actions.low == -1) & (actions.high == 1)).all():
             made = gymnasium.wrappers.RescaleAction(made, -1, 1)  # type: ignore[arg-type]
         return made.spec

@@ -14,7 +14,7 @@ Step t leads to `observations[t + 1]`. An episode whose last step has neither fl
 
 The minari package can read them too, but it may import what `metadata.json` names as an environment's
 `entry_point`, and it reads the `infos` of every step, often larger than everything else. Here nothing is
-imported, and everything is looked at before it is read. Data in Arrow or Parquet are refused.
+imported, and everything is checked before it is read. Data in Arrow or Parquet are refused.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import AfterValidator, Field, Json, TypeAdapter, ValidationError
 
-from cpql.data.d4rl import Origin, is_bomb, origin
+from cpql.data.d4rl import Origin, array_of, is_bomb, object_of, origin
 from cpql.data.transitions import TimeLimits, Transitions
 from cpql.environments import action_bounds, make_environment
 from cpql.errors import ConfigError, DataError
@@ -52,8 +52,8 @@ FLOAT32 = float(np.finfo(np.float32).max)
 Where = str | os.PathLike[str]
 
 
-def _without_paths(options: dict[str, Any]) -> dict[str, Any]:
-    """Check an environment's options, without how the collector looked at it."""
+def _check_options(options: dict[str, Any]) -> dict[str, Any]:
+    """An environment's options without how its collector looked at it; none of them may be a path."""
     options = {name: value for name, value in options.items() if name != "render_mode"}
     try:
         check_options("options", options)
@@ -65,7 +65,7 @@ def _without_paths(options: dict[str, Any]) -> dict[str, Any]:
 Total = Annotated[int, Field(strict=True, gt=0, lt=1 << 48)]
 Bound = Annotated[float, Field(ge=-FLOAT32, le=FLOAT32)]
 Reference = Annotated[float, Field(allow_inf_nan=False)] | None
-Options = Annotated[dict[str, Any], AfterValidator(_without_paths)]
+Options = Annotated[dict[str, Any], AfterValidator(_check_options)]
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ class TaskOptions:
 
 @dataclass(frozen=True)
 class Metadata:
-    """What `metadata.json` says of a dataset, with Minari's names; some values are JSON within the JSON.
+    """The content of `metadata.json`, with Minari's names; some values are JSON within the JSON.
 
     cpql adds the episodes that were cut, which Minari has to call truncated, the origin of the data (see
     `cpql.data.d4rl.origin`), and the task. Old datasets have no action space.
@@ -130,16 +130,13 @@ class Metadata:
 
 
 def metadata(where: Where) -> Metadata:
-    """Read and check a dataset's `metadata.json`.
-
-    Args:
-        where: the dataset's folder, or the `data` folder in it.
+    """Read and check the `metadata.json` in a dataset's folder, or in the `data` folder in that.
 
     Raises:
         DataError: there is no such dataset, or its `metadata.json` is damaged.
     """
     path = _data_folder(where) / METADATA
-    name = _name(path)
+    name = "/".join(path.parts[-3:])
     try:
         if (size := path.stat().st_size) > MOST_METADATA_BYTES:
             raise DataError(f"{name}: {size:,} bytes long: expected a page of JSON")
@@ -149,70 +146,51 @@ def metadata(where: Where) -> Metadata:
         key = ".".join(map(str, first["loc"])) or "damaged"
         raise DataError(f"{name}: {key}: {first['msg']}, found {first['input']!r:.80}") from None
     except OSError as error:
-        raise DataError(f"{name}: damaged ({error}): expected JSON as Minari writes it") from error
+        raise DataError(f"{name}: can't be read ({error}): expected JSON") from error
     low, high = found.ref_min_score, found.ref_max_score
     if low is not None and high is not None and not low < high:
         raise DataError(f"{name}: ref_min_score {low} and ref_max_score {high}: expected the lower first")
-    if max(found.cpql_cut_episodes, default=0) >= found.total_episodes:
-        raise DataError(f"{name}: cpql_cut_episodes: expected numbers below {found.total_episodes}")
     return found
 
 
 def _data_folder(where: Where) -> Path:
-    path = Path(where)
-    if not path.is_dir():
-        found = "not a folder" if path.exists() else "no such folder"
-        raise DataError(f"{path}: {found}: expected a Minari dataset's folder")
-    for folder in (path, path / "data"):
-        if (folder / METADATA).is_file():
+    for folder in (Path(where), Path(where) / "data"):
+        if os.path.isfile(folder / METADATA):
             return folder
-    raise DataError(f"{path}: no {METADATA} in it or in its data folder: expected a Minari dataset's folder")
-
-
-def _name(path: Path) -> str:
-    """A file's name in errors, with the dataset's folder."""
-    return "/".join(path.parts[-3:])
+    raise DataError(f"{where}: no {METADATA} in it or in its data folder: expected a Minari dataset's folder")
 
 
 def read(where: Where, task: Task | None = None, *, time_limits: TimeLimits = "keep") -> Transitions:
-    """Read and check a dataset.
+    """Read and check the dataset in a folder, or in the `data` folder in it.
+
+    Actions are scaled from the dataset's action space to [-1, 1]. What cpql wrote has the provenance that it
+    had then.
 
     Args:
-        where: its folder, or the `data` folder in it.
-        task: its `observation` names the arrays to concatenate, in order, if observations are dicts. It isn't
-            used if they are arrays already.
+        where: the folder.
+        task: its `observation` names the arrays to concatenate, in order, if observations are dicts.
         time_limits: see `Transitions.from_dict`.
-
-    Returns:
-        Transitions with actions scaled from the dataset's action space to [-1, 1]. What cpql wrote has the
-        provenance that it had then.
 
     Raises:
         DataError: there is no such dataset, it is damaged, declares more than it holds, leads to other files,
             or has actions or observations that aren't vectors of numbers.
         ConfigError: it has no action space, and its environment can't be made.
     """
-    about, path = metadata(where), _data_folder(where) / ARRAYS
-    name = _name(path)
-    if not path.is_file():
-        raise DataError(
-            f"{name}: no such file beside {METADATA}: expected the arrays; `minari download --force "
-            f"{about.dataset_id}` downloads a dataset again"
-        )
+    about, folder = metadata(where), _data_folder(where)
+    path, name = folder / ARRAYS, "/".join((*folder.parts[-2:], ARRAYS))
     try:
         with h5py.File(path, "r") as file:
-            arrays = _arrays(file.id, about, task.observation if task else (), path.stat().st_size)
+            arrays = _arrays(file.id, name, about, task.observation if task else (), path.stat().st_size)
         sha256 = sha256_of(path)
-    except DataError as error:
-        raise DataError(f"{name}: {error}") from None
     except (OSError, RuntimeError, KeyError, TypeError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise DataError(f"{name}: damaged, can't be read ({reason}): expected whole HDF5") from error
+        raise DataError(
+            f"{name}: damaged, can't be read ({' '.join(str(error).split())}): expected whole HDF5; "
+            f"`minari download --force {about.dataset_id}` downloads a dataset again"
+        ) from error
     low, high = _bounds(about, arrays["actions"].shape[1])
-    environment = about.environment
-    known = Origin("minari", about.dataset_id, {"environment": environment and environment.id})
+    known = Origin("minari", about.dataset_id, {"environment": about.environment and about.environment.id})
     if about.cpql_origin is not None:
-        known = origin(about.cpql_origin, f"{_name(path.with_name(METADATA))}:")
+        known = origin(about.cpql_origin, f"{folder.parent.name}/data/{METADATA}:")
     return Transitions.from_dict(
         arrays,
         **known._asdict(),
@@ -227,11 +205,11 @@ def read(where: Where, task: Task | None = None, *, time_limits: TimeLimits = "k
 def _bounds(about: Metadata, width: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """The actions' bounds [A]; as in Minari, the environment's if the dataset has no action space."""
     space, environment = about.action_space, about.environment
-    if space is None:
-        if environment is None:
-            raise DataError(f"{about.dataset_id}: neither 'action_space' nor 'env_spec' in {METADATA}")
+    if space is None and environment is not None:
         with contextlib.closing(make_environment(environment.id, **environment.options)) as made:
             return action_bounds(made)
+    if space is None:
+        raise DataError(f"{about.dataset_id}: neither 'action_space' nor 'env_spec' in {METADATA}")
     if not len(space.low) == len(space.high) == width:
         raise DataError(
             f"{about.dataset_id}: 'action_space' in {METADATA} has {len(space.low)} lower and "
@@ -241,114 +219,69 @@ def _bounds(about: Metadata, width: int) -> tuple[NDArray[np.float32], NDArray[n
 
 
 def _arrays(
-    file: Any, about: Metadata, observation: Sequence[str], size: int
+    file: Any, name: str, about: Metadata, observation: Sequence[str], size: int
 ) -> dict[str, NDArray[np.float32]]:
-    """All episodes, one after another, in arrays of the size that the metadata say.
-
-    With h5py's low-level interface: a dataset may have ten thousand short episodes, and with the other one
-    looking at an array takes longer than reading it.
-    """
-    steps = about.total_steps
-    first = _open(file, "episode_0", "episode_0")
-    paths = _observations(first, observation)
-    ends = [0, *itertools.accumulate(_width(first, path) for path in paths)]
-    parts = {path: slice(*ends[k : k + 2]) for k, path in enumerate(paths)}
-    width = _width(first, "actions")
+    """All episodes, one after another, in arrays of the size that the metadata declare."""
+    steps, paths = about.total_steps, [f"observations/{key}" for key in observation]
+    first = object_of(file, "episode_0/observations", name)
+    if isinstance(first, h5py.h5d.DatasetID):
+        paths = ["observations"]
+    elif not paths or not all(key.encode() in first for key in observation):
+        keys = ", ".join(repr(key.decode(errors="replace")) for key in itertools.islice(first, 20))
+        raise DataError(
+            f"{name}: 'observations' is a dict of {keys}: expected a task whose `observation` names some of "
+            f"them, found {list(observation)}"
+        )
+    widths: dict[str, int] = {}
+    for path in (*paths, "actions"):
+        shape = list(array_of(file, f"episode_0/{path}", name).shape or ())
+        if len(shape) != 2 or not shape[1]:
+            raise DataError(f"{name}: 'episode_0/{path}' has shape {shape}: expected a vector a step")
+        widths[path] = shape[1]
+    width = widths.pop("actions")
+    ends = [0, *itertools.accumulate(widths.values())]
     declared = 4 * steps * (ends[-1] + width + 1)
     if is_bomb(declared, size):
         raise DataError(
-            f"{steps:,} steps declared, {declared / 2**30:,.1f} GiB, in a file of {size / 2**20:,.2f} MiB: "
-            "expected arrays that are written"
+            f"{name}: {steps:,} steps declared, {declared / 2**30:,.1f} GiB, in a file of "
+            f"{size / 2**20:,.2f} MiB: expected arrays that are written"
         )
     observations, next_observations = np.empty((2, steps, ends[-1]), np.float32)
-    columns = {key: np.empty(steps, np.float32) for key in PATHS if key != "actions"}
-    columns["actions"] = np.empty((steps, width), np.float32)
+    columns = {key: np.empty((steps, width) if key == "actions" else steps, np.float32) for key in PATHS}
     start = 0
     for number in range(about.total_episodes):
-        label = f"episode_{number}"
-        episode = _open(file, label, label)
-        shape: tuple[int, ...] = _array(episode, "rewards", f"{label}/rewards").shape or ()
-        rows = slice(start, start + (shape[0] if len(shape) == 1 else 0))
-        length = rows.stop - start
-        if not start < rows.stop <= steps:
+        episode = f"episode_{number}"
+        shape = list(array_of(file, f"{episode}/rewards", name).shape or ())
+        stop = start + (shape[0] if len(shape) == 1 else 0)
+        if not start < stop <= steps:
             raise DataError(
-                f"'{label}/rewards' has shape {list(shape)} after {start:,} steps: expected at least 1, "
-                f"and {steps:,} in all, as {METADATA} says"
+                f"{name}: '{episode}/rewards' has shape {shape} after {start:,} steps: expected at "
+                f"least 1, and {steps:,} in all, as {METADATA} says"
             )
         with np.errstate(over="ignore"):  # from_dict reports infinity, with its row
             for key, column in columns.items():
-                column[rows] = _values(episode, PATHS[key], label, (length, *column.shape[1:]))
-            for path, part in parts.items():
-                table = _values(episode, path, label, (length + 1, part.stop - part.start))
-                observations[rows, part], next_observations[rows, part] = table[:-1], table[1:]
-        start = rows.stop
+                expected = (stop - start, *column.shape[1:])
+                column[start:stop] = _values(file, f"{episode}/{PATHS[key]}", name, expected)
+            for path, (left, right) in zip(paths, itertools.pairwise(ends), strict=True):
+                table = _values(file, f"{episode}/{path}", name, (stop - start + 1, right - left))
+                observations[start:stop, left:right] = table[:-1]
+                next_observations[start:stop, left:right] = table[1:]
+        start = stop
         if number in about.cpql_cut_episodes:
             columns["timeouts"][start - 1] = 0
-    if start != steps:
-        raise DataError(f"{start:,} steps: expected {steps:,}, as {METADATA} says")
-    if (label := f"episode_{about.total_episodes}").encode() in file:
-        raise DataError(f"an '{label}': expected {about.total_episodes:,} episodes, as {METADATA} says")
+    if start != steps or f"episode_{about.total_episodes}".encode() in file:
+        raise DataError(
+            f"{name}: {len(file):,} episodes, {start:,} steps read: expected {about.total_episodes:,} and "
+            f"{steps:,}, as {METADATA} says"
+        )
     return {"observations": observations, "next_observations": next_observations} | columns
 
 
-def _observations(episode: Any, keys: Sequence[str]) -> list[str]:
-    """The paths of the arrays that make up an observation."""
-    found = _open(episode, "observations", "episode_0/observations")
-    if isinstance(found, h5py.h5d.DatasetID):
-        return ["observations"]
-    names = [name.decode(errors="replace") for name in found]
-    there = ", ".join(map(repr, names[:20])) or "nothing"
-    if not keys:
-        raise DataError(
-            f"'observations' is a dict of {there}: expected a task whose `observation` says which to take"
-        )
-    for key in keys:
-        if key not in names:
-            raise DataError(f"no '{key}' in 'observations', only {there}")
-    return [f"observations/{key}" for key in keys]
-
-
-def _width(episode: Any, path: str) -> int:
-    """How many numbers a step has in the first episode."""
-    shape: tuple[int, ...] = _array(episode, path, f"episode_0/{path}").shape or ()
-    if len(shape) != 2 or shape[1] == 0:
-        kind = "images or sequences" if len(shape) > 2 else "discrete, or scalars"
-        raise DataError(f"'episode_0/{path}' has shape {list(shape)}, {kind}: expected a vector a step")
-    return shape[1]
-
-
-def _open(group: Any, path: str, label: str) -> Any:
-    """What a path leads to, by hard links alone: then it is in this file."""
-    for key in path.encode().split(b"/"):
-        if not isinstance(group, h5py.h5g.GroupID) or not group.links.exists(key):
-            raise DataError(f"no '{label}': expected Minari's layout")
-        if group.links.get_info(key).type != h5py.h5l.TYPE_HARD:
-            raise DataError(f"'{label}' is a link to elsewhere: expected it in the file")
-        group = h5py.h5o.open(group, key)
-    return group
-
-
-def _array(group: Any, path: str, label: str) -> Any:
-    """An array of numbers that are in this file, not read yet."""
-    array = _open(group, path, label)
-    if not isinstance(array, h5py.h5d.DatasetID):
-        raise DataError(f"'{label}' is a group: expected an array")
-    made = array.get_create_plist()
-    if made.get_layout() == h5py.h5d.VIRTUAL or made.get_external_count():
-        raise DataError(f"'{label}' keeps its numbers in another file: expected them here")
-    if array.dtype.kind not in "biuf":
-        raise DataError(f"'{label}' holds {array.dtype}: expected numbers")
-    return array
-
-
-def _values(group: Any, path: str, label: str, shape: tuple[int, ...]) -> NDArray[Any]:
-    """Read an array that has this shape."""
-    array = _array(group, path, f"{label}/{path}")
+def _values(file: Any, path: str, name: str, shape: tuple[int, ...]) -> NDArray[Any]:
+    array = array_of(file, path, name)
     if array.shape != shape:
-        raise DataError(
-            f"'{label}/{path}' has shape {list(array.shape or ())}: expected {list(shape)}, by the first "
-            "episode's width and this one's rewards"
-        )
+        found = list(array.shape or ())
+        raise DataError(f"{name}: '{path}' has shape {found}: expected {list(shape)}, as its rewards need")
     values = np.empty(shape, array.dtype)
     array.read(h5py.h5s.ALL, h5py.h5s.ALL, values)
     return values

@@ -67,11 +67,7 @@ class ReplayBuffer:
         return {"table": self.table[: len(self)], "added": torch.tensor(self.added)}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Restore what `state_dict` gave.
-
-        Raises:
-            ValueError: it is wider or longer than this one.
-        """
+        """Restore what `state_dict` gave; a ValueError says that it is wider or longer than this one."""
         table = state["table"]
         if table.shape[1] != self.table.shape[1] or len(table) > len(self.table):
             raise ValueError(

@@ -52,11 +52,7 @@ class Request:
 
     @functools.cached_property
     def spec(self) -> EnvironmentSpec | None:
-        """The widths, bounds and time limit of the task's environment; None for a task without one.
-
-        Raises:
-            ConfigError: the environment can't be made.
-        """
+        """The widths, bounds and time limit of the task's environment; None for a task without one."""
         return None if self.task.id is None else spec_of(self.task)
 
     @property
@@ -72,7 +68,8 @@ class Source(Protocol):
     """A family of datasets: where they are kept, how to get them and how to read them.
 
     A new one is a class in a module of its own and a row in `cpql.data.sources.SOURCES`. The command line
-    imports that module for `--help`, so it imports large packages inside functions.
+    imports that module for `--help`, so it imports large packages inside functions. Every method raises a
+    DataError that says why, and what can be done by hand.
 
     Attributes:
         description: whose data these are, for messages: "D4RL's".
@@ -81,34 +78,14 @@ class Source(Protocol):
     description: str
 
     def locate(self, request: Request) -> Path | None:
-        """The dataset's path on this disk, or None. Nothing is read or downloaded.
-
-        Raises:
-            DataError: the source has no such dataset.
-        """
+        """The dataset's path on this disk, or None. Nothing is read or downloaded."""
 
     def fetch(self, request: Request) -> Path | Transitions:
-        """Download or collect a dataset that `locate` doesn't find.
-
-        Returns:
-            Its path; or the data themselves, if they can't be kept on this disk.
-
-        Raises:
-            DataError: that failed; says why, and what can be done by hand.
-        """
+        """Download or collect a dataset; return its path, or the data if they can't be kept on this disk."""
 
     def read(self, path: Path, request: Request) -> Transitions:
-        """Read and check the dataset at a path from `locate` or `fetch`.
-
-        Raises:
-            AnotherDatasetError: it is valid, but not the requested one.
-            DataError: it is damaged, or doesn't hold valid transitions.
-        """
+        """Read and check a dataset; an AnotherDatasetError says that it isn't the requested one."""
 
     def task(self, path: Path, request: Request) -> Task:
-        """The task of the dataset at a path: the request's, unless the dataset names its own environment.
-
-        Raises:
-            DataError: it is damaged.
-        """
+        """The task of a dataset: the request's, unless the dataset names its own environment."""
         return request.task

@@ -75,9 +75,9 @@ def read_blocks(array: Any, key: str, where: str) -> Iterator[tuple[slice, NDArr
 
 
 def _check_finite(block: NDArray[Any], start: int, key: str, where: str) -> None:
-    finite = np.isfinite(block)
+    finite = np.isfinite(block).reshape(len(block), -1).all(1)
     if not finite.all():
-        row = start + int((~finite).reshape(len(block), -1).any(1).argmax())
+        row = start + int(finite.argmin())
         raise DataError(
             f"{where}: '{key}' holds NaN or infinity, first in row {row}: expected finite numbers"
         )
@@ -97,18 +97,18 @@ def read_flags(array: Any, key: str, where: str) -> NDArray[np.bool_]:
 def scale_actions(actions: NDArray[np.float32], low: ArrayLike, high: ArrayLike, where: str) -> None:
     """Scale actions from their bounds to [-1, 1], in place."""
     width = actions.shape[1]
-    bounds = [np.asarray(bound, np.float32) for bound in (low, high)]
-    for bound in bounds:
+    below, above = np.asarray(low, np.float32), np.asarray(high, np.float32)
+    for bound in (below, above):
         if bound.shape not in ((), (width,)):
             raise DataError(f"{where}: 'actions' is {width} wide: expected {bound.size}, as their bounds are")
-    if not (np.isfinite(bounds[0]).all() and np.isfinite(bounds[1]).all() and (bounds[0] < bounds[1]).all()):
+    if not (np.isfinite([*below.flat, *above.flat]).all() and (below < above).all()):
         raise DataError(
             f"{where}: actions between {low!r} and {high!r}: expected finite bounds, lower below upper"
         )
-    unit = bool((bounds[0] == -1).all() and (bounds[1] == 1).all())
+    unit = bool((below == -1).all() and (above == 1).all())
     for part in row_blocks(*actions.shape):
         block = actions[part]
-        scaled = block if unit else 2 * (block - bounds[0]) / (bounds[1] - bounds[0]) - 1
+        scaled = block if unit else 2 * (block - below) / (above - below) - 1
         out = np.abs(scaled) > 1 + ACTION_TOLERANCE
         if out.any():
             row = int(out.any(1).argmax())

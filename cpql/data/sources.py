@@ -32,11 +32,7 @@ AUTO = ("d4rl", "embedded")
 
 
 def check_source(name: str) -> None:
-    """Check the name of a source, which may be `auto`.
-
-    Raises:
-        ConfigError: there is no such source.
-    """
+    """Raise a ConfigError unless there is a source of that name, or it is `auto`."""
     if name not in ("auto", *SOURCES):
         raise ConfigError(f"no dataset source '{name}': {did_you_mean(name, ('auto', *SOURCES))}")
 
@@ -110,22 +106,20 @@ def _first(names: tuple[str, ...], request: Request) -> tuple[Request, Transitio
                     f"warning: {request.task.name} is {source.description}, not "
                     f"{SOURCES[names[0]].description} {request.task.dataset}, because {reasons[0]}"
                 )
-            found = path or source.fetch(request)
+            data = path or source.fetch(request)
         except DataError as error:
             reasons.append(error)
             continue
-        if isinstance(found, Path):
-            task = source.task(found, request)
-            if task is not request.task:
+        if isinstance(data, Path):
+            path, task = data, source.task(data, request)
+            if task is not request.task:  # else the request knows the environment already
                 request = dataclasses.replace(request, task=task)
             _ = request.spec  # raises before anything is read if the environment can't be made
             try:
-                data = source.read(found, request)
+                data = source.read(path, request)
             except AnotherDatasetError as error:
                 reasons.append(error)
                 continue
-        else:
-            data = found
         if reasons:
             details = data.provenance.details | {"fallback": str(reasons[0])}
             data = dataclasses.replace(data, provenance=dataclasses.replace(data.provenance, details=details))

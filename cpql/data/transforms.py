@@ -49,18 +49,15 @@ def reward_rule(data: Transitions, rule: str) -> Callable[[Tensor], Tensor]:
         ConfigError: there is no such rule.
         DataError: the rule needs rewards or returns that differ, and they don't.
     """
-    if rule not in REWARD_RULES:
-        raise ConfigError(f"reward={rule!r} is no rule: expected one of {', '.join(REWARD_RULES)}")
+    p = data.provenance
     if rule == "normalize":
         mean, std = data.rewards.mean(), data.rewards.std(correction=0)
         if not std > 0:
             raise DataError(
-                f"{data.provenance.name}: all rewards are {data.rewards[0]:g}: "
-                "reward=normalize expects some to differ"
+                f"{p.name}: all rewards are {data.rewards[0]:g}: reward=normalize expects some to differ"
             )
         return lambda r: (r - mean) / std
     if rule == "iql_locomotion":
-        p = data.provenance
         low, high = p.return_min, p.return_max
         if low is None or high is None or low == high:
             raise DataError(
@@ -75,17 +72,13 @@ def reward_rule(data: Transitions, rule: str) -> Callable[[Tensor], Tensor]:
         "cql_antmaze": lambda r: 4.0 * (r - 0.5),
         "iql_antmaze": lambda r: r - 1.0,
     }
+    if rule not in rules:
+        raise ConfigError(f"reward={rule!r} is no rule: expected one of {', '.join(REWARD_RULES)}")
     return rules[rule]
 
 
 def reward(data: Transitions, rule: str) -> Transitions:
-    """Change the rewards by a rule of `REWARD_RULES`.
-
-    Returns in the provenance stay those of the environment's own rewards.
-
-    Raises:
-        ConfigError, DataError: see `reward_rule`.
-    """
+    """Change the rewards by a rule of `REWARD_RULES`; the provenance keeps the environment's returns."""
     changed = reward_rule(data, rule)
     if rule == "none":
         return data

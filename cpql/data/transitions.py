@@ -117,12 +117,7 @@ class Provenance:
         sha256: of the file.
         transitions: number of transitions.
         episodes: number of complete episodes. The statistics below are over these, undiscounted, and None
-            where there is none.
-        return_mean: mean return.
-        return_std: standard deviation of the returns.
-        return_min: lowest return.
-        return_max: highest return.
-        length_mean: mean length in steps.
+            where there is none; lengths are in steps.
         details: what only this source knows, as JSON-able values.
     """
 
@@ -145,7 +140,7 @@ class Provenance:
         return self.file or self.id or self.source
 
     def to_dict(self) -> dict[str, Any]:
-        """Give all of it as JSON-able values, without NaN."""
+        """All of it as JSON-able values, without NaN."""
         return dataclasses.asdict(self)
 
     def line(self) -> str:
@@ -295,15 +290,15 @@ class Transitions:
                 timeouts [N] and next_observations [N, S]: what `env.get_dataset()` or
                 `d4rl.qlearning_dataset` return. [N, 1] will do for [N]; other keys are ignored. Arrays may be
                 anything with a shape, a dtype and slices of rows: numpy's, torch's, h5py's datasets.
-            source: see `Provenance`, as are the following.
-            id: of the dataset.
+            source: see `Provenance`, as for `id`, `file`, `sha256` and `details`.
+            id: the dataset's.
             file: its name.
             sha256: its hash.
             details: more about the source.
-            time_limits: see `Reading`, as are the following.
-            episode_limit: steps of an episode, where there are no `timeouts`.
-            action_low: the actions' lower bounds.
-            action_high: their upper bounds.
+            time_limits: see `Reading`, as for the following.
+            episode_limit: in steps.
+            action_low: [A] or one for all.
+            action_high: [A] or one for all.
 
         Raises:
             DataError: in one line, the first thing that is wrong.
@@ -324,10 +319,8 @@ class Transitions:
             raise DataError(f"{where}: 'observations' has 0 rows: expected at least one transition")
         given = arrays.get("next_observations")
         if given is not None and given.shape[1] != states:
-            raise DataError(
-                f"{where}: 'next_observations' is {given.shape[1]} wide: expected {states}, "
-                "as 'observations' is"
-            )
+            found = given.shape[1]
+            raise DataError(f"{where}: 'next_observations' is {found} wide: expected {states}")
         terminals = read_flags(arrays["terminals"], "terminals", where)
         timeouts = read_flags(arrays["timeouts"], "timeouts", where) if "timeouts" in arrays else None
 
