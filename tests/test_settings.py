@@ -440,7 +440,7 @@ HOSTILE: list[tuple[Prepare, tuple[str, ...], str]] = [
     (
         nothing,
         ("train", "mode=online", "env=hopper", "dataset.n_step=2"),
-        "dataset.n_step=2: there is no dataset",
+        "dataset.n_step=2: expected 1 without a dataset",
     ),
     (nothing, ("train", "env=hopper"), "hopper has no dataset: expected mode=online"),
     (nothing, ("train", "mode=finetune"), "checkpoint=... is missing: a run's folder"),

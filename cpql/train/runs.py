@@ -98,9 +98,10 @@ class Run:
                 f"by run_dir={self.folder}-2"
             )
         if self.begun:
-            resolved, now = self._read_config(), resolved
-            for key in sorted((resolved.keys() | now.keys()) - FREE):
-                self._compare(key, _whole(key, resolved.get(key)), _whole(key, now.get(key)))
+            resolved, now = self._read_config(), resolved  # the file's own stays as it was written
+            then = upgrade(resolved)
+            for key in sorted((then.keys() | now.keys()) - FREE):
+                self._compare(key, _whole(key, then.get(key)), _whole(key, now.get(key)))
             self.length = resolved["budget"]["updates"]
         self.resolved = resolved | {"budget": asdict(config.budget)}
 
@@ -108,7 +109,7 @@ class Run:
         try:
             content = yaml.safe_load(self.config_file.read_text())
             int(content["budget"]["updates"])
-            return upgrade(dict(content))
+            return dict(content)
         except (OSError, ValueError, TypeError, KeyError, RecursionError, yaml.YAMLError) as error:
             raise CheckpointError(
                 f"{self.config_file}: damaged ({brief(error)}): expected the run's configuration"
