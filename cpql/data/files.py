@@ -147,8 +147,7 @@ def write(
 
     Args:
         transitions: what to write.
-        path: a file with one of `ENDINGS`; any other path is the folder to put a Minari dataset into, as
-            `path/ID`.
+        path: a file with one of `ENDINGS`; any other path is the folder to put a Minari dataset into.
         id: Minari's id of the new dataset.
         task: its environment is named in a Minari dataset.
         action_low: lower bounds of actions in HDF5 and NPZ files: the environment's, [A] or one for all.

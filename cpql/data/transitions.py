@@ -207,7 +207,7 @@ class Transitions:
 
     @property
     def device(self) -> torch.device:
-        """Where all of it lies."""
+        """The device of all tensors."""
         return self.table.device
 
     def __len__(self) -> int:
@@ -236,19 +236,15 @@ class Transitions:
         From several generators each member of a group draws its own batch: [members, B, ...].
         """
         if isinstance(generator, torch.Generator):
-            return split(self.rows(batch_size, generator), self.state_dim, self.action_dim)
-        drawn = torch.stack(
-            [torch.randint(len(self), (batch_size,), generator=g, device=self.device) for g in generator]
-        )
-        rows = self.table.index_select(0, drawn.flatten()).view(*drawn.shape, -1)
+            rows = self.rows(batch_size, generator)
+        else:
+            rows = torch.stack([self.rows(batch_size, one) for one in generator])
         return split(rows, self.state_dim, self.action_dim)
 
     def validate_for(self, state_dim: int, action_dim: int) -> None:
         """Raise a DataError unless observations and actions are as wide as an environment's."""
-        for key, found, expected in (
-            ("observations", self.state_dim, state_dim),
-            ("actions", self.action_dim, action_dim),
-        ):
+        for key, expected in (("observations", state_dim), ("actions", action_dim)):
+            found = getattr(self, key).shape[1]
             if found != expected:
                 name = self.provenance.name
                 raise DataError(f"{name}: '{key}' is {found} wide: the environment has {expected}")
