@@ -47,7 +47,8 @@ def user_folder(variable: str, default: str) -> Path:
     try:
         return Path(path).expanduser()
     except RuntimeError as error:
-        raise DataError(f"no home folder for {path}: expected {variable} to name a folder") from error
+        text = f"there is no home folder for {path}: expected {variable} to name a folder"
+        raise DataError(text) from error
 
 
 def versions(*packages: str) -> dict[str, str]:

@@ -17,7 +17,7 @@ __all__ = ["Conversion", "convert"]
 
 
 class Conversion(NamedTuple):
-    """What a conversion came to.
+    """The result of a conversion.
 
     Attributes:
         path: the file or the Minari dataset's folder that was written.
@@ -46,8 +46,8 @@ def convert(
         replace: whether an existing dataset may be replaced.
 
     Raises:
-        ConfigError: the task's environment can't be made.
-        DataError: the source isn't valid, the target can't be written, or it reads back as other transitions.
+        ConfigError, DataError: the source isn't valid, the target can't be written, or it reads back as other
+            transitions.
     """
     bounds = _bounds(source, target, task)
     data = files.read(source, task=task, **bounds)

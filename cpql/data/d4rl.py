@@ -162,14 +162,10 @@ def check_fit(path: Path, id: str, rows: int | None = None) -> None:
 def read(
     path: str | os.PathLike[str], id: str, *, source: str = "file", **reading: Unpack[Reading]
 ) -> Transitions:
-    """Read and check any HDF5 file in D4RL's layout.
+    """Read and check any HDF5 file in D4RL's layout, as dataset `id`.
 
-    Args:
-        path: the file.
-        id: the dataset's id, for the provenance.
-        source: "file" or "d4rl". The origin in a file that cpql wrote overrides it, so that such a file
-            can't pass for D4RL's under another name.
-        **reading: see `Reading`.
+    The origin in a file that cpql wrote overrides `source` and `id`, so that such a file can't pass for
+    D4RL's under another name.
 
     Raises:
         DataError: the file is missing, empty, truncated, not HDF5 or doesn't hold valid transitions.
@@ -261,11 +257,7 @@ def object_of(file: Any, path: str, name: str) -> Any:
     """What a path in an HDF5 file leads to, by hard links alone: then it is in this file.
 
     With h5py's low-level interface: with the other, looking at a short array takes longer than reading it.
-
-    Args:
-        file: the file's low-level id.
-        path: in the file.
-        name: the file's, for errors.
+    `file` is the file's low-level id, `name` its name for errors.
     """
     found = file
     for key in path.encode().split(b"/"):
@@ -299,12 +291,9 @@ def is_bomb(declared: int, stored: int) -> bool:
 def write(
     path: str | os.PathLike[str], arrays: Mapping[str, NDArray[Any]], attributes: Mapping[str, Any]
 ) -> None:
-    """Write D4RL's layout, whole or not at all, replacing a file of that name.
+    """Write arrays by D4RL's keys, whole or not at all; the folder is made, a file of that name replaced.
 
-    Args:
-        path: the file; its folder is made.
-        arrays: by D4RL's keys.
-        attributes: of the file, text or numbers; `ORIGIN` is what `origin_of` gives.
+    Attributes are text or numbers; `ORIGIN` is what `origin_of` gives.
 
     Raises:
         DataError: it can't be written.

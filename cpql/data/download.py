@@ -13,7 +13,6 @@ import http.client
 import os
 import re
 import shutil
-import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
@@ -55,7 +54,7 @@ def fetch(
         path: the file; its folder is created.
         check: called with the whole file; raises a DataError, which begins with the file's name, if it isn't
             the expected one.
-        progress: called with the number of bytes, about ten times a second.
+        progress: called with the number of bytes, after every 256 KiB.
         say: takes the line that another process is waited for.
 
     Raises:
@@ -193,7 +192,7 @@ class _Download:
 
     def write(self, response: http.client.HTTPResponse, start: int, total: int) -> None:
         """Write a body to `part` from byte `start` on, where the bytes that are there must be the same."""
-        label, size, done, due = f"download {self.path.name}", self.size() if start else 0, start, 0.0
+        size, done = self.size() if start else 0, start
         # Without a buffer a killed process loses nothing that has arrived.
         with self.writing(total), open(self.part, "r+b" if start else "w+b", buffering=0) as file:
             file.seek(start)
@@ -213,15 +212,12 @@ class _Download:
                 done += len(block)
                 if done > MOST:
                     raise ValueError(f"no end within {MOST:,} bytes")
-                if self.progress and done > size and time.monotonic() >= due:
-                    self.progress(label, done, total)
-                    due = time.monotonic() + 0.1
+                if self.progress and done > size:
+                    self.progress(f"download {self.path.name}", done, total)
             if done < total:
                 raise ValueError(f"cut off after {done:,} of {total:,} bytes")
             file.truncate(done)
             os.fsync(file.fileno())
-        if self.progress:
-            self.progress(label, done, total)
 
     def examine(self) -> str:
         """Check the whole file and return its SHA-256; a wrong file is removed."""
@@ -246,18 +242,18 @@ class _Download:
         try:
             yield
         except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-                name, where = self.path.name, self.path.parent
-                raise DataError(f"{name}: can't be written in {where} ({_reason(error)})") from error
-            # A full disk stops every other program too: the unfinished download is removed.
-            self.part.unlink(missing_ok=True)
-            raise self.no_room(total) from error
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                # A full disk stops every other program too: the unfinished download is removed.
+                self.part.unlink(missing_ok=True)
+                raise self.no_room(total) from error
+            name, where = self.path.name, self.path.parent
+            raise DataError(f"{name}: can't be written in {where} ({_reason(error)})") from error
 
     def no_room(self, count: int) -> DataError:
-        needed, free = f"{count:,} bytes" if count else "more", shutil.disk_usage(self.path.parent).free
+        name, where, free = self.path.name, self.path.parent, shutil.disk_usage(self.path.parent).free
         return DataError(
-            f"{self.path.name}: the disk is full: the download needs {needed} in {self.path.parent}, "
-            f"{free:,} bytes are free there"
+            f"{name}: the disk is full: the download needs {f'{count:,}' if count else 'more'} bytes in "
+            f"{where}, {free:,} bytes are free there"
         )
 
 

@@ -73,12 +73,12 @@ def form(path: Where) -> Form:
 def read(
     path: Where, id: str | None = None, *, task: Task | None = None, **reading: Unpack[Reading]
 ) -> Transitions:
-    """Read and check a dataset of any form.
+    """Read and check a dataset of any form: a file, or a Minari dataset's folder.
 
     Args:
-        path: a file, or a Minari dataset's folder.
-        id: the dataset's id, for the provenance; by default the file's name without its ending. A Minari
-            folder, or a file that cpql collected or converted, names its own.
+        path: of the dataset.
+        id: for the provenance, by default the file's name without its ending. A Minari folder, or a file that
+            cpql collected or converted, names its own.
         task: its `observation` selects the arrays where a Minari dataset's observations are dicts.
         **reading: see `Reading`; for a Minari folder only `time_limits` is used.
 
@@ -147,8 +147,7 @@ def write(
 
     Args:
         transitions: what to write.
-        path: a file with one of `ENDINGS`; any other path is the folder to put a Minari dataset into, as
-            `path/ID`.
+        path: a file with one of `ENDINGS`; any other path is the folder to put a Minari dataset into.
         id: Minari's id of the new dataset.
         task: its environment is named in a Minari dataset.
         action_low: lower bounds of actions in HDF5 and NPZ files: the environment's, [A] or one for all.
@@ -232,13 +231,9 @@ def _both_flags(pairs: Iterable[tuple[Any, Any]]) -> list[str]:
 
 
 def without_foreign_references(task: Task, data: Transitions) -> Task:
-    """Remove D4RL's reference returns from a task whose data are Minari's, converted to a file.
-
-    Only Minari's folders have Minari's references, and scores by D4RL's would mix two benchmarks.
-    """
+    """A task without D4RL's references if its data are Minari's, from a file: it would mix two benchmarks."""
     if data.provenance.source != "minari" or task.benchmark == "Minari" or task.random_return is None:
         return task
-    note = (
-        f"the data are Minari's {data.provenance.id}, from a file: returns only, never comparable with D4RL's"
-    )
+    id = data.provenance.id
+    note = f"the data are Minari's {id}, from a file: returns only, never comparable with D4RL's"
     return dataclasses.replace(task, random_return=None, expert_return=None, benchmark="Minari", note=note)

@@ -114,13 +114,9 @@ def _checked(id: str) -> str:
 def task(task: Task | None, where: Where) -> Task:
     """The task that a dataset is for: its environment with its options, and its references.
 
-    Args:
-        task: what the user named, for its name and for what the dataset doesn't say; None if there is none.
-        where: the dataset's folder, or the `data` folder in it.
-
-    Returns:
-        A task that evaluates as Minari does. Its references are Minari's or none, never D4RL's. Options of
-        `reset`, for which Minari has no place, are those that `write` was given.
+    It evaluates as Minari does, with Minari's references or none, never D4RL's. `task` is what the user
+    named, for its name and for what the dataset doesn't say. Options of `reset`, for which Minari has no
+    place, are those that `write` was given.
 
     Raises:
         DataError: there is no such dataset, or neither it nor a task names an environment.
@@ -168,14 +164,11 @@ def write(
 
     Args:
         transitions: what to write. Actions are in [-1, 1], and the action space says so.
-        path: the root to write into, such as `root()`.
+        path: the root to write into, such as `root()`; the dataset's folder becomes `path/ID`.
         id: the dataset's id, `mine/hopper/mixed-v0`.
         task: whose environment and options are named for `recover_environment`, within `RescaleAction` if
             its actions have other bounds than [-1, 1].
         replace: whether an existing dataset may be replaced.
-
-    Returns:
-        The dataset's folder, `path/ID`.
 
     Raises:
         ConfigError: there is no such environment.

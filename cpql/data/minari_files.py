@@ -164,12 +164,7 @@ def read(where: Where, task: Task | None = None, *, time_limits: TimeLimits = "k
     """Read and check the dataset in a folder, or in the `data` folder in it.
 
     Actions are scaled from the dataset's action space to [-1, 1]. What cpql wrote has the provenance that it
-    had then.
-
-    Args:
-        where: the folder.
-        task: its `observation` names the arrays to concatenate, in order, if observations are dicts.
-        time_limits: see `Transitions.from_dict`.
+    had then. A task's `observation` names the arrays to concatenate, in order, if observations are dicts.
 
     Raises:
         DataError: there is no such dataset, it is damaged, declares more than it holds, leads to other files,
@@ -205,11 +200,11 @@ def read(where: Where, task: Task | None = None, *, time_limits: TimeLimits = "k
 def _bounds(about: Metadata, width: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """The actions' bounds [A]; as in Minari, the environment's if the dataset has no action space."""
     space, environment = about.action_space, about.environment
-    if space is None and environment is not None:
+    if space is None:
+        if environment is None:
+            raise DataError(f"{about.dataset_id}: neither 'action_space' nor 'env_spec' in {METADATA}")
         with contextlib.closing(make_environment(environment.id, **environment.options)) as made:
             return action_bounds(made)
-    if space is None:
-        raise DataError(f"{about.dataset_id}: neither 'action_space' nor 'env_spec' in {METADATA}")
     if not len(space.low) == len(space.high) == width:
         raise DataError(
             f"{about.dataset_id}: 'action_space' in {METADATA} has {len(space.low)} lower and "

@@ -39,14 +39,10 @@ class ReplayBuffer:
         next_observations: Tensor,
         terminated: Tensor,
     ) -> None:
-        """Take transitions [B, ...]; those that end at a time limit bootstrap like any other.
+        """Take observations [B, S], actions [B, A] in [-1, 1], rewards [B], ends of the task [B] bool.
 
-        Args:
-            observations: [B, S].
-            actions: [B, A] in [-1, 1].
-            rewards: [B].
-            next_observations: [B, S], the last of an episode and not the next one's first.
-            terminated: [B] bool, where the task ended.
+        Transitions that end at a time limit bootstrap like any other: their next observation is the last of
+        the episode and not the next one's first.
         """
         discounts = 1.0 - terminated.float()
         rows = join(Batch(observations, actions, rewards, next_observations, discounts)).to(self.table)

@@ -70,27 +70,22 @@ def read_blocks(array: Any, key: str, where: str) -> Iterator[tuple[slice, NDArr
     for part in row_blocks(array.shape[0], width, (getattr(array, "chunks", None) or (1,))[0]):
         with np.errstate(over="ignore"):
             block = np.asarray(array[part], np.float32).reshape(-1, width)
-        _check_finite(block, part.start, key, where)
+        finite = np.isfinite(block).all(1)
+        if not finite.all():
+            row = part.start + int(finite.argmin())
+            raise DataError(
+                f"{where}: '{key}' holds NaN or infinity, first in row {row}: expected finite numbers"
+            )
         yield part, block
-
-
-def _check_finite(block: NDArray[Any], start: int, key: str, where: str) -> None:
-    finite = np.isfinite(block).reshape(len(block), -1).all(1)
-    if not finite.all():
-        row = start + int(finite.argmin())
-        raise DataError(
-            f"{where}: '{key}' holds NaN or infinity, first in row {row}: expected finite numbers"
-        )
 
 
 def read_flags(array: Any, key: str, where: str) -> NDArray[np.bool_]:
     """Read an array as booleans [N]."""
-    values = np.asarray(array[:]).reshape(-1)
-    _check_finite(values, 0, key, where)
+    values = np.concatenate([block.ravel() for _, block in read_blocks(array, key, where)])
     odd = (values != 0) & (values != 1)
     if odd.any():
         row = int(odd.argmax())
-        raise DataError(f"{where}: '{key}' holds {values[row].item()!r} in row {row}: expected 0 or 1")
+        raise DataError(f"{where}: '{key}' holds {values[row]:g} in row {row}: expected 0 or 1")
     return values.astype(np.bool_)
 
 

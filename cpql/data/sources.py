@@ -53,9 +53,8 @@ def load(
 
     Args:
         task: the task whose dataset it is.
-        source: a name in `SOURCES`, used strictly: "d4rl" and "minari" read a local dataset or download it,
-            "embedded" collects one, or reads it from its cache. "auto" tries D4RL, then embedded, with a
-            warning that gives the reason.
+        source: a name in `SOURCES`, used strictly; "auto" tries D4RL, then embedded, with a warning that
+            gives the reason.
         path: a file in D4RL's layout, HDF5 or NPZ, or the folder of a Minari dataset; overrides `source`.
         id: the id of another dataset than the task's own, of D4RL or Minari; embedded data never replace it.
         size: number of transitions to collect, for the embedded source.
@@ -67,8 +66,7 @@ def load(
 
     Returns:
         The task of the data (a Minari dataset names its own environment and references), and the data, with
-        the widths of that environment and actions scaled from its bounds. A task without an environment
-        accepts data of any width with actions in [-1, 1].
+        the widths of that environment and actions scaled from its bounds to [-1, 1].
 
     Raises:
         ConfigError: there is no such source, or the environment can't be made.
@@ -84,8 +82,8 @@ def load(
     if names == ("auto",):
         # Embedded data replace the task's own dataset only.
         names = AUTO if id is None else AUTO[:1]
-    local = None if path is None else Path(path)
-    request, data = _first(names, Request(task, id, local, size, seed, time_limits, progress, say))
+    request = Request(task, id, Path(path) if path else None, size, seed, time_limits, progress, say)
+    request, data = _first(names, request)
     if request.spec is not None:
         data.validate_for(*request.spec.widths)
     if data.provenance.source != "embedded":

@@ -144,7 +144,7 @@ class Provenance:
         return dataclasses.asdict(self)
 
     def line(self) -> str:
-        """Say it in one line for people."""
+        """A summary in one line."""
         source = "embedded: self-collected, not D4RL" if self.source == "embedded" else self.source
         text = f"{self.id or 'dataset'} ({source}): {self.transitions:,} transitions"
         text += f", {self.episodes:,} complete episode{'' if self.episodes == 1 else 's'}"
@@ -207,7 +207,7 @@ class Transitions:
 
     @property
     def device(self) -> torch.device:
-        """Where all of it lies."""
+        """The device of all tensors."""
         return self.table.device
 
     def __len__(self) -> int:
@@ -215,11 +215,11 @@ class Transitions:
         return len(self.table)
 
     def __repr__(self) -> str:
-        """Say where the data came from rather than print it."""
+        """The provenance, not the numbers."""
         return f"Transitions({self.provenance.line()})"
 
     def to(self, device: torch.device | str) -> Transitions:
-        """Give the same data on another device; itself where it is there already."""
+        """The same data on another device; itself if it is there already."""
         table = self.table.to(device)
         if table is self.table:
             return self
@@ -231,40 +231,26 @@ class Transitions:
         return draw_rows(self.table, len(self), count, generator)
 
     def sample(self, batch_size: int, generator: torch.Generator | Sequence[torch.Generator]) -> Batch:
-        """Draw uniformly, with replacement, on the device.
+        """Draw a batch [B, ...] uniformly, with replacement, with a generator on the data's device.
 
-        Args:
-            batch_size: B.
-            generator: on the same device as the data; from several, each member of a group draws its own
-                batch, and the result has a leading axis for them.
+        From several generators each member of a group draws its own batch: [members, B, ...].
         """
         if isinstance(generator, torch.Generator):
-            return split(self.rows(batch_size, generator), self.state_dim, self.action_dim)
-        drawn = torch.stack(
-            [torch.randint(len(self), (batch_size,), generator=g, device=self.device) for g in generator]
-        )
-        rows = self.table.index_select(0, drawn.flatten()).view(*drawn.shape, -1)
+            rows = self.rows(batch_size, generator)
+        else:
+            rows = torch.stack([self.rows(batch_size, one) for one in generator])
         return split(rows, self.state_dim, self.action_dim)
 
     def validate_for(self, state_dim: int, action_dim: int) -> None:
-        """Check the widths against an environment's.
-
-        Raises:
-            DataError: one of them differs.
-        """
-        for key, found, expected in (
-            ("observations", self.state_dim, state_dim),
-            ("actions", self.action_dim, action_dim),
-        ):
+        """Raise a DataError unless observations and actions are as wide as an environment's."""
+        for key, expected in (("observations", state_dim), ("actions", action_dim)):
+            found = getattr(self, key).shape[1]
             if found != expected:
                 name = self.provenance.name
                 raise DataError(f"{name}: '{key}' is {found} wide: the environment has {expected}")
 
     def to_dict(self) -> dict[str, NDArray[Any]]:
-        """Give D4RL's six arrays back, as numpy: what `from_dict` takes.
-
-        The last row of an episode that was cut has neither flag.
-        """
+        """D4RL's six arrays, as numpy, which `from_dict` takes; an episode that was cut ends with no flag."""
         columns = self.columns._asdict() | {"terminals": self.terminated, "timeouts": self.truncated}
         return {key: columns[key].cpu().numpy() for key in (*REQUIRED, *OPTIONAL)}
 
@@ -285,20 +271,11 @@ class Transitions:
     ) -> Transitions:
         """Check a D4RL-like dict and make transitions of it, on the CPU.
 
-        Args:
-            mapping: observations [N, S], actions [N, A], rewards [N], terminals [N], and where known
-                timeouts [N] and next_observations [N, S]: what `env.get_dataset()` or
-                `d4rl.qlearning_dataset` return. [N, 1] will do for [N]; other keys are ignored. Arrays may be
-                anything with a shape, a dtype and slices of rows: numpy's, torch's, h5py's datasets.
-            source: see `Provenance`, as for `id`, `file`, `sha256` and `details`.
-            id: the dataset's.
-            file: its name.
-            sha256: its hash.
-            details: more about the source.
-            time_limits: see `Reading`, as for the following.
-            episode_limit: in steps.
-            action_low: [A] or one for all.
-            action_high: [A] or one for all.
+        `mapping` has observations [N, S], actions [N, A], rewards [N], terminals [N], and where known
+        timeouts [N] and next_observations [N, S]: what `env.get_dataset()` or `d4rl.qlearning_dataset`
+        return. [N, 1] will do for [N]; other keys are ignored. Arrays may be anything with a shape, a dtype
+        and slices of rows: numpy's, torch's, h5py's datasets. The other arguments are described at
+        `Provenance` and `Reading`.
 
         Raises:
             DataError: in one line, the first thing that is wrong.
