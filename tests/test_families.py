@@ -24,7 +24,7 @@ from cpql.deploy.policy import Policy
 from cpql.environments import make_task_environment
 from cpql.tasks import Task, load_task, task_names
 from cpql.train.config import BudgetConfig, DatasetConfig, TrainConfig
-from cpql.train.loop import train
+from cpql.train.loop import train_group
 from cpql.train.summary import summary
 
 ROOT = Path(__file__).parent.parent
@@ -75,7 +75,7 @@ def test_a_family_is_collected_trained_on_and_scored(name: str, tmp_path: Path) 
         compile=False,
     )
     text = StringIO()
-    result = train(config, {}, Console(file=text, width=200))
+    result = train_group([(config, {})], Console(file=text, width=200))[0]
     assert (result["task"], result["environment"], result["episodes"]) == (name, task.id, 2)
     assert max(result["lengths"]) <= STEPS
     assert result["environment_options"] == task.env_options | task.reset_options

@@ -28,7 +28,7 @@ from cpql.errors import CheckpointError, ConfigError
 from cpql.settings import build
 from cpql.tasks import Task
 from cpql.train.config import BudgetConfig, DatasetConfig, OnlineConfig, TrainConfig
-from cpql.train.loop import train, train_group
+from cpql.train.loop import train_group
 from cpql.train.online import Experience, Explorer
 
 Maker = Callable[..., Agent]
@@ -279,7 +279,7 @@ def settings(run_dir: Path, **changes: Any) -> TrainConfig:
 
 def run(config: TrainConfig) -> dict[str, Any]:
     resolved = {"agent": config.agent, "resume": config.resume}
-    return train(config, resolved, Console(file=StringIO(), width=200))
+    return train_group([(config, resolved)], Console(file=StringIO(), width=200))[0]
 
 
 class Stopped(Exception):

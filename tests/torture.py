@@ -47,7 +47,12 @@ from cpql.train.loop import train_group
 
 ROOT = Path(__file__).resolve().parent.parent
 PENDULUM = Task("pendulum", "Pendulum-v1", env_options={"max_episode_steps": 10})
-LITTLE = {"name": "cpql", "actor": {"hidden": [16]}, "critic_hidden": [16], "batch_size": 8}
+LITTLE = {
+    "name": "cpql",
+    "actor": {"kind": "consistency", "hidden": [16]},
+    "critic_hidden": [16],
+    "batch_size": 8,
+}
 # Any two of a row of metrics, an evaluation and a checkpoint are due at once at some update, and each alone.
 BUDGET = BudgetConfig("test", 16, 2, 5, 3, 2, 2, keep=2)
 LONGER = replace(BUDGET, updates=400, log_every=20, evaluate_every=100, save_every=100)

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from cpql.data import d4rl
 from cpql.tasks import load_task
 from cpql.train.config import BudgetConfig, DatasetConfig, TrainConfig
-from cpql.train.loop import train, train_group
+from cpql.train.loop import train_group
 
 AGENTS: dict[str, dict[str, Any]] = {
     "cpql": {"name": "cpql"},
@@ -56,7 +56,7 @@ def settings(path: Path, run_dir: Path, agent: str = "cpql", **changes: Any) -> 
 def run(config: TrainConfig, **resolved: Any) -> tuple[dict[str, Any], str]:
     text = StringIO()
     plain = {"seed": config.seed, "agent": config.agent, "resume": config.resume, **resolved}
-    return train(config, plain, Console(file=text, width=200)), text.getvalue()
+    return train_group([(config, plain)], Console(file=text, width=200))[0], text.getvalue()
 
 
 def everything(folder: Path) -> dict[str, Any]:

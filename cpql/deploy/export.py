@@ -71,10 +71,8 @@ def export(
     Args:
         policy: what to write.
         path: of the file, which is replaced if it exists; written whole or not at all.
-        format: `onnx`; `torch`, a program for `torch.export.load`; `numpy`, arrays for
-            `cpql.deploy.folded.load`, which needs only numpy.
-        noise: `inside` draws the noise in the program, which then has `noise` and `uniform` as further
-            outputs.
+        format: `onnx`; `torch`, for `torch.export.load`; `numpy`, for `cpql.deploy.folded.load`.
+        noise: `inside` draws the noise in the program, which returns `noise` and `uniform` too.
 
     Raises:
         ConfigError: there is no such format or place of the noise, or a package isn't installed.

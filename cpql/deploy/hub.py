@@ -177,20 +177,19 @@ def _evaluation(result: Mapping[str, Any]) -> tuple[dict[str, str], dict[str, An
         )
         metrics.append(("normalized_score", f"{of}-normalised score", round(result["score"], 2)))
     environment = str(result["environment"])
+    versions = result["versions"].items()
     rows |= {
         "environment": environment,
         "acting": str(result["rule"]),
         "seed of the evaluation": str(result["seed"]),
-        "evaluated with": _versions(result["versions"]),
+        "evaluated with": ", ".join(map(" ".join, versions)),
+        "note": str(result.get("note") or ""),
     }
-    if result.get("note"):
-        rows["note"] = str(result["note"])
+    keys = ("type", "name", "value", "verified")
     return rows, {
         "task": {"type": "reinforcement-learning", "name": "reinforcement-learning"},
         "dataset": {"name": environment, "type": environment},
-        "metrics": [
-            {"type": kind, "name": name, "value": value, "verified": False} for kind, name, value in metrics
-        ],
+        "metrics": [dict(zip(keys, (*metric, False), strict=True)) for metric in metrics],
     }
 
 
@@ -204,7 +203,7 @@ def _provenance(config: PolicyConfig, steps: int) -> dict[str, str]:
         "acts by": f"{rule}, {steps} step{'s' if steps > 1 else ''}",
         "gradient steps": f"{origin['step']:,}" if "step" in origin else "unknown",
         "training seed": str(origin.get("seed", "unknown")),
-        "trained with": _versions(origin.get("versions", {})) or "unknown",
+        "trained with": ", ".join(map(" ".join, origin.get("versions", {}).items())) or "unknown",
         "data": "unknown",
     }
     if data := origin.get("data"):
@@ -215,10 +214,6 @@ def _provenance(config: PolicyConfig, steps: int) -> dict[str, str]:
             rows["the data's return"] = f"{data['return_mean']:,.1f} ± {data['return_std']:,.1f}"
         rows["the data's SHA-256"] = str(data["sha256"])
     return rows
-
-
-def _versions(versions: Mapping[str, str]) -> str:
-    return ", ".join(f"{name} {version}" for name, version in versions.items())
 
 
 def _table(rows: Mapping[str, str]) -> str:

@@ -283,7 +283,7 @@ class Policy:
         content = hub.read_object(about, "policy")
         if content.pop("format", None) != FORMAT:
             raise CheckpointError(f"{about}: not a policy of format {FORMAT}")
-        sha256 = content.pop("sha256", None)  # older policies have none
+        at, sha256 = folder, content.pop("sha256", None)  # older policies have none
         try:
             config = build(PolicyConfig, upgrade(content), str(about))
             with torch.device("meta"):  # shapes alone
@@ -298,14 +298,32 @@ class Policy:
                         activation=config.critic_activation,
                     )
             modules = _joined(actor, critic)
-            _fill(modules, model, sha256)
+            size = model.stat().st_size
+            most = sum(4 * each.numel() for each in modules.parameters()) + MOST_HEADER_BYTES
+            if size > most:
+                raise CheckpointError(
+                    f"{model}: size mismatch: expected at most {most:,} bytes, by config.json, found {size:,}"
+                )
+            at, weights = model, model.read_bytes()
+            actual = hashlib.sha256(weights).hexdigest()
+            modules.load_state_dict(unpacked(weights), assign=True)
+            if sha256 not in (None, actual):
+                raise CheckpointError(
+                    f"{model}: damaged, or another policy's: expected SHA-256 {str(sha256)[:64]}, by "
+                    f"config.json, found {actual}"
+                )
+            for name, tensor in modules.state_dict().items():
+                if tensor.dtype != torch.float32 or not (tensor.abs() <= LARGEST).all():
+                    raise CheckpointError(
+                        f"{model}: {name}: expected finite float32 of at most {LARGEST:g}, found others"
+                    )
             modules.to(device)
             fold(actor, None, config).check()
             policy = cls(actor, critic, config)
         except CheckpointError:
             raise
         except Exception as error:
-            raise CheckpointError(f"{folder}: no readable policy: {hub.one_line(error)}") from error
+            raise CheckpointError(f"{at}: no readable policy: {hub.one_line(error)}") from error
         policy.folder = folder
         return policy
 
@@ -313,32 +331,6 @@ class Policy:
 def _joined(actor: Actor, critic: TwinCritic | None) -> nn.ModuleDict:
     """Both networks under the names that they have in the weights' file."""
     return nn.ModuleDict({"actor": actor} if critic is None else {"actor": actor, "critic": critic})
-
-
-def _fill(modules: nn.Module, path: Path, sha256: Any) -> None:
-    """Read the weights of modules on the meta device, from a file no longer than they are."""
-    size = path.stat().st_size
-    most = sum(4 * each.numel() for each in modules.parameters()) + MOST_HEADER_BYTES
-    if size > most:
-        raise CheckpointError(
-            f"{path}: size mismatch: expected at most {most:,} bytes, by config.json, found {size:,}"
-        )
-    content = path.read_bytes()
-    try:
-        modules.load_state_dict(unpacked(content), assign=True)
-    except Exception as error:
-        raise CheckpointError(f"{path}: no readable policy: {hub.one_line(error)}") from error
-    actual = hashlib.sha256(content).hexdigest()
-    if sha256 not in (None, actual):
-        raise CheckpointError(
-            f"{path}: damaged, or another policy's: expected SHA-256 {str(sha256)[:64]}, by config.json, "
-            f"found {actual}"
-        )
-    for name, tensor in modules.state_dict().items():
-        if tensor.dtype != torch.float32 or not (tensor.abs() <= LARGEST).all():
-            raise CheckpointError(
-                f"{path}: {name}: expected finite float32 of at most {LARGEST:g}, found others"
-            )
 
 
 def find_policy(name: str | Path) -> Path:

@@ -13,13 +13,13 @@ __all__ = ["learning_curve"]
 def learning_curve(
     path: Path, run: dict[str, Any], evaluations: list[dict[str, Any]], metrics: list[dict[str, float]]
 ) -> None:
-    """Draw score (or return, where there are no references), values and losses over gradient steps, as a PNG.
+    """Draw score (or return, without references), values and losses over gradient steps, as a PNG.
 
     Args:
         path: of the PNG; replaced in one move.
-        run: task, agent, seed, behaviour and data, as every result has them.
-        evaluations: of the run, in order, as in its `evaluations/`; without any their panel is left out.
-        metrics: the rows of its `metrics.csv`.
+        run: the entries that every result has, see `Run.provenance`.
+        evaluations: of the run, in order; without any their panel is left out.
+        metrics: the rows of `metrics.csv`.
     """
     from matplotlib.figure import Figure
     from matplotlib.ticker import EngFormatter, LogFormatter
@@ -49,8 +49,7 @@ def learning_curve(
         axes.xaxis.set_major_formatter(EngFormatter())
         axes.grid(alpha=0.25)
         axes.set_xlim(left=0)
-    source = run["data"]["source"]
-    source = source.replace("embedded", "self-collected data, not D4RL")
+    source = run["data"]["source"].replace("embedded", "self-collected data, not D4RL")
     figure.suptitle(f"{run['agent']} on {run['task']} ({source})", fontsize=11)
     with aside(path) as temporary:
         figure.savefig(temporary, dpi=110, format="png")

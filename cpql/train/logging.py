@@ -60,11 +60,6 @@ class CSVTable:
         with self.path.open(newline="") as file:
             return [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
 
-    def flush(self) -> None:
-        """Flush it to the disk."""
-        if self.path.exists():
-            io.flush(self.path)
-
 
 def _is_row(line: str, count: int) -> bool:
     """Whether a line is a step and as many numbers as make `count`."""

@@ -22,25 +22,20 @@ from cpql.train.runs import Run, claimed
 from cpql.train.signals import stop_signals
 from cpql.train.sources import load_source
 
-__all__ = ["train", "train_group"]
+__all__ = ["train_group"]
 
 
 def loop(members: Members, update: Update, stopped: Callable[[], bool]) -> None:
-    """Take all updates that are left, logging, saving and evaluating on the way.
-
-    Args:
-        members: the agent, what it learns from, and the runs that keep its results.
-        update: `agent.update`, or a compiled form of it.
-        stopped: whether to save, and stop after this update.
+    """Take the remaining updates of `update`, logging, saving and evaluating on the way.
 
     Raises:
-        Interrupted: `stopped` said so; everything is saved.
+        Interrupted: `stopped` returned True; everything is saved.
     """
     budget = members.config.budget
     began, first, text = time.monotonic(), members.step, members.last_scores()
     with closing(Bar(members.console, "training", budget.updates, first)) as bar:
         with bar.paused():
-            # What a killed process still owed, or the policy that this run starts from.
+            # What a killed process hasn't evaluated, or the policy that this run starts from.
             if first or members.config.checkpoint:
                 members.evaluate(stopped)
         while members.step < budget.updates and not stopped():
@@ -59,36 +54,18 @@ def loop(members: Members, update: Update, stopped: Callable[[], bool]) -> None:
         raise Interrupted(f"{done}; {members.where()}")
 
 
-def train(config: TrainConfig, resolved: dict[str, Any], console: Console) -> dict[str, Any]:
-    """Train, evaluate and save: the whole of one run.
-
-    Args:
-        config: of the run.
-        resolved: the configuration as plain values, which the run's `config.yaml` keeps.
-        console: for progress and warnings.
-
-    Returns:
-        What `result.json` holds.
-
-    Raises:
-        Interrupted: the user stopped it; everything is saved.
-        CpqlError: anything else the user can fix.
-    """
-    return train_group([(config, resolved)], console)[0]
-
-
 def train_group(
     configs: Sequence[tuple[TrainConfig, dict[str, Any]]], console: Console
 ) -> list[dict[str, Any]]:
-    """Train several runs as the members of one program.
+    """Train one run, or several as the members of one program.
 
     Member k is, up to rounding, the run of its configuration alone, and its folder is an ordinary run's:
     `resume` continues it alone or in a group. A member that diverges is left as it was last saved, and the
-    others go on.
+    others continue.
 
     Args:
-        configs: the configuration of each run, and the same as plain values. They may differ in seed, folder
-            and the agent's settings in its `by_member`.
+        configs: the configuration of each run, and the same as plain values, which the run's `config.yaml`
+            keeps. They may differ in seed, folder and the agent's settings in its `by_member`.
         console: for progress and warnings.
 
     Returns:
@@ -151,12 +128,8 @@ def _run_to_end(members: Members) -> list[dict[str, Any]]:
     config, console, source = members.config, members.console, members.source
     if config.compile:
         say(console, "compiling the update: a minute or two, seconds where it was compiled before")
-    made = program(
-        members.agent,
-        config.compile,
-        cache_folder() / "programs",
-        lambda line: say(console, line, "yellow"),
-    )
+    cache = cache_folder() / "programs"
+    made = program(members.agent, config.compile, cache, lambda line: say(console, line, "yellow"))
     with ExitStack() as stack:
         for run in members.runs:
             run.start_logger(members.step, config.env, members.agent.name)

@@ -27,7 +27,7 @@ from cpql.agents import AGENTS
 from cpql.data.transitions import Provenance
 from cpql.deploy.policy import Policy
 from cpql.errors import CheckpointError, ConfigError, brief
-from cpql.io import clear_leftovers, held, versions, write_text
+from cpql.io import clear_leftovers, flush, held, versions, write_text
 from cpql.migration import upgrade
 from cpql.settings import build
 from cpql.tasks import Task
@@ -127,14 +127,7 @@ class Run:
             )
 
     def check_length(self, schedule: str | None) -> None:
-        """Refuse a new length that would make it another run.
-
-        Args:
-            schedule: the agent's setting that depends on the length, if there is one.
-
-        Raises:
-            CheckpointError: there is one, or the run is longer already.
-        """
+        """Refuse a new length if `schedule`, a setting of the agent, depends on it, or if it is exceeded."""
         now, done = self.config.budget.updates, max(self.steps())
         if self.length != now and schedule is not None:
             raise CheckpointError(
@@ -185,10 +178,7 @@ class Run:
     def begin(self, step: int, program: str, data: Callable[[], Provenance]) -> None:
         """Write the configuration and open the tables; whatever was written after `step` is dropped.
 
-        Args:
-            step: the step that training continues from.
-            program: how updates are computed, `cpql.train.program.Program.how`.
-            data: gives the provenance of the data so far.
+        Results name `program`, how updates are computed, and the provenance that `data` gives at the time.
         """
         self.program, self.data = program, data
         write_text(self.config_file, yaml.safe_dump(self.resolved, sort_keys=False))
@@ -252,7 +242,8 @@ class Run:
 
     def save(self, step: int, policy: Policy, tensors: dict[str, Tensor]) -> None:
         """Write a checkpoint that training can be resumed from, after the metrics that lead to it."""
-        self.metrics.flush()
+        if self.metrics.path.exists():
+            flush(self.metrics.path)
         save_checkpoint(self.checkpoints, step, policy, tensors, {"data_sha256": self.data().sha256})
 
     def prune(self) -> None:
