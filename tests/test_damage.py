@@ -295,6 +295,7 @@ def test_what_may_not_be_touched(name: str, runs: Runs, tmp_path: Path) -> None:
     check(FORBIDDEN[name], runs.killed, runs, tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*KILLED, *FINISHED])
 def test_damage(name: str, runs: Runs, tmp_path: Path) -> None:
     check((KILLED | FINISHED)[name], runs.killed if name in KILLED else runs.whole, runs, tmp_path)

@@ -31,6 +31,7 @@ def rows() -> torch.Tensor:
     return table
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", list(RECORDED))
 def test_200_updates_give_the_recorded_weights(name: str) -> None:
     kind, config = CONFIGS["cpql" if name == "group" else name]
