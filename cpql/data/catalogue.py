@@ -12,11 +12,7 @@ from cpql.tasks import Task
 
 __all__ = ["WAYS", "entry", "on_disk", "ways", "where"]
 
-WAYS = {
-    "d4rl": "`cpql-data download {}` downloads D4RL's",
-    "embedded": "`python scripts/collect.py dataset {}` collects a stand-in",
-    "minari": "`cpql-data download {} --source minari` downloads Minari's",
-}
+WAYS = {name: source.way for name, source in SOURCES.items() if source.way}
 """How to get a task's data from each source, in the order in which they are looked for."""
 
 

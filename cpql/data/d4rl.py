@@ -78,6 +78,7 @@ class D4RL(Source):
     """
 
     description = "D4RL's"
+    way = "`cpql-data download {}` downloads D4RL's"
 
     def locate(self, request: Request) -> Path | None:
         """See `Source`."""

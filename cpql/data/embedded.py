@@ -59,6 +59,7 @@ class Embedded(Source):
     """Data collected with the behaviours that cpql ships, and cached."""
 
     description = "self-collected data from cpql's own SAC behaviours"
+    way = "`python scripts/collect.py dataset {}` collects a stand-in"
 
     def locate(self, request: Request) -> Path | None:
         """See `Source`."""

@@ -44,6 +44,7 @@ class Minari(Source):
     """Minari's datasets, in its own folder or downloaded by its package."""
 
     description = "Minari's"
+    way = "`cpql-data download {} --source minari` downloads Minari's"
 
     def locate(self, request: Request) -> Path | None:
         """See `Source`."""

@@ -73,9 +73,11 @@ class Source(Protocol):
 
     Attributes:
         description: whose data these are, for messages: "D4RL's".
+        way: how to get a task's data, a clause with {} for the task's name; empty if they are the user's own.
     """
 
     description: str
+    way: str = ""
 
     def locate(self, request: Request) -> Path | None:
         """The dataset's path on this disk, or None. Nothing is read or downloaded."""

@@ -21,8 +21,8 @@ __all__ = ["AUTO", "SOURCES", "Request", "Source", "check_source", "load"]
 
 SOURCES: dict[str, Source] = {
     "d4rl": D4RL(),
-    "minari": Minari(),
     "embedded": Embedded(),
+    "minari": Minari(),
     "file": File(),
 }
 """Sources by name: `dataset=NAME` chooses one, and `dataset.path` the source `file`."""
