@@ -7,6 +7,7 @@ import difflib
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,6 +17,7 @@ from hydra.core.config_store import ConfigStore
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
+from cpql.actors import ACTORS
 from cpql.agents import AGENTS
 from cpql.consistency import OBJECTIVES
 from cpql.data.sources import SOURCES
@@ -68,6 +70,9 @@ def register(**commands: Any) -> None:
         node = asdict(agent.config_class())
         del node["updates"]  # the budget has it
         store.store(group="schema", name=name, package="agent", node=node)
+    for kind, actor in ACTORS.items():
+        node = asdict(actor.config_class())
+        store.store(group="schema", name=f"actor_{kind}", package="agent.actor", node=node)
     for name, config in {"budget": BudgetConfig(), "online": OnlineConfig()}.items():
         store.store(group="schema", name=name, package=name, node=asdict(cast(Any, config)))
     for name, config in commands.items():
@@ -84,11 +89,16 @@ def register(**commands: Any) -> None:
 
 
 def _published(column: str, default: Any, *, _root_: DictConfig) -> Any:
-    """`${published:COLUMN,DEFAULT}`: from the agent's published table, its row of the task, or of `all`."""
-    for row in (_root_.env.name, "all"):
-        value = OmegaConf.select(_root_, f"published.{row}.{column}")
-        if value is not None:
-            return value
+    """`${published:COLUMN,DEFAULT}`: from the agent's published table.
+
+    Of its rows the first that fits the task gives the value: a row's key is one pattern or several, such as
+    `hopper-*`, with spaces between. A row named as the task itself precedes patterns, `all` comes last.
+    """
+    table, task = _root_.get("published") or {}, str(_root_.env.name)
+    fitting = (row for key, row in table.items() if any(fnmatchcase(task, part) for part in key.split()))
+    for row in (table.get(task), next(fitting, None), table.get("all")):
+        if row is not None and row.get(column) is not None:
+            return row[column]
     return default
 
 
@@ -261,7 +271,7 @@ def _continue_from(plain: Plain, overrides: list[str]) -> None:
 
 
 def _drop_inapplicable(agent: Plain, overrides: list[str]) -> None:
-    """Drop settings of other agents and objectives, unless the command line gives them.
+    """Drop settings of other agents, actors and objectives, unless the command line gives them.
 
     A preset may set what the agent doesn't have. If the command line chooses the objective, options of the
     agent's own objective, such as Consistency-AC's weight, may not apply.
@@ -276,6 +286,8 @@ def _drop_inapplicable(agent: Plain, overrides: list[str]) -> None:
         presets = (cast(DictConfig, OmegaConf.load(file)) for file in (config_folder() / "preset").iterdir())
         fields = kind.config_class.__dataclass_fields__.keys()
         drop(agent, "agent", {str(key) for preset in presets for key in preset} - fields)
+    if actor := ACTORS.get(str(agent["actor"].get("kind"))):
+        drop(agent["actor"], "agent.actor", agent["actor"].keys() - actor.config_class.__dataclass_fields__)
     options = "agent.actor.objective_options"
     if "agent.actor.objective" in overrides and options not in overrides:
         objective, own = (

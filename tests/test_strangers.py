@@ -29,7 +29,16 @@ import numpy as np
 import pytest
 import torch
 
-from cpql.actors import ACTORS, ActorConfig, AnyActorConfig, DeterministicConfig
+from cpql.actors import (
+    ACTORS,
+    ActorConfig,
+    AnyActorConfig,
+    DeterministicConfig,
+    DiffusionConfig,
+    FlowConfig,
+    GaussianConfig,
+    OneStepConfig,
+)
 from cpql.critics import TwinCritic
 from cpql.deploy import folded
 from cpql.deploy.policy import Policy, PolicyConfig
@@ -46,12 +55,16 @@ CONFIGS: tuple[AnyActorConfig, ...] = (
     ActorConfig("distill", hidden=(16, 16)),
     ActorConfig(hidden=(16, 16), refinements=(2.0,), clamp="inside"),
     DeterministicConfig((16, 16)),
+    DiffusionConfig(3, hidden=(16, 16)),
+    FlowConfig(3, hidden=(16,)),
+    OneStepConfig((16, 16), flow=FlowConfig(hidden=(8,))),
+    GaussianConfig((16,)),
     DeterministicConfig((16,), "mish"),
 )
 
 
 def made(kind: int = 0) -> Policy:
-    """An honest policy; there are seven kinds, of which the last has no critic."""
+    """An honest policy; the last of the kinds has no critic."""
     torch.manual_seed(kind)
     several, normalised, activation = kind % 2 == 1, kind > 1, "relu" if kind == 3 else "mish"
     actor = ACTORS[CONFIGS[kind].kind](S, A, CONFIGS[kind])

@@ -16,9 +16,19 @@ from torch import Tensor
 from cpql.data.transitions import Batch, Transitions, join
 from cpql.errors import ConfigError, DataError
 
-__all__ = ["REWARD_RULES", "RewardRule", "n_step", "normalise_observations", "reward", "reward_rule"]
+__all__ = [
+    "REWARD_RULES",
+    "RewardRule",
+    "n_step",
+    "next_actions",
+    "normalise_observations",
+    "reward",
+    "reward_rule",
+]
 
-RewardRule = Literal["none", "normalize", "antmaze", "cql_antmaze", "iql_antmaze", "iql_locomotion"]
+RewardRule = Literal[
+    "none", "normalize", "antmaze", "cql_antmaze", "iql_antmaze", "rebrac_antmaze", "iql_locomotion"
+]
 
 REWARD_RULES: dict[str, str] = {
     "none": "r",
@@ -26,6 +36,7 @@ REWARD_RULES: dict[str, str] = {
     "antmaze": "2 (r - 0.25)",
     "cql_antmaze": "4 (r - 0.5)",
     "iql_antmaze": "r - 1",
+    "rebrac_antmaze": "100 r",
     "iql_locomotion": "1000 r / (highest return - lowest return), over complete episodes",
 }
 """The rules by name, as Diffusion-QL's, Consistency-AC's and CPQL's codes name them (`reward_tune`)."""
@@ -71,6 +82,7 @@ def reward_rule(data: Transitions, rule: str) -> Callable[[Tensor], Tensor]:
         "antmaze": lambda r: 2.0 * (r - 0.25),
         "cql_antmaze": lambda r: 4.0 * (r - 0.5),
         "iql_antmaze": lambda r: r - 1.0,
+        "rebrac_antmaze": lambda r: 100.0 * r,
     }
     if rule not in rules:
         raise ConfigError(f"reward={rule!r} is no rule: expected one of {', '.join(REWARD_RULES)}")
@@ -97,6 +109,16 @@ def normalise_observations(data: Transitions) -> Transitions:
     changed = {key: (getattr(columns, key) - mean) / std for key in ("observations", "next_observations")}
     batch = columns._replace(**changed)
     return _replaced(data, {"normalise_observations": True}, batch, normalisation=(mean, std))
+
+
+def next_actions(data: Transitions) -> Transitions:
+    """Add the data's action at each next observation, for critics that stay close to it (ReBRAC).
+
+    At the end of an episode it isn't known, and NaN.
+    """
+    actions = data.actions.roll(-1, 0)
+    actions[data.ends] = torch.nan
+    return dataclasses.replace(data, table=join(data.columns._replace(next_actions=actions)))
 
 
 def n_step(data: Transitions, n: int, discount: float) -> Transitions:
@@ -140,5 +162,6 @@ def n_step(data: Transitions, n: int, discount: float) -> Transitions:
         rewards=rewards,
         next_observations=columns.next_observations[last],
         discounts=powers * columns.discounts[last],
+        next_actions=None if columns.next_actions is None else columns.next_actions[last],
     )
     return _replaced(data, {"n_step": n}, batch, terminated=data.terminated[last])

@@ -77,7 +77,8 @@ class Batch(NamedTuple):
     """Transitions drawn for one update, float32; the leading axes are members, then the batch B.
 
     `discounts` is the weight of the next state's value, besides the agent's gamma: 0 where the task ended,
-    else 1, or `gamma^(m - 1)` where the rewards are those of m steps.
+    else 1, or `gamma^(m - 1)` where the rewards are those of m steps. `next_actions` are the data's actions
+    at the next observations, NaN where they aren't known; see `cpql.data.transforms.next_actions`.
     """
 
     observations: Tensor  # [..., B, S]
@@ -85,19 +86,23 @@ class Batch(NamedTuple):
     rewards: Tensor  # [..., B]
     next_observations: Tensor  # [..., B, S]
     discounts: Tensor  # [..., B]
+    next_actions: Tensor | None = None  # [..., B, A]
 
 
 def split(rows: Tensor, state_dim: int, action_dim: int) -> Batch:
-    """The columns of rows [..., S + A + S + 2], in the order of `Transitions.table`: views."""
-    parts = torch.split(rows, [state_dim, action_dim, state_dim, 2], -1)
+    """The columns of rows [..., S + A + S + 2 (+ A)], in the order of `Transitions.table`: views."""
+    widths = [state_dim, action_dim, state_dim, 2]
+    *parts, more = torch.split(rows, [*widths, rows.shape[-1] - sum(widths)], -1)
     observations, actions, next_observations, scalars = parts
-    return Batch(observations, actions, scalars[..., 0], next_observations, scalars[..., 1])
+    next_actions = more if more.shape[-1] else None
+    return Batch(observations, actions, scalars[..., 0], next_observations, scalars[..., 1], next_actions)
 
 
 def join(batch: Batch) -> Tensor:
-    """Rows [..., S + A + S + 2] of a batch: the inverse of `split`."""
+    """Rows [..., S + A + S + 2 (+ A)] of a batch: the inverse of `split`."""
     scalars = torch.stack([batch.rewards, batch.discounts], -1)
-    return torch.cat([batch.observations, batch.actions, batch.next_observations, scalars], -1)
+    more = [] if batch.next_actions is None else [batch.next_actions]
+    return torch.cat([batch.observations, batch.actions, batch.next_observations, scalars, *more], -1)
 
 
 def draw_rows(table: Tensor, length: int, count: int, generator: torch.Generator) -> Tensor:
@@ -161,7 +166,8 @@ class Transitions:
     """A dataset of N transitions on one device. Build it with `from_dict`, which checks.
 
     Attributes:
-        table: [N, S + A + S + 2] float32: observations, actions, next observations, rewards, discounts.
+        table: [N, S + A + S + 2] float32: observations, actions, next observations, rewards, discounts; and
+            next actions, A wide, where `cpql.data.transforms.next_actions` has added them.
         state_dim: S, the width of an observation.
         action_dim: A, the width of an action.
         terminated: [N] bool, where the task ended and bootstrapping stops.

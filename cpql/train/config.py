@@ -10,6 +10,7 @@ from pydantic import Field
 
 from cpql.agents import AGENTS, Agent, AgentConfig
 from cpql.data.sources import check_source
+from cpql.data.transforms import RewardRule
 from cpql.errors import ConfigError, did_you_mean
 from cpql.settings import Candidates, Count, Fraction, Natural, Positive, Seed, Threads, build
 from cpql.tasks import Task
@@ -53,7 +54,7 @@ class DatasetConfig:
     id: str | None = None
     size: Count = 1_000_000
     seed: Seed = 0
-    reward: Literal["none", "normalize", "antmaze", "cql_antmaze", "iql_antmaze", "iql_locomotion"] = "none"
+    reward: RewardRule = "none"
     normalise_observations: bool = False
     n_step: Annotated[int, Field(ge=1, le=1_000)] = 1
     time_limits: Literal["keep", "drop"] = "keep"

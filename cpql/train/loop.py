@@ -106,7 +106,7 @@ def _load(runs: Sequence[Run], console: Console) -> Members:
             "expected agent.lr_decay=none"
         )
     seeds = [run.config.seed for run in runs]
-    task, source = load_source(config, seeds, device, console, settings.discount)
+    task, source = load_source(config, seeds, device, console, settings)
     agent = kind(
         source.state_dim,
         source.action_dim,

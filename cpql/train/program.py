@@ -109,7 +109,7 @@ def _unchanged(agent: Agent) -> Iterator[None]:
 def zeros(agent: Agent) -> tuple[Batch, dict[str, Tensor]]:
     """A batch of zeros, laid out in memory as batches are, and some noise."""
     device, c = agent.state["step"].device, agent.config
-    width = 2 * agent.state_dim + agent.action_dim + 2
+    width = 2 * agent.state_dim + agent.action_dim * (1 + c.next_actions) + 2
     rows = torch.zeros(*agent.members, c.batch_size, width, device=device)
     generators = [torch.Generator(device) for _ in range(*agent.members or (1,))]
     noise = agent.draw(generators if agent.members else generators[0])
@@ -175,14 +175,15 @@ class CudaGraph:
         if self.graph is None:
             self.graph = self._record(batch, noise)
         for kept, given in zip(self.batch, batch, strict=True):
-            kept.copy_(given)
+            if kept is not None and given is not None:
+                kept.copy_(given)
         for name, kept in self.noise.items():
             kept.copy_(noise[name])
         self.graph.replay()
         return self.metrics
 
     def _record(self, batch: Batch, noise: dict[str, Tensor]) -> torch.cuda.CUDAGraph:
-        self.batch = Batch(*(tensor.clone() for tensor in batch))
+        self.batch = Batch._make(None if tensor is None else tensor.clone() for tensor in batch)
         self.noise = {name: tensor.clone() for name, tensor in noise.items()}
         with _unchanged(self.agent):
             apart = torch.cuda.Stream()  # type: ignore[no-untyped-call]

@@ -9,7 +9,7 @@ from rich.console import Console
 from torch import Tensor
 
 import cpql.data
-from cpql.agents import Agent
+from cpql.agents import ActorCriticConfig, Agent, AgentConfig
 from cpql.data import transforms
 from cpql.data.transitions import Batch, Transitions
 from cpql.errors import ConfigError
@@ -48,7 +48,7 @@ Source = Dataset | Experience
 
 
 def load_source(
-    config: TrainConfig, seeds: Sequence[int], device: torch.device, console: Console, discount: float
+    config: TrainConfig, seeds: Sequence[int], device: torch.device, console: Console, agent: AgentConfig
 ) -> tuple[Task, Source]:
     """Load the task as its data have it, and what the members learn from.
 
@@ -57,13 +57,15 @@ def load_source(
         seeds: one for each member.
         device: where the data go.
         console: for progress, warnings and what was loaded.
-        discount: gamma of n-step returns.
+        agent: settings of the agent that learns.
 
     Raises:
         ConfigError: a setting of the dataset that isn't possible while acting.
         DataError: there are no such data, or they aren't valid.
     """
     d, online = config.dataset, config.online
+    if online is not None and agent.next_actions:
+        raise ConfigError("agent.critic_penalty: expected 0 while acting, as the paper has it online")
     if online is not None and not online.offline_fraction:
         for key, default in vars(DatasetConfig()).items():
             if key in ("reward", "normalise_observations", "n_step") and getattr(d, key) != default:
@@ -87,7 +89,13 @@ def load_source(
     if d.normalise_observations:
         data = transforms.normalise_observations(data)
     if online is None:
-        return task, Dataset(transforms.n_step(data, d.n_step, discount).to(device))
+        if agent.next_actions:
+            data = transforms.next_actions(data)
+        if d.n_step != 1:
+            if not isinstance(agent, ActorCriticConfig):
+                raise ConfigError(f"dataset.n_step={d.n_step}: expected 1 for an agent without a critic")
+            data = transforms.n_step(data, d.n_step, agent.discount)
+        return task, Dataset(data.to(device))
     if d.n_step != 1:
         raise ConfigError(f"dataset.n_step={d.n_step}: an agent that acts meanwhile learns from single steps")
     return task, Experience(task, online, seeds, device, data.to(device), rule)
