@@ -82,9 +82,9 @@ def _diffusion(actor: DiffusionActor, config: PolicyConfig) -> tuple[Arrays, dic
     arrays["actor.state_weight"], arrays["actor.state_bias"] = _first(state_part, bias, config)
     steps, spread, blend = [], 1.0, (0.0, 1.0)
     for k, (a, b, c, d, s) in enumerate(actor.coefficients()):
-        time = torch.tensor(actor.steps - 1.0 - k, device=first.device)
+        time = torch.tensor(actor.steps - 1.0 - k, device=next(actor.parameters()).device)
         arrays[f"actor.steps.{k}.weight"] = _array(x_part.T)
-        arrays[f"actor.steps.{k}.bias"] = _array(time_part @ actor.embed(time.to(bias.dtype)).double())
+        arrays[f"actor.steps.{k}.bias"] = _array(time_part @ actor.embed(time).double().cpu())
         steps.append([spread, a, -b, *blend])
         spread, blend = s, (d, c)
     return arrays, {"steps": steps, "inside": True, "tanh": False, "activation": "mish"}
