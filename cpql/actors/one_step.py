@@ -77,12 +77,11 @@ class OneStepActor(Actor):
         """The flow's imitation loss of each pair, [...]."""
         return self.flow.loss(state, action, noise=noise)[0]
 
-    def distillation_loss(self, state: Tensor, noise: Noise) -> Tensor:
+    def distillation_loss(self, predicted: Tensor, state: Tensor, z: Tensor) -> Tensor:
         """`|mu(s, z) - flow(s, z)|^2 / A` of each state, [...]; no gradient passes to the flow."""
-        z = noise["start"]
         with torch.no_grad():
             end = self.flow.sample(state, noise=z.unsqueeze(0)).detach()
-        return (self.predict(state, z) - end).square().mean(-1)
+        return (predicted - end).square().mean(-1)
 
     def loss(
         self,
@@ -96,5 +95,6 @@ class OneStepActor(Actor):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The flow's loss plus the distillation loss of each pair, [...]; see `Actor.loss`."""
         noise = self.complete_noise(noise, action, generator)
-        flow, distillation = self.flow_loss(state, action, noise), self.distillation_loss(state, noise)
+        flow, z = self.flow_loss(state, action, noise), noise["start"]
+        distillation = self.distillation_loss(self.predict(state, z), state, z)
         return flow + distillation, {"flow": flow, "distillation": distillation}

@@ -95,9 +95,9 @@ class FQL(Agent):
         """The flow's imitation, the distillation and Q; the last sees actions clamped to [-1, 1]."""
         state, online = batch.observations, self.actor(actor)
         flow = online.flow_loss(state, batch.actions, noise).mean(-1)
-        distillation = online.distillation_loss(state, noise).mean(-1)
-        action = online.sample(state, noise=noise["start"].unsqueeze(0))
-        q = self.critic(self.state["critic"]).q(state, action).mean(-2)
+        predicted = online.predict(state, noise["start"])
+        distillation = online.distillation_loss(predicted, state, noise["start"]).mean(-1)
+        q = self.critic(self.state["critic"]).q(state, predicted.clamp(-1.0, 1.0)).mean(-2)
         q_loss = -q.mean(-1)
         if self.config.q_loss == "normalised":
             q_loss = q_loss / q.abs().mean(-1).detach()
