@@ -180,8 +180,11 @@ def test_bad_arrays_are_refused_by_their_key(tmp_path: Path) -> None:
             "damaged, 'actions' can't be read",
         ),
         ({"actions": member(ROWS["actions"], table % "-4, -1")}, "damaged, 'actions' can't be read"),
-        ({"rewards": member(ROWS["rewards"][:3])}, "'rewards' has 3 rows: expected 4, as 'observations' has"),
-        ({"rewards": member(np.array(3, np.float32))}, "'rewards' has shape []: expected [rows]"),
+        (
+            {"rewards": member(ROWS["rewards"][:3])},
+            "'rewards' has shape [3]: expected [4]",
+        ),
+        ({"rewards": member(np.array(3, np.float32))}, "'rewards' has shape []: expected [4]"),
         ({"timeout": good["timeouts"]}, "'timeout' is none of D4RL's keys: did you mean timeouts"),
         ({"cpql_origin": member(np.array("{"))}, "'cpql_origin' is damaged"),
         ({"cpql_origin": member(np.zeros(4))}, "'cpql_origin' is damaged"),

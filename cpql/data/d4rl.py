@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from cpql.data.download import fetch, verify_recorded
 from cpql.data.request import AnotherDatasetError, Request, Source
+from cpql.data.rows import KEYS
 from cpql.data.transitions import Provenance, Reading, Transitions
 from cpql.errors import DataError, did_you_mean
 from cpql.io import aside, sha256_of, user_folder
@@ -44,7 +45,6 @@ __all__ += ["array_of", "object_of", "origin_of", "read", "refuse_bomb", "write"
 # D4RL's own host, tried last because it has no https, and a copy of its files without its folders.
 HOST = "http://rail.eecs.berkeley.edu/datasets/offline_rl/"
 MIRROR = "https://huggingface.co/datasets/imone/D4RL/resolve/main/"
-KEYS = ("observations", "actions", "rewards", "terminals", "timeouts", "next_observations")
 ORIGIN = "cpql_origin"
 Form = Literal["hdf5", "npz", "minari"]
 ENDINGS: dict[str, Form] = {".hdf5": "hdf5", ".h5": "hdf5", ".npz": "npz"}
