@@ -30,16 +30,19 @@ RewardRule = Literal[
     "none", "normalize", "antmaze", "cql_antmaze", "iql_antmaze", "rebrac_antmaze", "iql_locomotion"
 ]
 
-REWARD_RULES: dict[str, str] = {
-    "none": "r",
-    "normalize": "(r - mean r) / std r, over all transitions",
-    "antmaze": "2 (r - 0.25)",
-    "cql_antmaze": "4 (r - 0.5)",
-    "iql_antmaze": "r - 1",
-    "rebrac_antmaze": "100 r",
-    "iql_locomotion": "1000 r / (highest return - lowest return), over complete episodes",
+REWARD_RULES: dict[str, tuple[float, float] | None] = {
+    "none": (0.0, 1.0),
+    "normalize": None,  # (r - mean r) / std r, over all transitions
+    "antmaze": (0.25, 2.0),
+    "cql_antmaze": (0.5, 4.0),
+    "iql_antmaze": (1.0, 1.0),
+    "rebrac_antmaze": (0.0, 100.0),
+    "iql_locomotion": None,  # 1000 r / (highest return - lowest return), over complete episodes
 }
-"""The rules by name, as Diffusion-QL's, Consistency-AC's and CPQL's codes name them (`reward_tune`)."""
+"""The rules by name, as Diffusion-QL's, Consistency-AC's and CPQL's codes name them (`reward_tune`).
+
+A rule (shift, scale) makes scale (r - shift) of a reward r; None depends on the data.
+"""
 
 # Added to standard deviations, so that a constant number isn't divided by zero (as in TD3+BC).
 EPSILON = 1e-3
@@ -61,6 +64,9 @@ def reward_rule(data: Transitions, rule: str) -> Callable[[Tensor], Tensor]:
         DataError: the rule needs rewards or returns that differ, and they don't.
     """
     p = data.provenance
+    if rule not in REWARD_RULES:
+        raise ConfigError(f"reward={rule!r} is no rule: expected one of {', '.join(REWARD_RULES)}")
+    shift, scale = REWARD_RULES[rule] or (0.0, 1.0)
     if rule == "normalize":
         mean, std = data.rewards.mean(), data.rewards.std(correction=0)
         if not std > 0:
@@ -76,17 +82,7 @@ def reward_rule(data: Transitions, rule: str) -> Callable[[Tensor], Tensor]:
                 "reward=iql_locomotion expects two with different returns"
             )
         scale = 1000.0 / (high - low)
-        return lambda r: r * scale
-    rules: dict[str, Callable[[Tensor], Tensor]] = {
-        "none": lambda r: r,
-        "antmaze": lambda r: 2.0 * (r - 0.25),
-        "cql_antmaze": lambda r: 4.0 * (r - 0.5),
-        "iql_antmaze": lambda r: r - 1.0,
-        "rebrac_antmaze": lambda r: 100.0 * r,
-    }
-    if rule not in rules:
-        raise ConfigError(f"reward={rule!r} is no rule: expected one of {', '.join(REWARD_RULES)}")
-    return rules[rule]
+    return lambda r: (r - shift) * scale
 
 
 def reward(data: Transitions, rule: str) -> Transitions:
