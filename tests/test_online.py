@@ -278,8 +278,7 @@ def settings(run_dir: Path, **changes: Any) -> TrainConfig:
 
 
 def run(config: TrainConfig) -> dict[str, Any]:
-    resolved = {"agent": config.agent, "resume": config.resume}
-    return train_group([(config, resolved)], Console(file=StringIO(), width=200))[0]
+    return train_group([config], Console(file=StringIO(), width=200))[0]
 
 
 class Stopped(Exception):
@@ -332,7 +331,7 @@ def test_a_finished_run_leaves_no_buffer(tmp_path: Path, monkeypatch: pytest.Mon
 @pytest.mark.slow
 def test_a_group_learns_online(tmp_path: Path) -> None:
     members = [replace(settings(tmp_path / f"seed{seed}"), seed=seed) for seed in (0, 1)]
-    results = train_group([(m, {"agent": m.agent}) for m in members], Console(file=StringIO()))
+    results = train_group(members, Console(file=StringIO()))
     assert [r["training_seed"] for r in results] == [0, 1]
     assert (tmp_path / "seed1" / "learning_curve.png").exists()
 
