@@ -40,8 +40,10 @@ class TargetConfig:
     Attributes:
         rate: fraction of the difference that an update of the target takes over.
         period: gradient steps between updates of the target.
-        start: gradient steps before the first one. Until then the target keeps its initial weights: the
-            official codes start at 1000, which for CPQL freezes the critic's target at random values.
+        start: the gradient step of the first update, from which on the period counts; 0 counts from the
+            beginning. Until then the target keeps its initial weights: in the official codes until step 1,001
+            (they count a step after testing for 1,000), which for CPQL freezes the critic's target at random
+            values.
     """
 
     rate: Annotated[float, Field(gt=0.0, le=1.0)] = 0.005
@@ -221,11 +223,17 @@ class Agent:
         """An actor of a kind, by the config."""
         return kind(self.state_dim, self.action_dim, self.config.actor, members=members)
 
-    def new_critic(self, members: tuple[int, ...], value: bool = False) -> Critic:
-        """Twin critics by the config, with a value function if `value`."""
+    def new_critic(
+        self, members: tuple[int, ...], value: bool = False, value_layer_norm: bool = True
+    ) -> Critic:
+        """Twin critics by the config, with a value function if `value`.
+
+        `value_layer_norm=False` leaves out its LayerNorm where the critics have one.
+        """
         c = self.config
         options: dict[str, Any] = {"layer_norm": c.critic_layer_norm, "activation": c.critic_activation}
         twin = TwinCritic(self.state_dim, self.action_dim, c.critic_hidden, members=members, **options)
+        options["layer_norm"] &= value_layer_norm
         v = ValueFunction(self.state_dim, c.critic_hidden, members=members, **options) if value else None
         return Critic(twin, v)
 
@@ -283,7 +291,7 @@ class Agent:
             metrics |= {f"{name}/loss": loss, f"{name}/grad_norm": norm, **more}
         s["step"].add_(1)
         for name, target in self.targets().items():
-            due = (s["step"] % target.period == 0) & (s["step"] >= target.start)
+            due = ((s["step"] - target.start) % target.period == 0) & (s["step"] >= target.start)
             s[f"{name}_target"].lerp_(s[name], torch.where(due, target.rate, 0.0))
         return metrics
 

@@ -73,15 +73,10 @@ class ConsistencyAgent(Agent):
         """The actor's loss [*members], as a function of its flat weights."""
         raise NotImplementedError
 
-    @property
-    def has_value(self) -> bool:
-        """Whether the critic has a value function V besides Q."""
-        return False
-
     def networks(self, members: tuple[int, ...]) -> dict[str, nn.Module]:
         """A consistency actor and twin critics."""
         actor = self.new_actor(ConsistencyActor, members)
-        return {"actor": actor, "critic": self.new_critic(members, self.has_value)}
+        return {"actor": actor, "critic": self.new_critic(members)}
 
     def steps(self) -> Sequence[Step]:
         """The critic's, then the actor's with the new critic."""
