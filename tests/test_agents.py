@@ -93,11 +93,11 @@ def test_losses_leave_the_others_weights_alone(make_agent: Maker, data: Transiti
     agent = make_agent()
     generator = torch.Generator().manual_seed(0)
     batch, noise = data.sample(16, generator), agent.draw(generator)
-    assert {step.network for step in agent.steps()} == {"critic", "actor"} & agent.state.keys()
+    assert {step.network for step in agent.steps()} == {"critic", "actor", "value"} & agent.state.keys()
     for own, loss, _ in agent.steps():
         leaves = {k: v.requires_grad_() for k, v in agent.state.items() if k != "step"}
         value, _ = loss(leaves[own], batch, noise)
-        names = [k for k in leaves if k != own and k != "critic"]
+        names = [k for k in leaves if k not in (own, "critic")]
         gradients = torch.autograd.grad(value, [leaves[own], *(leaves[k] for k in names)], allow_unused=True)
         assert gradients[0] is not None
         assert gradients[0].abs().sum() > 0

@@ -69,7 +69,6 @@ class Agent:
 
     Attributes:
         by_member: the settings that may differ between the members of a group, besides the seed.
-        simultaneous: take all gradients before any network moves, as where one loss trains them all.
         cycle: updates after which the pattern of steps repeats.
 
     Raises:
@@ -78,7 +77,6 @@ class Agent:
 
     config_class: ClassVar[type[AgentConfig]] = AgentConfig
     by_member: ClassVar[tuple[str, ...]] = ("actor_lr",)
-    simultaneous: ClassVar[bool] = False
     config: Any
     actor: FlatModule[Any]
     critic: FlatModule[Critic]
@@ -148,6 +146,11 @@ class Agent:
     def targets(self) -> dict[str, TargetConfig]:
         """How the target networks follow, by the name of the online network."""
         return {"critic": self.config.critic_target, "actor": self.config.actor_target}
+
+    @property
+    def simultaneous(self) -> bool:
+        """Whether all gradients are taken before any network moves, as where one loss trains them all."""
+        return False
 
     def noise(self) -> Mapping[str, Draw]:
         """The random tensors of one update, without member axes."""

@@ -60,9 +60,13 @@ class FQL(Agent):
     config_class = FQLConfig
     config: FQLConfig
     by_member: ClassVar[tuple[str, ...]] = ("actor_lr", "critic_lr", "alpha")
-    simultaneous = True
     name = "fql"
     actor: FlatModule[OneStepActor]
+
+    @property
+    def simultaneous(self) -> bool:
+        """One loss trains everything."""
+        return True
 
     def networks(self, members: tuple[int, ...]) -> dict[str, nn.Module]:
         """The one-step actor with its flow, and twin critics."""

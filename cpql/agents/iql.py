@@ -5,7 +5,8 @@
     actor    -min(exp(beta u), 100) log pi(a | s)                                         (eq. 7)
 
 No action outside the data is ever valued. With a deterministic actor `-log pi` is the squared error, summed
-over dimensions. All gradients are taken at the weights before the update, as in the published codes.
+over dimensions. V steps first, and actor and critic see the new V, as in Algorithm 1 and the authors' code;
+CORL's takes all gradients at the weights before the update (`order="together"`).
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from cpql.actors import ACTORS, DeterministicActor, DeterministicConfig, GaussianActor, GaussianConfig
 from cpql.agents.agent import Agent, Metrics, Step
 from cpql.agents.config import ActorCriticConfig, TargetConfig
+from cpql.critics import Critic, ValueFunction
 from cpql.data.transitions import Batch
 from cpql.networks import Activation
 from cpql.noise import Draw, Noise
@@ -40,18 +42,22 @@ class IQLConfig(ActorCriticConfig):
     Attributes:
         actor: a Gaussian actor, or a deterministic one.
         lr_decay: the actor's rate falls to zero over the training, as published.
+        value_lr: Adam's learning rate for V.
         expectile: tau of the value function; may be a value for each member.
         beta: inverse temperature of the advantages; may be a value for each member.
+        order: V steps before the others see it (`value_first`), or all step `together`, as in CORL's code.
     """
 
     actor: GaussianConfig | DeterministicConfig = field(default_factory=GaussianConfig)
     updates: Count = 1_000_000
     lr_decay: Literal["none", "cosine", "actor_cosine"] = "actor_cosine"
     max_grad_norm: Positive | None = None
+    value_lr: Positive | tuple[Positive, ...] = 3e-4
     critic_hidden: Widths = (256, 256)
     critic_activation: Activation = "relu"
     expectile: Expectile | tuple[Expectile, ...] = 0.7
     beta: NonNegative | tuple[NonNegative, ...] = 3.0
+    order: Literal["value_first", "together"] = "value_first"
 
 
 class IQL(Agent):
@@ -59,19 +65,30 @@ class IQL(Agent):
 
     config_class = IQLConfig
     config: IQLConfig
-    by_member: ClassVar[tuple[str, ...]] = ("actor_lr", "critic_lr", "expectile", "beta")
-    simultaneous = True
+    by_member: ClassVar[tuple[str, ...]] = ("actor_lr", "critic_lr", "value_lr", "expectile", "beta")
     name = "iql"
     actor: FlatModule[GaussianActor | DeterministicActor]
+    value: FlatModule[ValueFunction]
+
+    @property
+    def simultaneous(self) -> bool:
+        """Whether all gradients are taken before any network moves."""
+        return self.config.order == "together"
 
     def networks(self, members: tuple[int, ...]) -> dict[str, nn.Module]:
-        """The actor, and twin critics with a value function."""
+        """The actor, twin critics, and V."""
         actor = self.new_actor(ACTORS[self.config.actor.kind], members)
-        return {"actor": actor, "critic": self.new_critic(members, value=True)}
+        critic = self.new_critic(members, value=True)
+        assert critic.value is not None
+        return {"actor": actor, "critic": Critic(critic.twin), "value": critic.value}
 
     def steps(self) -> Sequence[Step]:
-        """The critic's, V included, and the actor's."""
-        return Step("critic", self.critic_loss), Step("actor", self.actor_loss)
+        """V's, then the actor's and the critic's."""
+        return (
+            Step("value", self.value_loss),
+            Step("actor", self.actor_loss),
+            Step("critic", self.critic_loss),
+        )
 
     def targets(self) -> dict[str, TargetConfig]:
         """The critic's alone."""
@@ -87,23 +104,28 @@ class IQL(Agent):
         target = self.critic(self.state["critic_target"])
         return target.q(batch.observations, batch.actions).amin(-2).detach()
 
-    def critic_loss(self, critic: Tensor, batch: Batch, noise: Noise) -> tuple[Tensor, Metrics]:
-        """The expectile loss of V plus the mean squared Bellman error of the twins."""
-        online, tau = self.critic(critic), self.settings["expectile"]
-        next_v = online.v(batch.next_observations).detach()
-        q_loss, metrics = self.q_error(critic, batch, self.bellman_target(batch, next_v))
-        advantage = self.target_q(batch) - online.v(batch.observations)
+    def value_loss(self, value: Tensor, batch: Batch, noise: Noise) -> tuple[Tensor, Metrics]:
+        """The expectile loss of V, mean over the batch."""
+        v, tau = self.value(value).forward(batch.observations), self.settings["expectile"]
+        advantage = self.target_q(batch) - v
         tau = tau.unsqueeze(-1) if isinstance(tau, Tensor) else tau
-        v_loss = ((tau - (advantage < 0).float()).abs() * advantage.square()).mean(-1)
-        return 0.5 * q_loss + v_loss, {**metrics, "critic/v": next_v.mean(-1), "critic/v_loss": v_loss}
+        loss = ((tau - (advantage < 0).float()).abs() * advantage.square()).mean(-1)
+        return loss, {"critic/v": v.mean(-1)}
+
+    def critic_loss(self, critic: Tensor, batch: Batch, noise: Noise) -> tuple[Tensor, Metrics]:
+        """The mean squared Bellman error of the twins."""
+        with torch.no_grad():
+            next_v = self.value(self.state["value"]).forward(batch.next_observations).detach()
+        loss, metrics = self.q_error(critic, batch, self.bellman_target(batch, next_v))
+        return 0.5 * loss, metrics
 
     def actor_loss(self, actor: Tensor, batch: Batch, noise: Noise) -> tuple[Tensor, Metrics]:
         """Advantage-weighted imitation; the weight is at most 100."""
         beta, kind = self.settings["beta"], self.config.actor
         beta = beta.unsqueeze(-1) if isinstance(beta, Tensor) else beta
         with torch.no_grad():
-            advantage = self.target_q(batch) - self.critic(self.state["critic"]).v(batch.observations)
-            weight = torch.exp(beta * advantage).clamp(max=LARGEST_WEIGHT).detach()
+            v = self.value(self.state["value"]).forward(batch.observations)
+            weight = torch.exp(beta * (self.target_q(batch) - v)).clamp(max=LARGEST_WEIGHT).detach()
         imitation, _ = self.actor(actor).loss(batch.observations, batch.actions, noise=noise)
         if isinstance(kind, DeterministicConfig):
             imitation = imitation * self.action_dim

@@ -29,7 +29,8 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from cpql import configuration
-from cpql.agents import Agent, AgentConfig
+from cpql.actors import OneStepConfig
+from cpql.agents import Agent
 from cpql.data.transitions import Batch
 from cpql.tasks import config_folder
 from cpql.train.config import agent_config
@@ -89,7 +90,7 @@ class Found(NamedTuple):
 
 
 @functools.cache  # composing takes a second
-def settings(case: Case) -> tuple[type[Agent], AgentConfig]:
+def settings(case: Case) -> tuple[type[Agent], Any]:
     """Our agent's class and its published settings."""
     task = "hopper" if case.task == "mujoco" else case.task.removesuffix("-v2")
     words = [*case.words.split(), f"env={task}", f"budget.updates={UPDATES}", "configuration=x"]
@@ -97,15 +98,18 @@ def settings(case: Case) -> tuple[type[Agent], AgentConfig]:
         words.append(f"agent.curriculum_restarts={UPDATES / CURRICULUM}")
     configuration.register()
     with initialize_config_dir(str(config_folder()), version_base="1.3"):
-        ((config, _),) = configuration.members(compose("train", words), [])
+        (config,) = configuration.members(compose("train", words), [])
     return agent_config(config)
 
 
 def made(case: Case, width: int) -> Agent:
     """Our agent, small."""
     kind, config = settings(case)
-    small: dict[str, Any] = {"batch_size": BATCH, "critic_hidden": (width,) * 3}
-    small["actor"] = replace(config.actor, hidden=(width,) * 3)
+    small: dict[str, Any] = {"batch_size": BATCH, "critic_hidden": (width,) * len(config.critic_hidden)}
+    small["actor"] = replace(config.actor, hidden=(width,) * len(config.actor.hidden))
+    if isinstance(config.actor, OneStepConfig):
+        flow = replace(config.actor.flow, hidden=(width,) * len(config.actor.flow.hidden))
+        small["actor"] = replace(small["actor"], flow=flow)
     for name in ("actor_target", "critic_target"):
         target = getattr(config, name)
         small[name] = replace(target, start=max(0, target.start - EARLIER))
@@ -122,9 +126,11 @@ def inputs(agent: Agent) -> Iterator[tuple[Batch, dict[str, Tensor]]]:
     for _ in range(UPDATES):
         states, actions, next_states = normal(STATE_DIM), normal(ACTION_DIM).tanh(), normal(STATE_DIM)
         batch = Batch(states, actions, normal(), next_states, (normal() < 1.0).float())
+        if agent.config.next_actions:
+            batch = batch._replace(next_actions=normal(ACTION_DIM).tanh())
         noise = agent.draw(generator).items()
         floats = {name: one.double() if one.is_floating_point() else one for name, one in noise}
-        yield Batch(*(column.double() for column in batch)), floats
+        yield Batch(*(None if column is None else column.double() for column in batch)), floats
 
 
 def ours(case: Case, width: int) -> Found:
@@ -132,8 +138,9 @@ def ours(case: Case, width: int) -> Found:
     with doubles():
         agent = made(case, width)
         metrics = [agent.update(batch, noise) for batch, noise in inputs(agent)]
-    losses = {name: [float(one[f"{name}/loss"]) for one in metrics] for name in ("critic", "actor")}
-    names = ("actor", "critic", "actor_target", "critic_target")
+    trained = {step.network for step in agent.steps()}
+    losses = {name: [float(m[key]) for m in metrics if (key := f"{name}/loss") in m] for name in trained}
+    names = [name for name in agent.state if name.removesuffix("_target") in losses]
     return Found(losses, {name: agent.state[name] for name in names})
 
 
