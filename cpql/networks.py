@@ -34,7 +34,8 @@ Activation = Literal["mish", "relu", "gelu"]
 """GELU is its tanh approximation, as in JAX."""
 
 Norm = bool | Literal["after"]
-"""LayerNorm in each hidden layer: none, before the activation (True), or `after` it, as in ReBRAC and FQL."""
+"""LayerNorm in each hidden layer: none, before the activation (True), or `after` it, as in ReBRAC and FQL, with
+Flax's epsilon of 1e-6 in place of PyTorch's 1e-5."""
 
 Initialisation = Literal["torch", "glorot", "rebrac"]
 """Initial weights. `torch`: U(-1/sqrt(in), 1/sqrt(in)) for weights and biases. `glorot`: Glorot's uniform
@@ -84,18 +85,19 @@ def set_matmul_dtype(module: nn.Module, dtype: torch.dtype | None) -> None:
 
 
 class LayerNorm(nn.Module):
-    """Layer normalisation with a gain and an offset for each member."""
+    """Layer normalisation with a gain and an offset for each member; `epsilon` is added to the variance."""
 
-    def __init__(self, width: int, members: Sequence[int] = ()) -> None:
+    def __init__(self, width: int, members: Sequence[int] = (), epsilon: float = 1e-5) -> None:
         super().__init__()
+        self.epsilon = epsilon
         self.weight = nn.Parameter(torch.ones(*members, width))
         self.bias = nn.Parameter(torch.zeros(*members, width))
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise the last axis."""
         if self.bias.ndim == 1:
-            return functional.layer_norm(x, x.shape[-1:], self.weight, self.bias)
-        normal = functional.layer_norm(x, x.shape[-1:])
+            return functional.layer_norm(x, x.shape[-1:], self.weight, self.bias, self.epsilon)
+        normal = functional.layer_norm(x, x.shape[-1:], eps=self.epsilon)
         return normal * self.weight.unsqueeze(-2) + self.bias.unsqueeze(-2)
 
 
@@ -162,8 +164,10 @@ class MLP(nn.Module):
         layers: list[nn.Module] = []
         for i, o in itertools.pairwise(widths):
             layers += [Linear(i, o, members), ACTIVATIONS[activation]()]
-            if layer_norm:
-                layers.insert(len(layers) if layer_norm == "after" else -1, LayerNorm(o, members))
+            if layer_norm == "after":
+                layers.append(LayerNorm(o, members, 1e-6))
+            elif layer_norm:
+                layers.insert(-1, LayerNorm(o, members))
         layers.append(Linear(widths[-1], outputs, members))
         self.layers = nn.Sequential(*layers)
         linear = [layer for layer in layers if isinstance(layer, Linear)]

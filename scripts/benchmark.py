@@ -80,6 +80,12 @@ COMMANDS: dict[str, tuple[str, dict[str, Any]]] = {
         "the papers' own updates beside ours in float64, from the same checkouts",
         {"cpql": Path, "cac": Path, "widths": [16, 256]},
     ),
+    "baselines": (
+        "the baselines' codes beside ours in float64, from checkouts of tinkoff-ai/CORL, "
+        "Zhendong-Wang/Diffusion-Policies-for-Offline-RL, ikostrikov/implicit_q_learning, DT6A/ReBRAC and "
+        "seohongpark/fql",
+        {name: Path for name in ("corl", "diffusion_ql", "iql", "rebrac", "fql")} | {"widths": [16]},
+    ),
     "objectives": (
         "scores, diversity and Q bias of finished runs, by objective, beside those measured before",
         {"runs": [Path]},

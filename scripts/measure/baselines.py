@@ -5,241 +5,67 @@ numbers are handed to them, that layers are narrower, and that Diffusion-QL's ta
 10, not 1,000. ReBRAC's policy steps at the second of each two updates, as ours does, where its code begins
 with a step; and its data's returns, by which the authors' own repository bounds the target from below, are
 handed to it as minus infinity: the paper and CORL's copy have no such bound. Settings come from their own
-tables where they have tables. JAX's codes want `jax`, `flax`, `optax`, `chex`, `distrax` and `ml_collections`.
-What the codes found is kept, so that tests/test_parity.py compares without them.
+tables where they have tables. JAX's codes want chex, distrax, flax, jax, ml_collections, optax and
+tensorflow_probability. What the codes found is kept, so that tests/test_parity.py compares without them.
 """
 
 from __future__ import annotations
 
 import argparse
-import ast
-import importlib
-import sys
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
 from typing import Any, NamedTuple
-from unittest import mock
-
-import numpy as np
-import torch
-import yaml
-from torch import Tensor, nn
 
 from cpql.agents import Agent
-from cpql.data.transitions import Batch
-from cpql.noise import Noise
-from measure.parity import ACTION_DIM, START, STATE_DIM, UPDATES, Found, doubles, inputs, made, narrowed
+from measure import jax_codes, torch_codes
+from measure.parity import Found, compared, doubles, made
 
-__all__ = ["CASES", "Case", "theirs"]
-
-# What the codes import for the rest of their programs.
-ELSEWHERE = ("d4rl", "dateutil", "dateutil.tz", "gym", "pyrallis", "tabulate", "tqdm", "tqdm.auto", "wandb")
-ACTOR, CRITIC = "actor", "critic"
+__all__ = ["CASES", "Case", "baselines"]
 
 
 class Case(NamedTuple):
     """One comparison.
 
     Attributes:
-        code: the function that runs the code.
+        table: the checkout, by the name of its option.
         task: whose settings.
         words: our settings, as on the command line.
-        close: differences that are expected, relative for losses and absolute for weights.
+        code: runs the code from the weights of our agent.
     """
 
-    code: Callable[[Agent, Case, int, Path], Found]
+    table: str
     task: str
     words: str
-    close: float = 1e-8
-
-    @property
-    def table(self) -> str:
-        """The checkout."""
-        return self.code.__name__.split("_")[0]
+    code: Callable[[Agent, str, Path], Found]
 
 
-def borrowed(folder: Path, name: str) -> ModuleType:
-    """Import a module from a checkout, as if nothing had happened to `sys.modules`."""
-    before = set(sys.modules)
-    sys.path.insert(0, str(folder))
-    for absent in ELSEWHERE:
-        sys.modules.setdefault(absent, mock.MagicMock())
-    try:
-        return importlib.import_module(name)
-    finally:
-        sys.path.remove(str(folder))
-        own = {entry.stem for entry in folder.iterdir()}
-        for loaded in set(sys.modules) - before:
-            if loaded.split(".")[0] in own or loaded in ELSEWHERE:
-                del sys.modules[loaded]
+CASES = {
+    "td3_bc": Case("corl", "hopper-medium-v2", "agent=td3_bc", torch_codes.corl_td3_bc),
+    "iql_corl": Case("corl", "halfcheetah-medium-v2", "agent=iql_corl", torch_codes.corl_iql),
+    "iql_corl, deterministic": Case("corl", "hopper-medium-v2", "agent=iql_corl", torch_codes.corl_iql),
+    "diffusion_ql": Case(
+        "diffusion_ql", "hopper-medium-v2", "agent=diffusion_ql_published", torch_codes.diffusion_ql
+    ),
+    "diffusion_ql, antmaze": Case(
+        "diffusion_ql", "antmaze-large-play-v0", "agent=diffusion_ql_published", torch_codes.diffusion_ql
+    ),
+    "iql": Case("iql", "hopper-medium-v2", "agent=iql", jax_codes.iql),
+    "iql, antmaze": Case("iql", "antmaze-large-play-v0", "agent=iql", jax_codes.iql),
+    "rebrac": Case("rebrac", "hopper-medium-v2", "agent=rebrac_published", jax_codes.rebrac),
+    "rebrac, CORL": Case("corl", "pen-human-v1", "agent=rebrac_published", jax_codes.corl_rebrac),
+    "fql": Case("fql", "hopper-medium-v2", "agent=fql_published", jax_codes.fql),
+    "fql, adroit": Case(
+        "fql", "pen-human-v1", "agent=fql_published agent.q_loss=normalised agent.alpha=1", jax_codes.fql
+    ),
+}
 
 
-class Theirs:
-    """A code's networks under our names: copies our weights into them, and reads theirs in our order."""
+def baselines(options: argparse.Namespace) -> dict[str, Any]:
+    """Compare all cases at the given widths."""
 
-    def copied(self, agent: Agent) -> None:
-        """Start from our weights."""
-        raise NotImplementedError
+    def theirs(case: Case, width: int) -> Found:
+        with doubles():
+            agent = made(case, width)  # type: ignore[arg-type]
+        return case.code(agent, case.task, getattr(options, case.table))
 
-    def weights(self) -> dict[str, Tensor]:
-        """Flat, by our names."""
-        raise NotImplementedError
-
-
-class Torch(Theirs):
-    """Modules of PyTorch: for each of our networks their parameters in our order, the twins' side by side."""
-
-    def __init__(self, **networks: Sequence[nn.Module | tuple[nn.Module, nn.Module]]) -> None:
-        self.groups = {
-            name: [
-                group
-                for part in parts
-                for group in (
-                    zip(*(m.parameters() for m in part), strict=True)
-                    if isinstance(part, tuple)
-                    else ((p,) for p in part.parameters())
-                )
-            ]
-            for name, parts in networks.items()
-        }
-
-    def copied(self, agent: Agent) -> None:
-        for name, groups in self.groups.items():
-            parts = torch.split(agent.state[name], [len(group) * group[0].numel() for group in groups])
-            for group, part in zip(groups, parts, strict=True):
-                for parameter, values in zip(group, part.chunk(len(group)), strict=True):
-                    parameter.data = values.view_as(parameter).clone()
-
-    def weights(self) -> dict[str, Tensor]:
-        return {
-            name: torch.cat([torch.stack(group).detach().flatten() for group in groups])
-            for name, groups in self.groups.items()
-        }
-
-
-@contextmanager
-def fed_torch(normals: Sequence[Tensor], index: Tensor, coin: float) -> Iterator[None]:
-    """PyTorch and numpy draw these."""
-    left = deque(normals)
-    with ExitStack() as stack:
-        for module, name, function in (
-            (torch, "randn", lambda *_, **__: left.popleft()),
-            (torch, "randn_like", lambda *_, **__: left.popleft()),
-            (torch, "randint", lambda *_, **__: index),
-            (np.random, "uniform", lambda: coin),
-        ):
-            stack.enter_context(mock.patch.object(module, name, function))
-        yield
-    assert not left
-
-
-def corl_settings(folder: Path, agent: str, task: str) -> SimpleNamespace:
-    """CORL's settings for a task."""
-    file = folder / "configs" / "offline" / agent / task.split("-")[0] / f"{task.split('-', 1)[1].replace('-', '_')}.yaml"
-    numbers = yaml.safe_load(file.read_text().replace("3e-4", "0.0003"))
-    return SimpleNamespace(**numbers)
-
-
-def flattened(batch: Batch) -> list[Tensor]:
-    """CORL's batches: columns, and terminals."""
-    rewards, terminals = batch.rewards.unsqueeze(-1), 1.0 - batch.discounts.unsqueeze(-1)
-    return [batch.observations, batch.actions, rewards, batch.next_observations, terminals]
-
-
-def corl_td3_bc(agent: Agent, case: Case, width: int, folder: Path) -> Found:
-    """CORL's TD3+BC."""
-    c = corl_settings(folder, "td3_bc", case.task)
-    with doubles(), narrowed(width):
-        module = borrowed(folder, "algorithms.offline.td3_bc")
-        actor = module.Actor(STATE_DIM, ACTION_DIM, 1.0)
-        critics = [module.Critic(STATE_DIM, ACTION_DIM) for _ in range(2)]
-        adam = [torch.optim.Adam(net.parameters(), lr=3e-4) for net in (actor, *critics)]
-        code = module.TD3_BC(
-            1.0, actor, adam[0], critics[0], adam[1], critics[1], adam[2], discount=c.discount, tau=c.tau,
-            policy_noise=c.policy_noise, noise_clip=c.noise_clip, policy_freq=c.policy_freq, alpha=c.alpha,
-        )  # fmt: skip
-        networks = Torch(
-            actor=[actor],
-            critic=[(critics[0], critics[1])],
-            actor_target=[code.actor_target],
-            critic_target=[(code.critic_1_target, code.critic_2_target)],
-        )
-        networks.copied(agent)
-        losses: dict[str, list[float]] = {"critic": [], "actor": []}
-        for batch, noise in inputs(agent):
-            with fed_torch([noise["next_action"]], torch.empty(0), 0.0):
-                found = code.train(flattened(batch))
-            for name, values in losses.items():
-                values += [found[f"{name}_loss"]] if f"{name}_loss" in found else []
-    return Found(losses, networks.weights())
-
-
-def corl_iql(agent: Agent, case: Case, width: int, folder: Path) -> Found:
-    """CORL's IQL."""
-    c = corl_settings(folder, "iql", case.task)
-    with doubles(), narrowed(width):
-        module = borrowed(folder, "algorithms.offline.iql")
-        q = module.TwinQ(STATE_DIM, ACTION_DIM, width)
-        v = module.ValueFunction(STATE_DIM, width)
-        policy = module.DeterministicPolicy if c.iql_deterministic else module.GaussianPolicy
-        actor = policy(STATE_DIM, ACTION_DIM, 1.0, width)
-        rates = ((actor, c.actor_lr), (q, c.qf_lr), (v, c.vf_lr))
-        adam = [torch.optim.Adam(network.parameters(), lr=rate) for network, rate in rates]
-        code = module.ImplicitQLearning(
-            1.0, actor, adam[0], q, adam[1], v, adam[2], iql_tau=c.iql_tau, beta=c.beta, max_steps=UPDATES,
-            discount=c.discount, tau=c.tau,
-        )  # fmt: skip
-        networks = Torch(
-            actor=[actor],
-            value=[v],
-            critic=[(q.q1, q.q2)],
-            critic_target=[(code.q_target.q1, code.q_target.q2)],
-        )
-        networks.copied(agent)
-        losses: dict[str, list[float]] = {"critic": [], "actor": [], "value": []}
-        for batch, _ in inputs(agent):
-            found = code.train(flattened(batch))
-            for name, key in (("critic", "q_loss"), ("actor", "actor_loss"), ("value", "value_loss")):
-                losses[name].append(found[key])
-    return Found(losses, networks.weights())
-
-
-def dql_update(agent: Agent, case: Case, width: int, folder: Path) -> Found:
-    """The authors' Diffusion-QL."""
-    tables = {
-        node.targets[0].id: node.value  # type: ignore[attr-defined]
-        for node in ast.parse((folder / "main.py").read_text()).body
-        if isinstance(node, ast.Assign)
-    }
-    row = ast.literal_eval(tables["hyperparameters"])[case.task]
-    with doubles(), narrowed(width):
-        with mock.patch.object(torch, "float32", torch.float64):  # the schedule's
-            module = borrowed(folder, "agents.ql_diffusion")
-        code = module.Diffusion_QL(
-            STATE_DIM, ACTION_DIM, 1.0, "cpu", 0.99, 0.005, max_q_backup=row["max_q_backup"], eta=row["eta"],
-            beta_schedule="vp", n_timesteps=5, lr=row["lr"], grad_norm=row["gn"], step_start_ema=START,
-        )  # fmt: skip
-        networks = Torch(
-            actor=[code.actor],
-            actor_target=[code.ema_model],
-            critic=[(code.critic.q1_model, code.critic.q2_model)],
-            critic_target=[(code.critic_target.q1_model, code.critic_target.q2_model)],
-        )
-        networks.copied(agent)
-        losses: dict[str, list[float]] = {"critic": [], "actor": []}
-        for batch, noise in inputs(agent):
-            # A sampler draws for each of its steps, and once more for the last, where it isn't added.
-            next_action, action = ([*noise[name], noise[name][0]] for name in ("next_action", "action"))
-            index = torch.floor(noise["u"] * 5).long()
-            states, actions, rewards, next_states, terminals = flattened(batch)
-            buffer = SimpleNamespace(
-                sample=lambda _, row=(states, actions, next_states, rewards, 1.0 - terminals): row
-            )
-            with fed_torch([*next_action, noise["z"], *action], index, 1.0 - float(noise["coin"])):
-                found = code.train(buffer, 1, len(states))
-            for name, values in losses.items():
-                values += found[f"{name}_loss"]
-    return Found(losses, networks.weights())
+    return {"about": __doc__, "rows": compared(CASES, theirs, options.widths)}

@@ -13,7 +13,7 @@ import argparse
 import ast
 import functools
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -36,7 +36,7 @@ from cpql.tasks import config_folder
 from cpql.train.config import agent_config
 from measure.official import borrowed
 
-__all__ = ["CASES", "Case", "Found", "figures", "ours", "parity"]
+__all__ = ["CASES", "Case", "Found", "compared", "figures", "ours", "parity"]
 
 STATE_DIM, ACTION_DIM, BATCH, UPDATES = 4, 2, 8, 20
 START, EARLIER = 10, 990  # the update after which their targets move, and by how many ours start earlier
@@ -92,7 +92,7 @@ class Found(NamedTuple):
 @functools.cache  # composing takes a second
 def settings(case: Case) -> tuple[type[Agent], Any]:
     """Our agent's class and its published settings."""
-    task = "hopper" if case.task == "mujoco" else case.task.removesuffix("-v2")
+    task = "hopper" if case.task == "mujoco" else case.task.removesuffix("-v2").removesuffix("-v1")
     words = [*case.words.split(), f"env={task}", f"budget.updates={UPDATES}", "configuration=x"]
     if case.table == CAC:
         words.append(f"agent.curriculum_restarts={UPDATES / CURRICULUM}")
@@ -280,23 +280,31 @@ def figures(found: Found) -> dict[str, list[float]]:
     return numbers
 
 
-def parity(options: argparse.Namespace) -> dict[str, Any]:
-    """Compare all cases at the given widths."""
+def compared(
+    cases: Mapping[str, Any], theirs: Callable[[Any, int], Found], widths: Sequence[int]
+) -> list[dict[str, Any]]:
+    """A row for each case and width, and theirs in figures at the smallest; prints a table too."""
     table = Table(title=f"largest differences after {UPDATES} updates in float64")
     for column in ("case", "width", "losses, relative", "weights"):
         table.add_column(column)
     rows = []
-    folders = {"cpql": options.cpql, "cac": options.cac}
-    for name, case in CASES.items():
-        for width in options.widths:
-            a, b = ours(case, width), theirs(case, width, folders)
+    for name, case in cases.items():
+        for width in widths:
+            a, b = ours(case, width), theirs(case, width)
             pairs = [pair for key in a.losses for pair in zip(a.losses[key], b.losses[key], strict=True)]
             losses = max(abs(x - y) / abs(y) for x, y in pairs)
             weights = max(float((a.weights[key] - b.weights[key]).abs().max()) for key in a.weights)
             table.add_row(name, str(width), f"{losses:.1e}", f"{weights:.1e}")
             row = {"case": name, "width": width, "losses": losses, "weights": weights}
-            rows.append(row | {"theirs": figures(b)} if width == min(options.widths) else row)
+            rows.append(row | {"theirs": figures(b)} if width == min(widths) else row)
     Console().print(table)
+    return rows
+
+
+def parity(options: argparse.Namespace) -> dict[str, Any]:
+    """Compare all cases at the given widths."""
+    folders = {"cpql": options.cpql, "cac": options.cac}
+    rows = compared(CASES, lambda case, width: theirs(case, width, folders), options.widths)
     files = {"cpql": "main.py agents/ql_cm.py", "cac": "offline.py online.py agents/ql_consistency.py"}
     sha256 = {
         f"{name}/{file}": hashlib.sha256((folder / file).read_bytes()).hexdigest()

@@ -1,4 +1,4 @@
-"""The baselines whose codes are JAX's, in float64 beside ours; `measure.baselines` says what is compared.
+"""The baselines whose codes are JAX's, with our weights, batches and noise; see `measure.baselines`.
 
 They are run without `jax.jit`, so that what they draw can be handed to them.
 """
@@ -12,21 +12,19 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from unittest import mock
 
 import numpy as np
 import torch
+import yaml
 from torch import Tensor
 
 from cpql.agents import Agent
 from measure.parity import ACTION_DIM, STATE_DIM, UPDATES, Found, inputs
-from measure.baselines import borrowed
+from measure.torch_codes import borrowed, corl_settings
 
-if TYPE_CHECKING:
-    from measure.baselines import Case
-
-__all__ = ["corl_rebrac", "fql_fql", "iql_iql", "rebrac_rebrac"]
+__all__ = ["corl_rebrac", "fql", "iql", "rebrac"]
 
 Flat = dict[str, Any]  # weights by their paths
 
@@ -100,9 +98,7 @@ def put(
     return tree
 
 
-def take(
-    tree: Flat, layers: Sequence[Any], columns: Mapping[str, Sequence[int]] | None = None
-) -> Tensor:
+def take(tree: Flat, layers: Sequence[Any], columns: Mapping[str, Sequence[int]] | None = None) -> Tensor:
     """Their weights in these layers, flat in our order."""
     parts = []
     for names, transposed in tensors(layers, tree):
@@ -140,7 +136,7 @@ def arrays(agent: Agent) -> Iterator[tuple[dict[str, Any], dict[str, Tensor]]]:
         yield {name: jax().numpy.asarray(one) for name, one in columns.items()}, noise
 
 
-def fql_fql(agent: Agent, case: Case, width: int, folder: Path) -> Found:
+def fql(agent: Agent, task: str, folder: Path) -> Found:
     """The authors' FQL."""
     c = agent.config
     module = code(folder, "agents.fql")
@@ -177,13 +173,12 @@ def fql_fql(agent: Agent, case: Case, width: int, folder: Path) -> Found:
     return Found(losses, {name: take(tree, ours, columns) for name, ours in layers.items()})
 
 
-def rebrac(agent: Agent, module: ModuleType, metrics: Any, c: Mapping[str, Any], width: int) -> Found:
+def _rebrac(agent: Agent, module: ModuleType, c: Mapping[str, Any]) -> Found:
     """ReBRAC by either copy of its code."""
+    width = agent.config.critic_hidden[0]
     optax = importlib.import_module("optax")
     key, state, action = jax().random.PRNGKey(0), np.zeros((1, STATE_DIM)), np.zeros((1, ACTION_DIM))
-    actor_module = module.DetActor(
-        ACTION_DIM, width, layernorm=c["actor_ln"], n_hiddens=c["actor_n_hiddens"]
-    )
+    actor_module = module.DetActor(ACTION_DIM, width, layernorm=c["actor_ln"], n_hiddens=c["actor_n_hiddens"])
     critic_module = module.EnsembleCritic(
         width, num_critics=2, layernorm=c["critic_ln"], n_hiddens=c["critic_n_hiddens"]
     )
@@ -200,12 +195,16 @@ def rebrac(agent: Agent, module: ModuleType, metrics: Any, c: Mapping[str, Any],
 
     actor = made("actor", module.ActorTrainState, actor_module, state)
     critic = made("critic", module.CriticTrainState, critic_module, state, action)
-    shared = {name: c[name] for name in ("actor_bc_coef", "critic_bc_coef", "gamma", "noise_clip", "policy_noise", "tau")}
+    shared = {
+        name: c[name]
+        for name in ("actor_bc_coef", "critic_bc_coef", "gamma", "noise_clip", "policy_noise", "tau")
+    }
     names = ["critic_loss", "q_min", "actor_loss", "bc_mse_policy", "bc_mse_random", "action_mse"]
     losses: dict[str, list[float]] = {"critic": [], "actor": []}
     for step, (batch, noise) in enumerate(arrays(agent)):
         steps_actor = (step + 1) % c["policy_freq"] == 0
-        given = {"actor": actor, "critic": critic, "batch": batch, "metrics": metrics.create(names), **shared}
+        given = {"actor": actor, "critic": critic, "batch": batch, "metrics": module.Metrics.create(names)}
+        given |= {name: c[name] for name in shared}
         with fed([noise["next_action"]]):
             if steps_actor:
                 found = module.update_td3(key, normalize_q=c["normalize_q"], **given)
@@ -221,17 +220,15 @@ def rebrac(agent: Agent, module: ModuleType, metrics: Any, c: Mapping[str, Any],
     return Found(losses, weights)
 
 
-def corl_rebrac(agent: Agent, case: Case, width: int, folder: Path) -> Found:
+def corl_rebrac(agent: Agent, task: str, folder: Path) -> Found:
     """CORL's copy of ReBRAC."""
-    from measure.baselines import corl_settings
-
     module = code(folder, "algorithms.offline.rebrac")
-    return rebrac(agent, module, module.Metrics, vars(corl_settings(folder, "rebrac", case.task)), width)
+    return _rebrac(agent, module, vars(corl_settings(folder, "rebrac", task)))
 
 
-def iql_iql(agent: Agent, case: Case, width: int, folder: Path) -> Found:
+def iql(agent: Agent, task: str, folder: Path) -> Found:
     """The authors' IQL."""
-    kind = "antmaze" if "antmaze" in case.task else "mujoco"
+    kind = "antmaze" if "antmaze" in task else "mujoco"
     config = dict(code(folder, f"configs.{kind}_config").get_config())
     flax = importlib.import_module("flax")
     with (  # as in their day
@@ -240,7 +237,7 @@ def iql_iql(agent: Agent, case: Case, width: int, folder: Path) -> Found:
     ):
         module = code(folder, "learner")
         states, actions = np.zeros((1, STATE_DIM)), np.zeros((1, ACTION_DIM))
-        config["hidden_dims"] = (width, width)
+        config["hidden_dims"] = agent.config.critic_hidden
         theirs = module.Learner(0, states, actions, max_steps=UPDATES, **config)
         twins = [(f"Critic_0/MLP_0/Dense_{i}", f"Critic_1/MLP_0/Dense_{i}") for i in range(3)]
         layers: dict[str, list[Any]] = {
@@ -260,16 +257,15 @@ def iql_iql(agent: Agent, case: Case, width: int, folder: Path) -> Found:
         for batch, _ in arrays(agent):
             found = theirs.update(module.Batch(*(batch[name] for name in columns)))
             for name, values in losses.items():
-                values.append(float(found[f"{name}_loss"]))
+                # Ours is the twins' mean.
+                values.append(float(found[f"{name}_loss"]) * (0.5 if name == "critic" else 1.0))
     trees = {name: flat(getattr(theirs, attribute).params) for name, attribute in attributes.items()}
     return Found(losses, {name: take(tree, layers[name]) for name, tree in trees.items()})
 
 
-def rebrac_rebrac(agent: Agent, case: Case, width: int, folder: Path) -> Found:
+def rebrac(agent: Agent, task: str, folder: Path) -> Found:
     """The authors' ReBRAC."""
-    import yaml
-
-    task = case.task.removesuffix("-v2").replace("-", "_")
-    file = folder / "configs" / "rebrac" / case.task.split("-")[0] / f"{task}.yaml"
+    robot, dataset = task.removesuffix("-v2").replace("-", "_").split("_", 1)
+    file = folder / "configs" / "rebrac" / robot / f"{robot}_{dataset}.yaml"
     module = code(folder, "src.algorithms.rebrac")
-    return rebrac(agent, module, module.Metrics, yaml.safe_load(file.read_text()), width)
+    return _rebrac(agent, module, yaml.safe_load(file.read_text()))
