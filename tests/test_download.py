@@ -923,7 +923,7 @@ def test_d4rls_places_are_asked_by_https_first() -> None:
 
 
 def get(id: str, progress: Progress | None = None, **entry: Any) -> Path:
-    task = Task("task", None, datasets={"d4rl": {"id": id, **entry}})
+    task = Task("task", "Hopper-v4", datasets={"d4rl": {"id": id, **entry}})
     return d4rl.D4RL().fetch(Request(task, progress=progress))
 
 
@@ -952,7 +952,7 @@ def test_an_own_mirror_is_asked_first(
         ("other", "none of D4RL's arrays"),
         ("long", "'observations' has shape [4001, 11]: expected [4000, 11] of D4RL's hopper-medium-v2"),
         ("wide", "'actions' has shape [4000, 6]: expected [4000, 3] of D4RL's hopper-medium-v2"),
-        ("few", "no 'actions': expected D4RL's hopper-medium-v2"),
+        ("few", "'actions' has shape []: expected [4000, 3] of D4RL's hopper-medium-v2"),
         ("marked", "carries 'cpql_origin', as cpql's own files do: expected D4RL's hopper-medium-v2"),
     ],
 )

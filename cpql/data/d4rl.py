@@ -51,20 +51,6 @@ ENDINGS: dict[str, Form] = {".hdf5": "hdf5", ".h5": "hdf5", ".npz": "npz"}
 """The form of a file by its ending."""
 # Sources that a file may name, each also with " + online" after it.
 ORIGINS = ("embedded", "minari", "stable-baselines3")
-# How wide D4RL's observations and actions are, by the first word of a dataset's id.
-WIDTHS = {
-    "hopper": (11, 3),
-    "halfcheetah": (17, 6),
-    "walker2d": (17, 6),
-    "ant": (111, 8),
-    "antmaze": (29, 8),
-    "maze2d": (4, 2),
-    "pen": (45, 24),
-    "hammer": (46, 26),
-    "door": (39, 28),
-    "relocate": (39, 30),
-    "kitchen": (60, 9),
-}
 # Compressed floating-point data shrink a few times, sparse ones a few ten times; zeros a thousand times.
 MOST_EXPANSION = 100
 UNSUSPICIOUS_BYTES = 64 << 20
@@ -99,7 +85,7 @@ class D4RL(Source):
         return fetch(
             [*own, MIRROR + name, HOST + path],
             cache_folder() / name,
-            lambda file: check_fit(file, entry["id"], entry.get("rows")),
+            lambda file: _check_fit(file, entry, request),
             progress=request.progress,
             say=request.say,
         )
@@ -107,7 +93,7 @@ class D4RL(Source):
     def read(self, path: Path, request: Request) -> Transitions:
         """See `Source`."""
         entry = request.about("d4rl")
-        check_fit(path, entry["id"], entry.get("rows"))
+        _check_fit(path, entry, request)
         data = read(path, entry["id"], source="d4rl", **request.reading)
         verify_recorded(path, data.provenance.sha256)
         return data
@@ -135,14 +121,14 @@ def _path(entry: Mapping[str, Any]) -> str:
     return entry.get("path") or f"gym_mujoco_v2/{filename(entry['id'])}"
 
 
-def check_fit(path: Path, id: str, rows: int | None = None) -> None:
-    """Check that a file can be D4RL's `id`: cpql didn't write it, and known shapes are D4RL's.
+def _check_fit(path: Path, entry: Mapping[str, Any], request: Request) -> None:
+    """Check that a file can be the entry's: cpql didn't write it, and its shapes are as the task expects.
 
     Raises:
         AnotherDatasetError: it can't be.
         DataError: it isn't in D4RL's layout, or is damaged.
     """
-    widths = WIDTHS.get(id.partition("-")[0], (None, None))
+    rows, widths = entry.get("rows"), request.spec.widths if request.spec else (None, None)
     with _opened(path) as (arrays, origin):
         found = f"carries '{ORIGIN}', as cpql's own files do: expected" if origin else ""
         for key, width in zip(("observations", "actions"), widths, strict=True):
@@ -153,7 +139,7 @@ def check_fit(path: Path, id: str, rows: int | None = None) -> None:
                 expected = ", ".join("any" if size is None else str(size) for size in (rows, width))
                 found = f"'{key}' has shape {shape}: expected [{expected}] of"
     if found:
-        raise AnotherDatasetError(f"{path.name}: {found} D4RL's {id}")
+        raise AnotherDatasetError(f"{path.name}: {found} D4RL's {entry['id']}")
 
 
 def read(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from cpql.data import inspection
@@ -78,10 +78,9 @@ def load(
             f"{task.name} has no dataset: expected mode=online, a task that has one, such as hopper-medium, "
             "or dataset.path=FILE"
         )
-    names: tuple[str, ...] = (source if path is None else "file",)
-    if names == ("auto",):
-        # Embedded data replace the task's own dataset only.
-        names = AUTO if id is None else AUTO[:1]
+    # Embedded data replace the task's own dataset only.
+    auto = AUTO if id is None else AUTO[:1]
+    names = ("file",) if path else auto if source == "auto" else (source,)
     request = Request(task, id, Path(path) if path else None, size, seed, time_limits, progress, say)
     request, data = _first(names, request)
     if request.spec is not None:
@@ -92,8 +91,9 @@ def load(
     return without_foreign_references(request.task, data), data
 
 
-def _first(names: tuple[str, ...], request: Request) -> tuple[Request, Transitions]:
+def _first(names: Sequence[str], request: Request) -> tuple[Request, Transitions]:
     """Read from the first source that has the data; a later one gives the reason in a warning."""
+    task = request.task
     reasons: list[DataError] = []
     for name in names:
         source = SOURCES[name]
@@ -101,20 +101,23 @@ def _first(names: tuple[str, ...], request: Request) -> tuple[Request, Transitio
             path = source.locate(request)
             if reasons:
                 request.say(
-                    f"warning: {request.task.name} is {source.description}, not "
-                    f"{SOURCES[names[0]].description} {request.task.dataset}, because {reasons[0]}"
+                    f"warning: {task.name} is {source.description}, not {SOURCES[names[0]].description} "
+                    f"{task.dataset}, because {reasons[0]}"
                 )
-            data = path or source.fetch(request)
+            found = path or source.fetch(request)
         except DataError as error:
             reasons.append(error)
             continue
-        if isinstance(data, Path):
-            path, task = data, source.task(data, request)
-            if task is not request.task:  # else the request knows the environment already
-                request = dataclasses.replace(request, task=task)
+        if isinstance(found, Transitions):
+            data = found
+        else:
+            if (
+                own := source.task(found, request)
+            ) is not task:  # else the request knows the environment already
+                request = dataclasses.replace(request, task=own)
             _ = request.spec  # raises before anything is read if the environment can't be made
             try:
-                data = source.read(path, request)
+                data = source.read(found, request)
             except AnotherDatasetError as error:
                 reasons.append(error)
                 continue
@@ -124,4 +127,4 @@ def _first(names: tuple[str, ...], request: Request) -> tuple[Request, Transitio
         return request, data
     if len(reasons) == 1:
         raise reasons[0]
-    raise DataError(f"no data for {request.task.name}: {'; and '.join(map(str, reasons))}") from reasons[-1]
+    raise DataError(f"no data for {task.name}: {'; and '.join(map(str, reasons))}") from reasons[-1]
