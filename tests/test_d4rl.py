@@ -17,8 +17,9 @@ from cpql import data
 from cpql.data import d4rl, embedded, files
 from cpql.data.request import Request
 from cpql.data.transitions import Transitions
+from cpql.environments import spec_of
 from cpql.errors import ConfigError, DataError
-from cpql.tasks import Task
+from cpql.tasks import Task, load_task, task_names
 
 NAME = "hopper_medium-v2.hdf5"
 ID = "hopper-medium-v2"
@@ -209,9 +210,18 @@ def test_where_the_number_of_rows_is_not_known_any_fits(folder: Path) -> None:
     task = with_rows(1_000_000)
     d4rl.write(folder / "hopper_other-v0.hdf5", arrays(), {})
     assert data.load(task, id="hopper-other-v0", size=1)[1].provenance.source == "d4rl"
-    task = dataclasses.replace(task, id="Pendulum-v1")
-    with pytest.raises(DataError, match=r"shape \[40, 11\]: expected \[any, 3\] of D4RL's hopper-other-v0$"):
-        data.load(task, id="hopper-other-v0", size=1)
+    d4rl.write(folder / "robot_other-v0.hdf5", arrays(), {})
+    assert data.load(task, id="robot-other-v0", size=1)[1].provenance.source == "d4rl"
+    d4rl.write(folder / "pen_other-v0.hdf5", arrays(), {})
+    with pytest.raises(DataError, match=r"shape \[40, 11\]: expected \[any, 45\] of D4RL's pen-other-v0$"):
+        data.load(task, id="pen-other-v0", size=1)
+
+
+def test_the_widths_are_those_of_the_tasks_environments() -> None:
+    tasks = [task for name in task_names() if (task := load_task(name)).datasets]
+    assert {task.dataset.partition("-")[0] for task in tasks} == set(d4rl.WIDTHS)
+    for name in ("hopper-medium", "halfcheetah-medium", "walker2d-medium", "ant-medium"):
+        assert spec_of(load_task(name)).widths == d4rl.WIDTHS[name.partition("-")[0]]
 
 
 def test_a_file_in_the_cache_that_is_not_what_was_downloaded_is_refused(folder: Path) -> None:

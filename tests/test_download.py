@@ -923,7 +923,7 @@ def test_d4rls_places_are_asked_by_https_first() -> None:
 
 
 def get(id: str, progress: Progress | None = None, **entry: Any) -> Path:
-    task = Task("task", "Hopper-v4", datasets={"d4rl": {"id": id, **entry}})
+    task = Task("task", None, datasets={"d4rl": {"id": id, **entry}})
     return d4rl.D4RL().fetch(Request(task, progress=progress))
 
 

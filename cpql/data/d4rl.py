@@ -15,7 +15,7 @@ import re
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Unpack
+from typing import Any, Literal, Unpack
 
 import h5py  # type: ignore[import-untyped]
 import numpy as np
@@ -34,7 +34,6 @@ __all__ = [
     "KEYS",
     "ORIGIN",
     "Form",
-    "Origin",
     "cache_folder",
     "filename",
     "form",
@@ -51,6 +50,20 @@ ENDINGS: dict[str, Form] = {".hdf5": "hdf5", ".h5": "hdf5", ".npz": "npz"}
 """The form of a file by its ending."""
 # Sources that a file may name, each also with " + online" after it.
 ORIGINS = ("embedded", "minari", "stable-baselines3")
+# How wide D4RL's observations and actions are, by the first word of a dataset's id.
+WIDTHS = {
+    "hopper": (11, 3),
+    "halfcheetah": (17, 6),
+    "walker2d": (17, 6),
+    "ant": (111, 8),
+    "antmaze": (29, 8),
+    "maze2d": (4, 2),
+    "pen": (45, 24),
+    "hammer": (46, 26),
+    "door": (39, 28),
+    "relocate": (39, 30),
+    "kitchen": (60, 9),
+}
 # Compressed floating-point data shrink a few times, sparse ones a few ten times; zeros a thousand times.
 MOST_EXPANSION = 100
 UNSUSPICIOUS_BYTES = 64 << 20
@@ -85,7 +98,7 @@ class D4RL(Source):
         return fetch(
             [*own, MIRROR + name, HOST + path],
             cache_folder() / name,
-            lambda file: _check_fit(file, entry, request),
+            lambda file: _check_fit(file, entry),
             progress=request.progress,
             say=request.say,
         )
@@ -93,7 +106,7 @@ class D4RL(Source):
     def read(self, path: Path, request: Request) -> Transitions:
         """See `Source`."""
         entry = request.about("d4rl")
-        _check_fit(path, entry, request)
+        _check_fit(path, entry)
         data = read(path, entry["id"], source="d4rl", **request.reading)
         verify_recorded(path, data.provenance.sha256)
         return data
@@ -121,14 +134,14 @@ def _path(entry: Mapping[str, Any]) -> str:
     return entry.get("path") or f"gym_mujoco_v2/{filename(entry['id'])}"
 
 
-def _check_fit(path: Path, entry: Mapping[str, Any], request: Request) -> None:
-    """Check that a file can be the entry's: cpql didn't write it, and its shapes are as the task expects.
+def _check_fit(path: Path, entry: Mapping[str, Any]) -> None:
+    """Check that a file can be the entry's: cpql didn't write it, and known shapes are D4RL's.
 
     Raises:
         AnotherDatasetError: it can't be.
         DataError: it isn't in D4RL's layout, or is damaged.
     """
-    rows, widths = entry.get("rows"), request.spec.widths if request.spec else (None, None)
+    rows, widths = entry.get("rows"), WIDTHS.get(entry["id"].partition("-")[0], (None, None))
     with _opened(path) as (arrays, origin):
         found = f"carries '{ORIGIN}', as cpql's own files do: expected" if origin else ""
         for key, width in zip(("observations", "actions"), widths, strict=True):
@@ -155,10 +168,8 @@ def read(
     """
     path = Path(path)
     with _opened(path) as (arrays, text):
-        about = Origin(source, id, {}) if text is None else origin(text, path.name)
-        return Transitions.from_dict(
-            arrays, **about._asdict(), file=path.name, sha256=sha256_of(path), **reading
-        )
+        about = {"source": source, "id": id} if text is None else origin(text, path.name)
+        return Transitions.from_dict(arrays, **about, file=path.name, sha256=sha256_of(path), **reading)
 
 
 def form(path: str | os.PathLike[str]) -> Form:
@@ -170,16 +181,8 @@ def form(path: str | os.PathLike[str]) -> Form:
     return ENDINGS.get(path.suffix.lower(), by_content)
 
 
-class Origin(NamedTuple):
-    """Where a file's data came from; see `Provenance`."""
-
-    source: str
-    id: str
-    details: dict[str, Any]
-
-
-def origin(text: str, name: str) -> Origin:
-    """Read what `origin_of` wrote; `name` is the file's, for an error.
+def origin(text: str, name: str) -> dict[str, Any]:
+    """Read the `source`, `id` and `details` that `origin_of` wrote; `name` is the file's, for an error.
 
     Anyone can write an origin. So one may claim that data are cpql's own or Minari's, never that they are
     D4RL's: any other claim is read as "file".
@@ -192,7 +195,8 @@ def origin(text: str, name: str) -> Origin:
         source, id, details = str(found["source"]), str(found["id"]), dict(found["details"])
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise DataError(f"{name}: '{ORIGIN}' is damaged: expected what cpql wrote") from error
-    return Origin(source if source.removesuffix(" + online") in ORIGINS else "file", id, details)
+    known = source.removesuffix(" + online") in ORIGINS
+    return {"source": source if known else "file", "id": id, "details": details}
 
 
 def origin_of(provenance: Provenance) -> dict[str, str]:
@@ -202,8 +206,7 @@ def origin_of(provenance: Provenance) -> dict[str, str]:
     """
     if provenance.source in ("d4rl", "file", "dict"):
         return {}
-    about = Origin(provenance.source, provenance.id, provenance.details)
-    return {ORIGIN: json.dumps(about._asdict())}
+    return {ORIGIN: json.dumps({key: getattr(provenance, key) for key in ("source", "id", "details")})}
 
 
 @contextlib.contextmanager

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
+from typing import Any
 
 from cpql.data import inspection
 from cpql.data.d4rl import D4RL
@@ -12,9 +12,8 @@ from cpql.data.embedded import Embedded
 from cpql.data.files import File, without_foreign_references
 from cpql.data.minari import Minari
 from cpql.data.request import AnotherDatasetError, Request, Source
-from cpql.data.transitions import TimeLimits, Transitions
+from cpql.data.transitions import Transitions
 from cpql.errors import ConfigError, DataError, did_you_mean
-from cpql.io import Progress
 from cpql.tasks import Task
 
 __all__ = ["AUTO", "SOURCES", "Request", "Source", "check_source", "load"]
@@ -37,32 +36,16 @@ def check_source(name: str) -> None:
         raise ConfigError(f"no dataset source '{name}': {did_you_mean(name, ('auto', *SOURCES))}")
 
 
-def load(
-    task: Task,
-    *,
-    source: str = "auto",
-    path: str | None = None,
-    id: str | None = None,
-    size: int,
-    seed: int = 0,
-    time_limits: TimeLimits = "keep",
-    progress: Progress | None = None,
-    say: Callable[[str], None] = print,
-) -> tuple[Task, Transitions]:
+def load(task: Task, *, source: str = "auto", **options: Any) -> tuple[Task, Transitions]:
     """Load a task's dataset, on the CPU.
 
     Args:
         task: the task whose dataset it is.
         source: a name in `SOURCES`, used strictly; "auto" tries D4RL, then embedded, with a warning that
             gives the reason.
-        path: a file in D4RL's layout, HDF5 or NPZ, or the folder of a Minari dataset; overrides `source`.
-        id: the id of another dataset than the task's own, of D4RL or Minari; embedded data never replace it.
-        size: number of transitions to collect, for the embedded source.
-        seed: of the collection.
-        time_limits: "drop" leaves out the rows at a time limit, as `d4rl.qlearning_dataset` does.
-        progress: called during a download or a collection.
-        say: takes a line for the user: a warning if embedded data replace D4RL's, and one for each finding of
-            `cpql.data.inspection` in data that cpql didn't collect itself.
+        **options: the other fields of `Request`. A `path` overrides `source`; with an `id` "auto" tries D4RL
+            alone, as embedded data replace the task's own dataset only. `say` takes a warning if they do, and
+            one for each finding of `cpql.data.inspection` in data that cpql didn't collect itself.
 
     Returns:
         The task of the data (a Minari dataset names its own environment and references), and the data, with
@@ -73,21 +56,20 @@ def load(
         DataError: the data aren't available, or aren't valid.
     """
     check_source(source)
-    if path is None and id is None and not task.datasets:
+    request = Request(task, **options)
+    if not (request.path or request.id or task.datasets):
         raise DataError(
             f"{task.name} has no dataset: expected mode=online, a task that has one, such as hopper-medium, "
             "or dataset.path=FILE"
         )
-    # Embedded data replace the task's own dataset only.
-    auto = AUTO if id is None else AUTO[:1]
-    names = ("file",) if path else auto if source == "auto" else (source,)
-    request = Request(task, id, Path(path) if path else None, size, seed, time_limits, progress, say)
+    auto = AUTO if request.id is None else AUTO[:1]
+    names = ("file",) if request.path else auto if source == "auto" else (source,)
     request, data = _first(names, request)
     if request.spec is not None:
         data.validate_for(*request.spec.widths)
     if data.provenance.source != "embedded":
         for finding in inspection.Inspection(data).findings:
-            say(f"warning: {data.provenance.name}: {finding}")
+            request.say(f"warning: {data.provenance.name}: {finding}")
     return without_foreign_references(request.task, data), data
 
 
