@@ -142,7 +142,7 @@ def _check_fit(path: Path, entry: Mapping[str, Any]) -> None:
         DataError: it isn't in D4RL's layout, or is damaged.
     """
     rows, widths = entry.get("rows"), WIDTHS.get(entry["id"].partition("-")[0], (None, None))
-    with _opened(path) as (arrays, origin):
+    with _opened(path, "hdf5") as (arrays, origin):
         found = f"carries '{ORIGIN}', as cpql's own files do: expected" if origin else ""
         for key, width in zip(("observations", "actions"), widths, strict=True):
             shape = list(arrays[key].shape or ()) if key in arrays else []
@@ -167,7 +167,7 @@ def read(
         DataError: the file is missing, empty, truncated, in no such form or doesn't hold valid transitions.
     """
     path = Path(path)
-    with _opened(path) as (arrays, text):
+    with _opened(path, form(path)) as (arrays, text):
         about = {"source": source, "id": id} if text is None else origin(text, path.name)
         return Transitions.from_dict(arrays, **about, file=path.name, sha256=sha256_of(path), **reading)
 
@@ -210,7 +210,7 @@ def origin_of(provenance: Provenance) -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def _opened(path: Path) -> Iterator[tuple[dict[str, Any], str | None]]:
+def _opened(path: Path, kind: Form) -> Iterator[tuple[dict[str, Any], str | None]]:
     """The arrays of a file in D4RL's layout, HDF5's not read yet, and the origin if cpql wrote the file.
 
     Links to other files, and arrays that declare far more bytes than are stored, are refused before anything
@@ -223,7 +223,7 @@ def _opened(path: Path) -> Iterator[tuple[dict[str, Any], str | None]]:
     if not path.is_file():
         found = "not a file" if os.path.lexists(path) else "no such file"
         raise DataError(f"{name}: {found} in {path.absolute().parent}: expected one in D4RL's layout")
-    if form(path) == "npz":
+    if kind == "npz":
         arrays = _npz(path)
         text = arrays.pop(ORIGIN, None)
         yield arrays, None if text is None else str(text)
