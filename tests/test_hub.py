@@ -126,7 +126,7 @@ def test_a_card_claims_no_other_checkpoints_result(run: Path, tmp_path: Path) ->
         policy.save_pretrained(tmp_path / "c", result=tmp_path)
     (tmp_path / "old.json").write_text(json.dumps(result() | {"references": {}}))
     with pytest.raises(
-        CheckpointError, match="the policy's result is damaged, or of another version of cpql: 'of'"
+        CheckpointError, match="the policy's result is damaged, or of another version of cpql: KeyError: 'of'"
     ):
         policy.save_pretrained(tmp_path / "c", result=tmp_path / "old.json")
     assert not (tmp_path / "c").exists()
