@@ -185,7 +185,7 @@ def test_without_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
     "name", ["../x", "owner", "owner/../x", "owner/name/x", "/etc/x", "owner/name@../x", "owner/name@a..b"]
 )
 def test_a_name_or_a_revision_is_no_path(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hub_module, "_ask", lambda *_: pytest.fail("the Hub was asked"))
+    monkeypatch.setattr(hub_module, "_client", lambda *_: pytest.fail("the Hub was asked"))
     with pytest.raises(CheckpointError, match="expected hf://owner/name or hf://owner/name@revision"):
         Policy.load(f"hf://{name}")
 

@@ -9,9 +9,9 @@ import contextlib
 import json
 import re
 import textwrap
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import yaml
 from pydantic_core import from_json
@@ -33,8 +33,6 @@ __all__ = [
 
 PREFIX = "hf://"
 MOST_JSON_BYTES = 4 << 20
-
-T = TypeVar("T")
 
 
 def is_id(name: str) -> bool:
@@ -187,30 +185,27 @@ def download(name: str) -> Path:
     if not is_id(id) or (revision and not re.fullmatch(r"(?!.*\.\.)\w[\w./-]*", revision)):
         raise CheckpointError(f"{name}: expected {PREFIX}owner/name or {PREFIX}owner/name@revision")
     files = ["config.json", "model.safetensors", "result.json"]
-    return _ask(
-        name, lambda hub: Path(hub.snapshot_download(id, revision=revision or None, allow_patterns=files))
-    )
+    with _client(name) as hub:
+        return Path(hub.snapshot_download(id, revision=revision or None, allow_patterns=files))
 
 
 def upload(folder: Path, id: str, *, private: bool | None, token: str | None, message: str) -> str:
     """Upload a folder's files, see `Policy.push_to_hub`."""
-
-    def act(hub: Any) -> str:
+    with _client(PREFIX + id) as hub:
         api = hub.HfApi(token=token)
         url = api.create_repo(id, private=private, exist_ok=True)
         api.upload_folder(repo_id=url.repo_id, folder_path=folder, commit_message=message)
         return str(url)
 
-    return _ask(PREFIX + id, act)
 
-
-def _ask(name: str, act: Callable[[Any], T]) -> T:
-    """Call the Hub's client, which raises many kinds of errors."""
+@contextlib.contextmanager
+def _client(name: str) -> Iterator[Any]:
+    """The Hub's client, which raises many kinds of errors."""
     try:
         import huggingface_hub
     except ImportError:
         raise ConfigError("the Hugging Face Hub needs a package: pip install 'cpql[hub]'") from None
     try:
-        return act(huggingface_hub)
+        yield huggingface_hub
     except Exception as error:
         raise CheckpointError(f"{name}: {brief(error)}") from error
