@@ -169,7 +169,7 @@ def test_a_member_that_diverges_is_named_and_the_others_finish(
 def test_members_may_differ_only_in_what_one_program_can_hold(dataset: Path, tmp_path: Path) -> None:
     one, other = (settings(dataset, tmp_path / name) for name in "ab")
     for changed, text in (
-        (replace(other, agent={**other.agent, "discount": 0.9}), "not in other settings of the agent"),
+        (replace(other, agent={**other.agent, "discount": 0.9}), "not in other settings"),
         (replace(other, device="cuda"), "not in other settings"),
     ):
         with pytest.raises(ConfigError, match=text):
