@@ -35,8 +35,14 @@ __all__ = [
 CONTROL = "dm_control/"
 ROBOTICS = ("AdroitHand", "AntMaze", "Fetch", "FrankaKitchen", "PointMaze")
 
+OGBENCH = ("pointmaze-", "antmaze-", "humanoidmaze-", "antsoccer-", "cube-", "scene-", "puzzle-")
+
 # Prefixes of ids, the module that registers them, and the extra of cpql that installs it.
-PACKAGES = ((ROBOTICS, "gymnasium_robotics", "robotics"), ((CONTROL,), "shimmy", "dmc"))
+PACKAGES = (
+    (ROBOTICS, "gymnasium_robotics", "robotics"),
+    ((CONTROL,), "shimmy", "dmc"),
+    (OGBENCH, "ogbench", "ogbench"),
+)
 
 # MuJoCo's versions that break environments: from 3.12 on, Gymnasium-Robotics' kitchen fails an assertion over
 # MuJoCo's enumerations; dm_control 1.0 asks mujoco 4 for what it no longer has.

@@ -50,7 +50,7 @@ MIRROR = "https://huggingface.co/datasets/imone/D4RL/resolve/main/"
 KEYS = ("observations", "actions", "rewards", "terminals", "timeouts", "next_observations")
 ORIGIN = "cpql_origin"
 # Sources that a file may name, each also with " + online" after it.
-ORIGINS = ("embedded", "minari", "stable-baselines3")
+ORIGINS = ("embedded", "minari", "regenerated", "stable-baselines3")
 # How wide D4RL's observations and actions are, by the first word of a dataset's id.
 WIDTHS = {
     "hopper": (11, 3),

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Unpack
 
@@ -26,7 +26,7 @@ from cpql.errors import DataError, did_you_mean
 from cpql.io import aside, sha256_of
 from cpql.tasks import Task
 
-__all__ = ["ENDINGS", "File", "Form", "form", "left_out", "read", "without_foreign_references", "write"]
+__all__ = ["ENDINGS", "File", "Form", "form", "left_out", "npz", "read", "without_foreign_references", "write"]
 
 Form = Literal["hdf5", "npz", "minari"]
 
@@ -91,7 +91,7 @@ def read(
         return minari.read(path, task, time_limits=reading.get("time_limits", "keep"))
     if kind == "hdf5":
         return d4rl.read(path, id or path.stem, **reading)
-    arrays = _npz(path)
+    arrays = npz(path, (*d4rl.KEYS, d4rl.ORIGIN))
     origin = d4rl.Origin("file", path.stem if id is None else id, {})
     if d4rl.ORIGIN in arrays:
         origin = d4rl.origin(str(arrays.pop(d4rl.ORIGIN)), f"{path.name}:")
@@ -100,18 +100,22 @@ def read(
     )
 
 
-def _npz(path: Path) -> dict[str, Any]:
-    """The arrays of an NPZ file that has no keys but D4RL's, and doesn't declare more than it can hold."""
+def npz(path: Path, known: Sequence[str]) -> dict[str, Any]:
+    """The arrays of an NPZ file that has only known keys, and doesn't declare more than it can hold.
+
+    Raises:
+        DataError: it isn't such a file, or is damaged.
+    """
     name, key = path.name, "the archive"
-    d4rl.check_file(path, "NPZ with D4RL's keys")
+    d4rl.check_file(path, f"NPZ with {', '.join(known[:3])}")
     try:
         if not zipfile.is_zipfile(path):
             raise DataError(f"{name}: not NPZ, or cut off: expected what numpy.savez writes, whole")
         with np.load(path, allow_pickle=False) as archive:
             keys = [key for key in archive.files if not key.startswith(IGNORED)]
             for key in keys:
-                if key not in (*d4rl.KEYS, d4rl.ORIGIN):
-                    raise DataError(f"{name}: {key!r} is none of D4RL's keys: {did_you_mean(key, d4rl.KEYS)}")
+                if key not in known:
+                    raise DataError(f"{name}: {key!r} is unknown: {did_you_mean(key, known)}")
             declared = sum(archive.zip.getinfo(f"{key}.npy").file_size for key in keys)
             size = path.stat().st_size
             if d4rl.is_bomb(declared, size):

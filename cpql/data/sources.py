@@ -11,6 +11,8 @@ from cpql.data.d4rl import D4RL
 from cpql.data.embedded import Embedded
 from cpql.data.files import File, without_foreign_references
 from cpql.data.minari import Minari
+from cpql.data.ogbench import OGBench
+from cpql.data.regenerated import Regenerated
 from cpql.data.request import AnotherDatasetError, Request, Source
 from cpql.data.transitions import TimeLimits, Transitions
 from cpql.errors import ConfigError, DataError, did_you_mean
@@ -23,6 +25,8 @@ SOURCES: dict[str, Source] = {
     "d4rl": D4RL(),
     "embedded": Embedded(),
     "minari": Minari(),
+    "ogbench": OGBench(),
+    "regenerated": Regenerated(),
     "file": File(),
 }
 """Sources by name: `dataset=NAME` chooses one, and `dataset.path` the source `file`."""
