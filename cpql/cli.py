@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import math
 import re
 import sys
 import tempfile
@@ -247,14 +248,18 @@ def _table(evaluation: Evaluation, origin: dict[str, Any]) -> Table:
     if evaluation.score is None:
         rows |= {"behaviour's return": behaviour_return, "references": "none: a return, and no score"}
     else:
-        score = f"{evaluation.score:.1f}  [{task.score(low):.1f}, {task.score(high):.1f}]"
-        rows = {f"score ({task.benchmark}-normalised)": score} | rows
-        rows |= {
-            "behaviour's score": "unknown" if behaviour is None else f"{task.score(behaviour):.1f}",
-            "references": (
-                f"random {task.random_return:,.1f}, expert {task.expert_return:,.1f} ({task.benchmark})"
-            ),
-        }
+        low, high = evaluation.score_interval or (math.nan, math.nan)
+        score = f"{evaluation.score:.1f}  [{low:.1f}, {high:.1f}]"
+        if task.measure == "success":
+            rows = {f"successes in percent ({task.benchmark})": score} | rows
+        else:
+            rows = {f"score ({task.benchmark}-normalised)": score} | rows
+            rows |= {
+                "behaviour's score": "unknown" if behaviour is None else f"{task.score(behaviour):.1f}",
+                "references": (
+                    f"random {task.random_return:,.1f}, expert {task.expert_return:,.1f} ({task.benchmark})"
+                ),
+            }
     rows |= {
         "environment": task.id or "",
         "action rule": evaluation.rule,

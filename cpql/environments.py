@@ -108,6 +108,11 @@ def make_environment(id: str, /, **options: Any) -> gymnasium.Env[Any, Any]:
     try:
         with warnings.catch_warnings(), _without_advice_on_models():
             warnings.filterwarnings("ignore", ".*The environment .* is out of date")
+            if id.startswith(OGBENCH):
+                # OGBench's bounds are wider than its actions, and it looks for a screen, which isn't needed.
+                warnings.filterwarnings("ignore", ".*precision lowered by casting")
+                warnings.filterwarnings("ignore", module="glfw")
+                return OwnRandomness(gymnasium.make(id, **options))
             return gymnasium.make(id, **options)
     except gymnasium.error.UnregisteredEnv as error:
         raise ConfigError(
@@ -153,6 +158,43 @@ def _without_advice_on_models() -> Iterator[None]:
         yield
     finally:
         mujoco.set_mju_user_warning(before)
+
+
+class OwnRandomness(gymnasium.Wrapper[Any, Any, Any, Any]):
+    """One of OGBench's environments, made reproducible: `reset` seeds all that it draws from.
+
+    OGBench draws from numpy's global generator, of which each environment has a state of its own here, and from
+    a space of actions that it makes anew, unseeded, each time.
+    """
+
+    def __init__(self, environment: gymnasium.Env[Any, Any]) -> None:
+        super().__init__(environment)
+        base = environment.unwrapped
+        base.__class__ = type(type(base).__name__, (type(base),), {"action_space": base.action_space})
+        self.state = np.random.RandomState().get_state()
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, Any]:
+        """Begin an episode."""
+        if seed is not None:
+            self.state = np.random.RandomState(seed).get_state()
+            self.env.unwrapped.action_space.seed(seed)
+        with self._own():
+            return self.env.reset(seed=seed, options=options)
+
+    def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
+        """Act once."""
+        with self._own():
+            return self.env.step(action)
+
+    @contextlib.contextmanager
+    def _own(self) -> Iterator[None]:
+        others = np.random.get_state()
+        np.random.set_state(self.state)
+        try:
+            yield
+        finally:
+            self.state = np.random.get_state()
+            np.random.set_state(others)
 
 
 class TaskEnvironment(gymnasium.Wrapper[Any, Any, Any, Any]):

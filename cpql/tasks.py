@@ -14,7 +14,7 @@ import typing
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from cpql.errors import ConfigError, did_you_mean
 from cpql.settings import build
@@ -61,6 +61,8 @@ class Task:
         episodes: of one evaluation in the papers.
         note: a sentence where scores here can't be compared with D4RL's tables, and why.
         benchmark: whose references these are; scores of two benchmarks belong in no common table.
+        measure: what scores are made of: "return", by the references; or "success", the share of episodes, in
+            percent, whose last step had `success` in its info, as OGBench's are.
 
     Raises:
         ConfigError: a name that could be a path to elsewhere, an option that names a file, an entry of
@@ -78,6 +80,7 @@ class Task:
     episodes: int = 10
     note: str = ""
     benchmark: str = "D4RL"
+    measure: Literal["return", "success"] = "return"
 
     def __post_init__(self) -> None:
         _check_name("name", self.name)

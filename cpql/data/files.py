@@ -26,7 +26,17 @@ from cpql.errors import DataError, did_you_mean
 from cpql.io import aside, sha256_of
 from cpql.tasks import Task
 
-__all__ = ["ENDINGS", "File", "Form", "form", "left_out", "npz", "read", "without_foreign_references", "write"]
+__all__ = [
+    "ENDINGS",
+    "File",
+    "Form",
+    "form",
+    "left_out",
+    "npz",
+    "read",
+    "without_foreign_references",
+    "write",
+]
 
 Form = Literal["hdf5", "npz", "minari"]
 

@@ -54,7 +54,9 @@ class OGBench(Source):
         """See `Source`; a file that is there already is checked."""
         entry = request.about("ogbench")
         if not entry:
-            raise DataError(f"{request.task.name}: OGBench has no counterpart: expected dataset.id to name one")
+            raise DataError(
+                f"{request.task.name}: OGBench has no counterpart: expected dataset.id to name one"
+            )
         _ = request.spec  # raises before the download if the environment can't be made
         name = f"{entry['id']}.npz"
         own = [f"{folder.rstrip('/')}/" for folder in os.environ.get("CPQL_OGBENCH_MIRROR", "").split()]
@@ -106,7 +108,9 @@ def _arrays(path: Path) -> tuple[dict[str, NDArray[Any]], Origin | None]:
     shape = arrays["observations"].shape
     if len(shape) != 2:
         found = f"images, {list(shape)}" if len(shape) == 4 else f"shape {list(shape)}"
-        raise DataError(f"{path.name}: 'observations' has {found}: expected [rows, width], as cpql reads no images")
+        raise DataError(
+            f"{path.name}: 'observations' has {found}: expected [rows, width], as cpql reads no images"
+        )
     for key, array in arrays.items():
         if key != ORIGIN and len(array) != shape[0]:
             raise DataError(f"{path.name}: '{key}' has {len(array)} rows: expected {shape[0]}")
@@ -163,7 +167,9 @@ def relabel(task: Task, state: dict[str, NDArray[Any]]) -> tuple[NDArray[np.floa
         ConfigError: the environment isn't one of OGBench's single tasks, or can't be made.
     """
     if task.id is None or "-singletask" not in task.id:
-        raise ConfigError(f"environment {task.id}: expected a single task of OGBench, cube-single-singletask-v0")
+        raise ConfigError(
+            f"environment {task.id}: expected a single task of OGBench, cube-single-singletask-v0"
+        )
     environment = make_task_environment(task)
     from ogbench.relabel_utils import relabel_dataset  # type: ignore[import-untyped]
 

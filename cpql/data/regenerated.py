@@ -75,9 +75,14 @@ class Plan(NamedTuple):
     @property
     def path(self) -> Path:
         """The cached file, whose name changes with anything that could change a row."""
-        key = sha256(json.dumps([FORMAT, CHUNK_EPISODES, self.recipe, self.versions]).encode()).hexdigest()[:16]
+        key = sha256(json.dumps([FORMAT, CHUNK_EPISODES, self.recipe, self.versions]).encode()).hexdigest()[
+            :16
+        ]
         size = self.episodes * (self.recipe.rows - 1)
-        return user_folder("CPQL_CACHE", "~/.cache/cpql") / f"{self.id}-{SOURCE}-{size}-seed{self.seed}-{key}.npz"
+        return (
+            user_folder("CPQL_CACHE", "~/.cache/cpql")
+            / f"{self.id}-{SOURCE}-{size}-seed{self.seed}-{key}.npz"
+        )
 
 
 class Regenerated(Source):
@@ -88,6 +93,8 @@ class Regenerated(Source):
 
     def locate(self, request: Request) -> Path | None:
         """See `Source`."""
+        if not request.about(SOURCE):
+            return None
         path = prepare(request).path
         return path if os.path.exists(path) else None
 
@@ -114,13 +121,11 @@ def prepare(request: Request) -> Plan:
     Raises:
         DataError: they can't be regenerated.
     """
-    entry = request.about(SOURCE) or {"id": request.task.dataset}
-    if not entry["id"]:
-        raise DataError(f"{request.task.name} has no dataset to regenerate: expected dataset.id to name one")
-    found = recipe(entry["id"])
+    id = request.about(SOURCE).get("id") or request.task.dataset or request.task.name
+    found = recipe(id)
     episodes = -(-request.size // (found.rows - 1))
     packages = versions("ogbench", "dm_control", "gymnasium", "mujoco", "numpy", "scipy")
-    return Plan(request.task, entry["id"], found, episodes, request.seed, packages)
+    return Plan(request.task, id, found, episodes, request.seed, packages)
 
 
 def regenerate(

@@ -31,8 +31,8 @@ SOURCES: dict[str, Source] = {
 }
 """Sources by name: `dataset=NAME` chooses one, and `dataset.path` the source `file`."""
 
-AUTO = ("d4rl", "embedded")
-"""The sources that `dataset=auto` tries, in this order."""
+AUTO = (("d4rl", "embedded"), ("ogbench", "regenerated"))
+"""The sources that `dataset=auto` tries, in this order: those whose first one has a dataset of the task."""
 
 
 def check_source(name: str) -> None:
@@ -57,8 +57,8 @@ def load(
 
     Args:
         task: the task whose dataset it is.
-        source: a name in `SOURCES`, used strictly; "auto" tries D4RL, then embedded, with a warning that
-            gives the reason.
+        source: a name in `SOURCES`, used strictly; "auto" tries D4RL, then embedded, or OGBench, then
+            regenerated, with a warning that gives the reason.
         path: a file in D4RL's layout, HDF5 or NPZ, or the folder of a Minari dataset; overrides `source`.
         id: the id of another dataset than the task's own, of D4RL or Minari; embedded data never replace it.
         size: number of transitions to collect, for the embedded source.
@@ -85,7 +85,8 @@ def load(
     names: tuple[str, ...] = (source if path is None else "file",)
     if names == ("auto",):
         # Embedded data replace the task's own dataset only.
-        names = AUTO if id is None else AUTO[:1]
+        both = next((names for names in AUTO if names[0] in task.datasets), AUTO[0])
+        names = both if id is None else both[:1]
     request = Request(task, id, Path(path) if path else None, size, seed, time_limits, progress, say)
     request, data = _first(names, request)
     if request.spec is not None:
