@@ -163,8 +163,8 @@ def _without_advice_on_models() -> Iterator[None]:
 class OwnRandomness(gymnasium.Wrapper[Any, Any, Any, Any]):
     """One of OGBench's environments, made reproducible: `reset` seeds all that it draws from.
 
-    OGBench draws from numpy's global generator, of which each environment has a state of its own here, and from
-    a space of actions that it makes anew, unseeded, each time.
+    OGBench draws from numpy's global generator, of which each environment has a state of its own here, and
+    from a space of actions that it makes anew, unseeded, each time.
     """
 
     def __init__(self, environment: gymnasium.Env[Any, Any]) -> None:

@@ -1,9 +1,10 @@
-"""OGBench's datasets: its NPZ files, their folder, the hosts to download them from, and the rewards of a task.
+"""OGBench's datasets: its NPZ files, their folder, the hosts that have them, and the rewards of a task.
 
-A file has observations [N, S], actions [N, A] in [-1, 1], terminals [N], and the simulator's state: qpos, qvel
-and, where there are buttons, button_states. Its trajectories are a row longer than their transitions: the last
-row, with its terminal set, is only a next observation. One file serves all tasks of an environment: rewards
-aren't in it but follow from the state before a step and the task's goal, which only the environment knows.
+A file has observations [N, S], actions [N, A] in [-1, 1], terminals [N], and the simulator's state: qpos,
+qvel and, where there are buttons, button_states. Its trajectories are a row longer than their transitions:
+the last row, with its terminal set, is only a next observation. One file serves all tasks of an environment:
+rewards aren't in it but follow from the state before a step and the task's goal, which only the environment
+knows.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ __all__ = ["OGBench", "cache_folder", "read", "relabel"]
 HOST = "https://rail.eecs.berkeley.edu/datasets/ogbench/"
 # A copy that OGBench's authors name (OGBench issue 49).
 MIRROR = "https://huggingface.co/datasets/zhouzypaul/ogbench_datasets/resolve/main/"
+STATE: tuple[str, ...] = ("qpos", "button_states")
 NEEDED = ("observations", "actions", "terminals", "qpos")
 KEYS = (*NEEDED, "qvel", "button_states", ORIGIN)
 
@@ -37,8 +39,8 @@ KEYS = (*NEEDED, "qvel", "button_states", ORIGIN)
 class OGBench(Source):
     """OGBench's own files, in its folder, else downloaded.
 
-    `$CPQL_OGBENCH_MIRROR` names mirrors of the user's own, URLs of folders with spaces between, which are tried
-    first. The id of a dataset's validation file is that of the dataset with `-val` after it.
+    `$CPQL_OGBENCH_MIRROR` names mirrors of the user's own, URLs of folders with spaces between, which are
+    tried first. The id of a dataset's validation file is that of the dataset with `-val` after it.
     """
 
     description = "OGBench's"
@@ -130,7 +132,7 @@ def _transitions(path: Path, arrays: dict[str, NDArray[Any]], request: Request, 
     task = request.task if request.task.id else load_task(request.task.name)
     last = arrays["terminals"].astype(np.bool_)
     kept = ~last
-    state = {key: arrays[key][kept] for key in ("qpos", "button_states") if key in arrays}
+    state = {key: arrays[key][kept] for key in STATE if key in arrays}
     rewards, terminated = relabel(task, state)
     observations = arrays["observations"]
     return Transitions.from_dict(
@@ -151,7 +153,7 @@ def _transitions(path: Path, arrays: dict[str, NDArray[Any]], request: Request, 
 
 
 def relabel(task: Task, state: dict[str, NDArray[Any]]) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
-    """The rewards of a single task and where it ends, by OGBench's own rule, from the states before the steps.
+    """The rewards of a single task and where it ends, by OGBench's rule, from the states before the steps.
 
     A reward is the number of subtasks that are satisfied less the number that there are: in mazes, which have
     only the goal to reach, -1 or 0. Where it is 0, the task has ended.

@@ -1,9 +1,10 @@
 """Collecting OGBench's datasets again, with the scripted oracles that the package `ogbench` brings along.
 
 The settings are those with which OGBench's authors collected the published files (`data_gen_scripts` in their
-repository). In manipulation an oracle follows a plan with noise ("play"), or a closed-loop rule with more noise
-and some random actions ("noisy"), and gets a new target whenever it is done. A point in a maze walks from cell
-to cell, towards one random goal after another ("navigate") or towards one four cells away ("stitch").
+repository). In manipulation an oracle follows a plan with noise ("play"), or a closed-loop rule with more
+noise and some random actions ("noisy"), and gets a new target whenever it is done. A point in a maze walks
+from cell to cell, towards one random goal after another ("navigate") or towards one four cells away
+("stitch").
 
 Runs in worker processes, so it loads neither torch nor anything that does.
 """
@@ -54,7 +55,8 @@ STACKING = {
     "cube-quadruple-v0": (0.1, 0.5),
 }
 RANDOM_ACTIONS = {"cube": 0.1, "scene": 0.1, "puzzle": 0.2}
-# Noisy actions: the largest standard deviation, of which each episode has a fraction, in x, y, z, yaw, gripper.
+# Noisy actions: the largest standard deviation, of which each episode has a fraction, in x, y, z, yaw,
+# gripper.
 MOST_NOISE = 0.1 * np.array([1.0, 1.0, 1.0, 3.0, 10.0])
 # Where a scene's cube is in `qpos`; it is to stay in view, unless it lies in the drawer.
 CUBE = slice(14, 17)
@@ -132,7 +134,7 @@ def collect(
         np.random.seed(child.generate_state(8))
         for key, values in run(np.random.default_rng(child)).items():
             columns[key] += values
-    arrays = {key: np.array(values, DTYPES[key]) for key, values in columns.items()}
+    arrays: dict[str, NDArray[Any]] = {key: np.array(values, DTYPES[key]) for key, values in columns.items()}
     with aside(Path(path)) as temporary:
         safetensors.numpy.save_file(arrays, temporary)
     return {}
@@ -157,6 +159,7 @@ def _keep(columns: Columns, observation: Any, action: Any, done: bool, info: dic
 def _manipulation(recipe: Recipe) -> Episode:
     """Episodes of cube, scene or puzzle."""
     environment = _made(recipe, mode="data_collection")
+    base: Any = environment.unwrapped
     family, _, _ = recipe.environment.partition("-")
     style, noisy = STYLES[recipe.kind], recipe.kind == "noisy"
     settings = SETTINGS[recipe.kind] | ({"gripper_always_closed": True} if family == "puzzle" else {})
@@ -182,7 +185,7 @@ def _manipulation(recipe: Recipe) -> Episode:
             after, _, terminated, truncated, info = environment.step(action)
             done = terminated or truncated
             if oracle.done:
-                seen, target = environment.unwrapped.set_new_target(p_stack=p_stack)  # type: ignore[attr-defined]
+                seen, target = base.set_new_target(p_stack=p_stack)
                 oracle = oracles[target["privileged/target_task"]]
                 oracle.reset(seen, target)
             _keep(columns, observation, action, done, info)

@@ -1,10 +1,11 @@
 """The source `regenerated`: OGBench's datasets, collected again on this machine by the package's own oracles.
 
-They have the settings, the form and the size of the published files (see `cpql.data.oracles`), not their rows:
-so they are named `regenerated` wherever data are named, with their seed and the versions of what made them.
+They have the settings, the form and the size of the published files (see `cpql.data.oracles`), not their
+rows: so they are named `regenerated` wherever data are named, with their seed and the versions of what made
+them.
 
-While a dataset is collected, its chunks are files in a hidden folder beside it. An interrupted collection goes
-on from there; the dataset itself appears when it is whole.
+While a dataset is collected, its chunks are files in a hidden folder beside it. An interrupted collection
+goes on from there; the dataset itself appears when it is whole.
 """
 
 from __future__ import annotations
@@ -182,7 +183,7 @@ def _join(plan: Plan, chunks: Sequence[Path]) -> None:
         with aside(plan.path) as temporary, zipfile.ZipFile(temporary, "w") as archive:
             for key, dtype in DTYPES.items():
                 with safetensors.safe_open(chunks[0], "numpy") as first:
-                    if key not in first.keys():  # noqa: SIM118
+                    if key not in first.keys():
                         continue
                     shape = (rows, *first.get_slice(key).get_shape()[1:])
                 with archive.open(f"{key}.npy", "w", force_zip64=True) as file:
