@@ -112,8 +112,8 @@ def _parser() -> argparse.ArgumentParser:
 
     add = command("download", download)
     add("names", nargs="+", metavar="NAME", help="a task's name; with --source minari also a Minari id")
-    sources = [source for source in catalogue.WAYS if source != "embedded"]
-    add("--source", choices=sources, default="d4rl", help="where from (default: %(default)s)")
+    sources = [source for source in catalogue.WAYS if source not in ("embedded", "regenerated")]
+    add("--source", choices=sources, help="where from (default: the first that has the task's data)")
 
     add = command("verify", verify)
     add("files", nargs="+", metavar="FILE", help="HDF5, NPZ, or a Minari folder")
@@ -275,9 +275,10 @@ def download(options: argparse.Namespace) -> int:
     """Download the data of tasks.
 
     D4RL's files go to $D4RL_DATASET_DIR, else ~/.d4rl/datasets, and are looked for at $CPQL_D4RL_MIRROR
-    first; Minari's go to $MINARI_DATASETS_PATH, else ~/.minari/datasets. An interrupted download continues
-    where it stopped; data that are here are only checked. Proxies are those of http_proxy, https_proxy and
-    no_proxy.
+    first; OGBench's go to $OGBENCH_DATASET_DIR, else ~/.ogbench/data, and are looked for at
+    $CPQL_OGBENCH_MIRROR first; Minari's go to $MINARI_DATASETS_PATH, else ~/.minari/datasets. An interrupted
+    download continues where it stopped; data that are here are only checked. Proxies are those of http_proxy,
+    https_proxy and no_proxy.
     """
     return _for_each(options.names, lambda name: _download(name, options.source), options.traceback)
 
@@ -296,7 +297,7 @@ def _for_each(names: list[str], run: Callable[[str], None], traceback: bool) -> 
     return failed
 
 
-def _download(name: str, source: str) -> None:
+def _download(name: str, source: str | None) -> None:
     def say(line: str) -> None:
         _print(line, file=sys.stderr)
 
@@ -304,6 +305,7 @@ def _download(name: str, source: str) -> None:
         task = Task(name, None, datasets={"minari": {"id": name}})
     else:
         task = _with_data(name)
+        source = source or next(iter(task.datasets))
     with _progress() as progress:
         path = SOURCES[source].fetch(Request(task, progress=progress, say=say))
     assert isinstance(path, Path)

@@ -1,13 +1,16 @@
-"""Collect embedded datasets, and make the behaviours that they are collected with.
+"""Collect embedded datasets, regenerate OGBench's, and make the behaviours of the embedded ones.
 
     python scripts/collect.py dataset hopper-medium --size 1000000 --seed 0
     python scripts/collect.py dataset pen-human --policy random --size 20000 --out pen-random.hdf5
+    python scripts/collect.py regenerate cube-single-play --size 1000000 --seed 0
     python scripts/collect.py train Hopper-v4 --out runs/hopper_s0 --steps 1000000
     python scripts/collect.py card runs/hopper_s0 --out cpql/data/behaviours/hopper
 
 `dataset` does what training does by itself where D4RL's data can't be had, into a file of your own if you
 name one. With `--policy random` it takes uniform random actions in any task's environment, and the file is
 marked as such: data to try a task with (`train.py env=pen-human dataset.path=pen-random.hdf5`), not D4RL's.
+`regenerate` does what training does by itself with `dataset=regenerated`: it collects an OGBench dataset
+again, with OGBench's own oracles (pip install 'cpql[ogbench]'), and goes on where an earlier call stopped.
 `train` and `card` made the behaviours that cpql ships: SAC by sbx (pip install 'cpql[behaviours]') with a
 snapshot every 5,000 steps; the expert is the best one, medium the one at a third of the expert's return.
 """
@@ -55,6 +58,16 @@ def parser() -> argparse.ArgumentParser:
         "--policy", choices=("random",), help="act at random, not by the task's recipe; needs --out"
     )
     sub.add_argument("--out", type=Path, help="HDF5 file in D4RL's layout (default: cpql's cache)")
+
+    sub = command("regenerate", regenerate, "collect an OGBench dataset again, with OGBench's own oracles")
+    sub.add_argument("task", help="a task's name: cube-single-play")
+    sub.add_argument(
+        "--size", type=whole, default=1_000_000, help="transitions, in whole episodes (default: %(default)s)"
+    )
+    sub.add_argument("--seed", type=int, default=0, help="same seed, same rows (default: %(default)s)")
+    sub.add_argument(
+        "--workers", type=whole, help="processes (default: one per core); rows don't depend on it"
+    )
 
     sub = command("train", train, "train SAC with sbx, keeping snapshots; hours on a CPU")
     sub.add_argument("environment", help="a Gymnasium id: Hopper-v4")
@@ -144,6 +157,20 @@ def dataset(options: argparse.Namespace) -> None:
             raise DataError(f"{task.name} was collected and isn't kept: expected --out to name a file")
         file = embedded.cache_folder() / data.provenance.file
     print(data.provenance.line())
+    print(f"in {file}")
+
+
+def regenerate(options: argparse.Namespace) -> None:
+    """Collect an OGBench dataset again."""
+    from cpql.data import regenerated
+    from cpql.data.request import Request
+    from cpql.tasks import load_task
+
+    task = load_task(options.task)
+    request = Request(task, size=options.size, seed=options.seed, progress=show, say=say)
+    plan = regenerated.prepare(request)
+    file = regenerated.regenerate(plan, workers=options.workers, progress=show, say=say)
+    print(regenerated.Regenerated().read(file, request).provenance.line())
     print(f"in {file}")
 
 

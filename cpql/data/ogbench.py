@@ -44,7 +44,7 @@ class OGBench(Source):
     """
 
     description = "OGBench's"
-    way = "`cpql-data download {} --source ogbench` downloads OGBench's"
+    way = "`cpql-data download {}` downloads OGBench's"
 
     def locate(self, request: Request) -> Path | None:
         """See `Source`."""

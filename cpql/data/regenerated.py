@@ -90,7 +90,7 @@ class Regenerated(Source):
     """OGBench's datasets, made again with its own oracles, and cached."""
 
     description = "OGBench's, regenerated here with its own oracles"
-    way = "`python scripts/collect.py dataset {}` regenerates OGBench's"
+    way = "`python scripts/collect.py regenerate {}` makes OGBench's again"
 
     def locate(self, request: Request) -> Path | None:
         """See `Source`."""

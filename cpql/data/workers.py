@@ -165,10 +165,10 @@ def _registration(id: str | None) -> str | None:
     """How the program registered an environment, as JSON; None if workers can register it without that."""
     import gymnasium
 
-    from cpql.environments import CONTROL, ROBOTICS
+    from cpql.environments import CONTROL, OGBENCH, ROBOTICS
 
     spec = gymnasium.registry.get(id or "")
-    if spec is None or spec.id.startswith((*ROBOTICS, CONTROL)):
+    if spec is None or spec.id.startswith((*ROBOTICS, *OGBENCH, CONTROL)):
         return None
     maker = spec.entry_point
     if callable(maker):
