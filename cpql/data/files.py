@@ -101,7 +101,7 @@ def read(
         return minari.read(path, task, time_limits=reading.get("time_limits", "keep"))
     if kind == "hdf5":
         return d4rl.read(path, id or path.stem, **reading)
-    arrays = npz(path, (*d4rl.KEYS, d4rl.ORIGIN))
+    arrays = npz(path, "D4RL's", (*d4rl.KEYS, d4rl.ORIGIN))
     origin = d4rl.Origin("file", path.stem if id is None else id, {})
     if d4rl.ORIGIN in arrays:
         origin = d4rl.origin(str(arrays.pop(d4rl.ORIGIN)), f"{path.name}:")
@@ -110,14 +110,19 @@ def read(
     )
 
 
-def npz(path: Path, known: Sequence[str]) -> dict[str, Any]:
+def npz(path: Path, whose: str, known: Sequence[str]) -> dict[str, Any]:
     """The arrays of an NPZ file that has only known keys, and doesn't declare more than it can hold.
+
+    Args:
+        path: of the file.
+        whose: layout it is, for errors: "D4RL's".
+        known: keys that it may have.
 
     Raises:
         DataError: it isn't such a file, or is damaged.
     """
     name, key = path.name, "the archive"
-    d4rl.check_file(path, f"NPZ with {', '.join(known[:3])}")
+    d4rl.check_file(path, f"NPZ with {whose} keys")
     try:
         if not zipfile.is_zipfile(path):
             raise DataError(f"{name}: not NPZ, or cut off: expected what numpy.savez writes, whole")
@@ -125,7 +130,7 @@ def npz(path: Path, known: Sequence[str]) -> dict[str, Any]:
             keys = [key for key in archive.files if not key.startswith(IGNORED)]
             for key in keys:
                 if key not in known:
-                    raise DataError(f"{name}: {key!r} is unknown: {did_you_mean(key, known)}")
+                    raise DataError(f"{name}: {key!r} is none of {whose} keys: {did_you_mean(key, known)}")
             declared = sum(archive.zip.getinfo(f"{key}.npy").file_size for key in keys)
             size = path.stat().st_size
             if d4rl.is_bomb(declared, size):

@@ -103,7 +103,7 @@ def read(path: Path, request: Request) -> Transitions:
 
 def _arrays(path: Path) -> tuple[dict[str, NDArray[Any]], Origin | None]:
     """The arrays of a file in OGBench's layout, and its origin if cpql wrote it."""
-    arrays = files.npz(path, KEYS)
+    arrays = files.npz(path, "OGBench's", KEYS)
     for key in NEEDED:
         if key not in arrays:
             raise DataError(f"{path.name}: no '{key}': expected a file in OGBench's layout")
