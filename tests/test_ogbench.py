@@ -7,6 +7,7 @@ import functools
 import http.server
 import threading
 from collections.abc import Iterator
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +16,22 @@ import numpy as np
 import pytest
 import safetensors.numpy
 from numpy.typing import NDArray
+from rich.console import Console
 
 import cpql.data
 from cpql.actors import ActorConfig, ConsistencyActor
+from cpql.cli import _table
 from cpql.data import ogbench, oracles, regenerated
 from cpql.data.oracles import Recipe
 from cpql.data.request import Request
 from cpql.data.sources import SOURCES
+from cpql.deploy import hub
 from cpql.deploy.policy import Policy, PolicyConfig
 from cpql.environments import make_task_environment, spec_of
 from cpql.errors import ConfigError, DataError
 from cpql.tasks import Task, load_task, task_names
 from cpql.train.evaluation import Evaluation, evaluate
+from cpql.train.summary import summary
 
 pytest.importorskip("ogbench")
 
@@ -377,6 +382,19 @@ def test_the_score_is_the_share_of_successes() -> None:
     content = found.to_dict()
     assert content["score_interval"] == [low, high] and content["successes"] == [1, 0, 1, 1]
     assert content["measure"] == "success" and content["references"]["of"] == "OGBench"
+    data = {"source": "regenerated", "id": "cube-single-play-v0", "return_mean": -40.0}
+    run = {"evaluated": True, "behaviour_return": -40.0, "behaviour_score": None, "data": data}
+    text = summary(content | run, "runs/x")
+    assert "score 75.0 (95% interval 30.1 to 95.4; return -110 ± 104 over 4 episodes" in text
+    assert "share of successes in percent, as OGBench counts them   (data: regenerated cube-single" in text
+    rows, index = hub._evaluation(content)
+    assert rows["successes in percent (OGBench)"] == "75.0, 95% interval 30.1 to 95.4"
+    assert index["metrics"][1]["type"] == "success_rate"
+    with StringIO() as out:
+        Console(file=out, width=200).print(_table(found, {"data": data}))
+        printed = out.getvalue()
+    assert "successes in percent (OGBench)" in printed and "75.0  [30.1, 95.4]" in printed
+    assert "references" not in printed
 
 
 def test_an_evaluation_counts_successes() -> None:

@@ -171,11 +171,16 @@ def _evaluation(result: Mapping[str, Any]) -> tuple[dict[str, str], dict[str, An
     if result.get("score") is not None:
         references, (low, high) = result["references"], result["score_interval"]
         of, zero, hundred = (references[key] for key in ("of", "random", "expert"))
-        rows[f"score ({of}-normalised)"] = (
-            f"{result['score']:.1f}, 95% interval {low:.1f} to {high:.1f} "
-            f"(0 is {zero:,.1f}, 100 is {hundred:,.1f})"
+        score, value = (
+            f"{result['score']:.1f}, 95% interval {low:.1f} to {high:.1f}",
+            round(result["score"], 2),
         )
-        metrics.append(("normalized_score", f"{of}-normalised score", round(result["score"], 2)))
+        if result.get("measure") == "success":
+            rows[f"successes in percent ({of})"] = score
+            metrics.append(("success_rate", f"{of} successes in percent", value))
+        else:
+            rows[f"score ({of}-normalised)"] = f"{score} (0 is {zero:,.1f}, 100 is {hundred:,.1f})"
+            metrics.append(("normalized_score", f"{of}-normalised score", value))
     environment = str(result["environment"])
     versions = result["versions"].items()
     rows |= {
@@ -210,6 +215,8 @@ def _provenance(config: PolicyConfig, steps: int) -> dict[str, str]:
         rows["data"] = f"{data['source']} {data['id']}, {data['transitions']:,} transitions"
         if data["source"].startswith("embedded"):
             rows["note"] = "collected by cpql itself, not D4RL's: its scores belong in no table with D4RL's"
+        if data["source"] == "regenerated":
+            rows["note"] = "made again with OGBench's own oracles, so not the rows of its published file"
         if data.get("return_mean") is not None:
             rows["the data's return"] = f"{data['return_mean']:,.1f} ± {data['return_std']:,.1f}"
         rows["the data's SHA-256"] = str(data["sha256"])

@@ -28,13 +28,12 @@ def summary(result: dict[str, Any], folder: str) -> str:
     else:
         low, high = result["score_interval"]
         of = result["references"]["of"]
-        beside = "unknown" if behaviour is None else f"{result['behaviour_score']:.1f}"
         lines = [f"score {result['score']:.1f} (95% interval {low:.1f} to {high:.1f}; {returns} {how})"]
-        lines.append(
-            f"the score is the share of successes in percent, as {of}'s are   ({data})"
-            if result.get("measure") == "success"
-            else f"behaviour {beside}   random 0.0   expert 100.0   ({of}'s references; {data})"
-        )
+        if result.get("measure") == "success":
+            lines.append(f"the score is the share of successes in percent, as {of} counts them   ({data})")
+        else:
+            beside = "unknown" if behaviour is None else f"{result['behaviour_score']:.1f}"
+            lines.append(f"behaviour {beside}   random 0.0   expert 100.0   ({of}'s references; {data})")
     if result["note"]:
         lines.append(f"note: {result['note']}")
     return "\n".join([*lines, where])
