@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from cpql.errors import ConfigError, did_you_mean
-from cpql.settings import build
+from cpql.settings import Count, build
 
 __all__ = [
     "Task",
@@ -59,6 +59,7 @@ class Task:
         env_options: keyword arguments of `gymnasium.make`.
         reset_options: the environment's `reset(options=...)`.
         episodes: of one evaluation in the papers.
+        at_once: how many of them run side by side: fewer where an environment takes much memory.
         note: a sentence where scores here can't be compared with D4RL's tables, and why.
         benchmark: whose references these are; scores of two benchmarks belong in no common table.
         measure: what scores are made of: "return", by the references; or "success", the share of episodes, in
@@ -78,6 +79,7 @@ class Task:
     env_options: dict[str, Any] = field(default_factory=dict)
     reset_options: dict[str, Any] = field(default_factory=dict)
     episodes: int = 10
+    at_once: Count = 50
     note: str = ""
     benchmark: str = "D4RL"
     measure: Literal["return", "success"] = "return"

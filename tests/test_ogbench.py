@@ -27,7 +27,7 @@ from cpql.data.request import Request
 from cpql.data.sources import SOURCES
 from cpql.deploy import hub
 from cpql.deploy.policy import Policy, PolicyConfig
-from cpql.environments import make_task_environment, spec_of
+from cpql.environments import make_task_environment, spec_of, widths
 from cpql.errors import ConfigError, DataError
 from cpql.tasks import Task, load_task, task_names
 from cpql.train.evaluation import Evaluation, evaluate
@@ -348,15 +348,15 @@ def test_a_dataset_and_its_validation_file_are_downloaded(folder: Path, mirror: 
      pytest.param("cube-single-play", marks=pytest.mark.slow)],
 )  # fmt: skip
 def test_a_seed_determines_an_episode_and_nothing_else(name: str) -> None:
-    def episode(before: int) -> list[NDArray[Any]]:
-        np.random.seed(before)
-        state = np.random.get_state()[1]
+    def episode(other: int) -> list[NDArray[Any]]:
+        np.random.seed(other)
+        before = np.random.get_state(legacy=False)["state"]["key"].copy()
         environment = make_task_environment(load_task(name))
         seen = [environment.reset(seed=5)[0]]
-        actions = np.random.default_rng(0).uniform(-1, 1, (40, *environment.action_space.shape))  # type: ignore[misc]
+        actions = np.random.default_rng(0).uniform(-1, 1, (40, widths(environment)[1]))
         seen += [environment.step(action)[0] for action in actions]
         environment.close()
-        assert np.array_equal(state, np.random.get_state()[1])  # type: ignore[arg-type]
+        assert np.array_equal(before, np.random.get_state(legacy=False)["state"]["key"])
         return seen
 
     assert np.array_equal(episode(0), episode(1))

@@ -119,7 +119,7 @@ def evaluate(
     *,
     seed: int = 0,
     deterministic: bool = False,
-    at_once: int = 50,
+    at_once: int | None = None,
     episode_limit: int = 10_000,
     stopped: Callable[[], bool] = lambda: False,
 ) -> Evaluation:
@@ -134,7 +134,7 @@ def evaluate(
         episodes: how many.
         seed: of the environments and the noise.
         deterministic: see `Policy.predict`.
-        at_once: how many environments run side by side.
+        at_once: how many environments run side by side; None takes the task's number.
         episode_limit: steps after which an unfinished episode is cut.
         stopped: called at every step; True ends the evaluation.
 
@@ -144,6 +144,7 @@ def evaluate(
         ActingError: the environment failed.
     """
     policy.seed(seed)
+    at_once = at_once or task.at_once
     returns, lengths = np.zeros(episodes), np.zeros(episodes, np.int64)
     successes = np.zeros(episodes) if task.measure == "success" else None
     cut = 0
