@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
-import math
 import re
 import sys
 import tempfile
@@ -16,9 +15,6 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 import hydra
 from omegaconf import MISSING, DictConfig, OmegaConf
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from cpql.deploy.hub import PREFIX
 from cpql.errors import CheckpointError, ConfigError, errors_in_one_line, printable
@@ -30,7 +26,6 @@ if TYPE_CHECKING:
 
     from cpql.deploy.policy import Policy
     from cpql.tasks import Task
-    from cpql.train.evaluation import Evaluation
 
 __all__ = ["evaluate", "export", "train"]
 
@@ -81,15 +76,12 @@ def _train(content: DictConfig) -> None:
     from hydra.core.hydra_config import HydraConfig
 
     from cpql.configuration import members
-    from cpql.train.logging import make_console
-    from cpql.train.loop import train_group
-    from cpql.train.summary import group_summary
+    from cpql.train.logging import make_console, say
+    from cpql.train.loop import group_summary, train_group
 
     overrides = [word.lstrip("+").partition("=")[0] for word in HydraConfig.get().overrides.task]
-    runs = members(content, overrides)
-    console = make_console()
-    results = train_group(runs, console)
-    console.print(Text(printable(group_summary(results, [config for config, _ in runs]))))
+    configs, console = members(content, overrides), make_console()
+    say(console, group_summary(train_group(configs, console), configs))
 
 
 @dataclass(frozen=True)
@@ -172,6 +164,7 @@ def _load(config: CommandConfig, device: torch.device | str = "cpu") -> tuple[Po
 def _evaluate(content: DictConfig) -> None:
     import torch
 
+    from cpql.deploy.summary import summary
     from cpql.device import choose_device
     from cpql.environments import import_environment
     from cpql.io import write_text
@@ -195,8 +188,8 @@ def _evaluate(content: DictConfig) -> None:
         deterministic=config.deterministic,
         episode_limit=config.episode_limit,
     )
-    Console().print(_table(evaluation, policy.config.origin))
     result = {"task": task.name, "policy": policy.config.origin, **evaluation.to_dict()}
+    print(printable(summary(result)))
     write_text(out, json.dumps(result, indent=2, allow_nan=False) + "\n")
     print(printable(str(out)))
 
@@ -227,51 +220,6 @@ def _check_writable(path: Path) -> None:
         tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent).cleanup()
     except OSError as error:
         raise ConfigError(f"out={path}: can't be written: {error.strerror}") from None
-
-
-def _table(evaluation: Evaluation, origin: dict[str, Any]) -> Table:
-    """The summary of an evaluation that is printed; `origin` is the policy's, and may be a stranger's."""
-    task, (low, high) = evaluation.task, evaluation.interval
-    step, data = origin.get("step"), origin.get("data")
-    data = data if isinstance(data, dict) else {}
-    update = f"{step:,}" if isinstance(step, int) else "unknown"
-    behaviour = data.get("return_mean")
-    if not isinstance(behaviour, int | float):
-        behaviour = None
-    behaviour_return = "unknown" if behaviour is None else f"{behaviour:,.1f}"
-    cut = f", {evaluation.cut} of them cut after {evaluation.episode_limit:,} steps" if evaluation.cut else ""
-    rows = {
-        "return": f"{evaluation.mean:,.1f} ± {evaluation.std:,.1f}  [{low:,.1f}, {high:,.1f}]",
-        "episode length": f"{sum(evaluation.lengths) / len(evaluation.lengths):,.1f}",
-        "episodes": f"{len(evaluation.returns)}{cut}",
-    }
-    if evaluation.score is None:
-        rows |= {"behaviour's return": behaviour_return, "references": "none: a return, and no score"}
-    else:
-        low, high = evaluation.score_interval or (math.nan, math.nan)
-        score = f"{evaluation.score:.1f}  [{low:.1f}, {high:.1f}]"
-        if task.measure == "success":
-            rows = {f"successes in percent ({task.benchmark})": score} | rows
-        else:
-            rows = {f"score ({task.benchmark}-normalised)": score} | rows
-            rows |= {
-                "behaviour's score": "unknown" if behaviour is None else f"{task.score(behaviour):.1f}",
-                "references": (
-                    f"random {task.random_return:,.1f}, expert {task.expert_return:,.1f} ({task.benchmark})"
-                ),
-            }
-    rows |= {
-        "environment": task.id or "",
-        "action rule": evaluation.rule,
-        "data": f"{data.get('source', 'unknown')} {data.get('id', '')}",
-    }
-    if task.note:
-        rows["note"] = task.note
-    title = f"{origin.get('agent')} on {task.name}, update {update}, seed {origin.get('seed')}"
-    table = Table("", "value", title=Text(printable(title)))
-    for row in rows.items():
-        table.add_row(*(Text(printable(cell)) for cell in row))
-    return table
 
 
 def _export(content: DictConfig) -> None:

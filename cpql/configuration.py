@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
 import math
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict
-from pathlib import Path
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, replace
+from fnmatch import fnmatchcase
 from typing import Any, cast
 
 import yaml
@@ -16,31 +15,25 @@ from hydra.core.config_store import ConfigStore
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
+from cpql.actors import ACTORS
 from cpql.agents import AGENTS
 from cpql.consistency import OBJECTIVES
 from cpql.data.sources import SOURCES
 from cpql.environments import import_environment
-from cpql.errors import CheckpointError, ConfigError, did_you_mean
+from cpql.errors import CheckpointError, ConfigError, brief, did_you_mean
 from cpql.migration import upgrade
-from cpql.settings import build
-from cpql.tasks import config_folder, load_task, task_names, task_patterns, with_own_references
+from cpql.settings import flat
+from cpql.tasks import config_folder, load_task, task_names, task_patterns
 from cpql.train.checkpoint import find_training
-from cpql.train.config import BudgetConfig, DatasetConfig, OnlineConfig, TrainConfig
+from cpql.train.config import BudgetConfig, DatasetConfig, OnlineConfig, TrainConfig, train_config
 
-__all__ = ["Plain", "check_words", "choices", "members", "register", "resolved"]
-
-Plain = dict[str, Any]
-"""Configuration as nested plain values."""
+__all__ = ["check_words", "choices", "members", "register"]
 
 GROUPS = ("mode", "env", "agent", "preset", "dataset", "budget")
 
 
 class _Shared(dict[str, Any]):
-    """A group of Hydra's store that isn't copied with it.
-
-    Hydra copies its whole store for every composition, and 75 times for a --help: seconds, with all tasks in
-    it. What it loads from the store it copies anyway.
-    """
+    """A group of Hydra's store that isn't copied with it: Hydra's 75 copies for a --help take seconds."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Shared:
         return self
@@ -68,6 +61,9 @@ def register(**commands: Any) -> None:
         node = asdict(agent.config_class())
         del node["updates"]  # the budget has it
         store.store(group="schema", name=name, package="agent", node=node)
+    for kind, actor in ACTORS.items():
+        node = asdict(actor.config_class())
+        store.store(group="schema", name=f"actor_{kind}", package="agent.actor", node=node)
     for name, config in {"budget": BudgetConfig(), "online": OnlineConfig()}.items():
         store.store(group="schema", name=name, package=name, node=asdict(cast(Any, config)))
     for name, config in commands.items():
@@ -84,23 +80,28 @@ def register(**commands: Any) -> None:
 
 
 def _published(column: str, default: Any, *, _root_: DictConfig) -> Any:
-    """`${published:COLUMN,DEFAULT}`: from the agent's published table, its row of the task, or of `all`."""
-    for row in (_root_.env.name, "all"):
-        value = OmegaConf.select(_root_, f"published.{row}.{column}")
-        if value is not None:
-            return value
+    """`${published:COLUMN,DEFAULT}`: from the agent's published table.
+
+    Of its rows the first that fits the task gives the value: a row's key is one pattern or several, such as
+    `hopper-*`, with spaces between. A row named as the task itself precedes patterns, `all` comes last.
+    """
+    table, task = _root_.get("published") or {}, str(_root_.env.name)
+    fitting = (row for key, row in table.items() if any(fnmatchcase(task, part) for part in key.split()))
+    for row in (table.get(task), next(fitting, None), table.get("all")):
+        if row is not None and row.get(column) is not None:
+            return row[column]
     return default
 
 
 def _settings(*, _root_: DictConfig) -> str:
     """`${settings:}`: all present settings as YAML for the help."""
     plain = OmegaConf.masked_copy(_root_, [str(key) for key in _root_ if key != "hydra"])
-    return OmegaConf.to_yaml(resolved(plain)).replace("$", "$$")  # Hydra fills in the help's own $NAMES
+    return OmegaConf.to_yaml(_resolved(plain)).replace("$", "$$")  # Hydra fills in the help's own $NAMES
 
 
-def resolved(content: DictConfig) -> Plain:
+def _resolved(content: DictConfig) -> dict[str, Any]:
     """The settings as plain values, without the table that some of them are read from."""
-    plain = cast(Plain, OmegaConf.to_container(content, resolve=True))
+    plain = cast(dict[str, Any], OmegaConf.to_container(content, resolve=True))
     plain.pop("published", None)
     return plain
 
@@ -123,37 +124,30 @@ def check_words(command: str, words: list[str]) -> None:
     """
     if any(word.startswith("-") for word in words):
         return
-    groups, values = (GROUPS if command == "train" else ()), {}
+    values, chosen = {}, []
     for word in words:
         key, equals, values[key] = word.partition("=")
         if not equals:
             raise ConfigError(
                 f"{word!r}: expected KEY=VALUE, for example env=hopper-medium; --help shows all"
             )
-        if key in groups and values[key] not in choices(key):
-            raise ConfigError(
-                f"{key}={values[key]} does not exist: {did_you_mean(values[key], choices(key))}"
-            )
+        if command == "train" and key in GROUPS:
+            chosen.append(word)
+            if values[key] not in choices(key):
+                raise ConfigError(f"{word} does not exist: {did_you_mean(values[key], choices(key))}")
     with initialize_config_dir(str(config_folder()), version_base="1.3"):
         try:
             compose(command, words)
         except HydraException as error:
-            chosen = compose(command, [f"{key}={value}" for key, value in values.items() if key in groups])
-            known = {*groups, *_keys(OmegaConf.to_container(chosen))}
+            content = cast(dict[str, Any], OmegaConf.to_container(compose(command, chosen)))
+            content.pop("published", None)
+            known = flat(content).keys() | {word.partition("=")[0] for word in chosen}
             # Of an environment's own options Hydra says better what to type: a + before them.
             free = ("+", "~", "hydra", "env.env_options.", "env.reset_options.")
             for key in values:
                 if not key.startswith(free) and key not in known:
                     raise ConfigError(f"unknown setting {key!r}: {_instead(key, known)}") from None
             raise ConfigError(" ".join(str(error).split())) from None
-
-
-def _keys(content: Any, prefix: str = "") -> Iterator[str]:
-    """The dotted names of all settings."""
-    for key, value in content.items():
-        if prefix + key != "published":
-            yield f"{prefix}{key}"
-            yield from _keys(value, f"{prefix}{key}.") if isinstance(value, dict) else ()
 
 
 def _instead(key: str, known: set[str]) -> str:
@@ -164,20 +158,15 @@ def _instead(key: str, known: set[str]) -> str:
         return f"did you mean {' or '.join(sorted(k for k, name in names.items() if name in near))}?"
     group = key.rpartition(".")[0]
     inside = sorted(k for k in known if k.rpartition(".")[0] == group)
-    if inside:
-        return f"choose from {', '.join(inside)}"
-    return f"there are no settings in {group} in this mode" if group in known else _instead(group, known)
+    return f"choose from {', '.join(inside)}" if inside else f"there are no settings in {group} in this mode"
 
 
-def members(content: DictConfig, overrides: list[str]) -> list[tuple[TrainConfig, Plain]]:
+def members(content: DictConfig, overrides: list[str]) -> list[TrainConfig]:
     """The runs of a command: one, or one for each of `seeds` or of a list of rates.
 
     Args:
         content: all settings.
         overrides: keys of those that the command line gives.
-
-    Returns:
-        The configuration of each, and the same as plain values.
 
     Raises:
         ConfigError: lists of different lengths, or a setting that isn't valid.
@@ -190,12 +179,10 @@ def members(content: DictConfig, overrides: list[str]) -> list[tuple[TrainConfig
         if not OmegaConf.is_list(content.seeds):
             raise ConfigError(f"seeds={content.seeds}: expected a list, such as [0,1,2,3]; seed takes one")
         lists["seed"] = list(content.seeds)
-    count = len(next(iter(lists.values()))) if lists else 1
-    for key, values in lists.items():
-        if not values:
-            raise ConfigError(f"{key}=[]: expected a value for each member, found none")
-        if len(values) != count:
-            raise ConfigError(f"{key}={values}: {len(values)} values: expected {count}, one for each member")
+    given = ", ".join(f"{key}={values}" for key, values in lists.items())
+    count, *others = {len(values) for values in lists.values()} or {1}
+    if others or not count:
+        raise ConfigError(f"{given}: expected lists of one length, with a value for each member")
     if "env.id" in overrides and isinstance(content.env.id, str):
         OmegaConf.update(content, "env.id", import_environment(content.env.id))
     found = []
@@ -203,20 +190,17 @@ def members(content: DictConfig, overrides: list[str]) -> list[tuple[TrainConfig
         own = content.copy()
         for key, values in lists.items():
             OmegaConf.update(own, key, values[k])
-        plain = resolved(own)
-        found.append((_checked(plain, overrides), plain))
-    if len({config.run_dir for config, _ in found}) == count:
+        found.append(_checked(_resolved(own), overrides))
+    if len({config.run_dir for config in found}) == count:
         return found
-    for k, (config, plain) in enumerate(found):
-        suffix = "-".join(f"{key.removeprefix('agent.')}{values[k]}" for key, values in lists.items())
-        plain["run_dir"] = f"{config.run_dir}-{suffix}"
-        found[k] = dataclasses.replace(config, run_dir=plain["run_dir"]), plain
-    if len({config.run_dir for config, _ in found}) < count:
-        raise ConfigError(f"two members are alike: {', '.join(f'{k}={v}' for k, v in lists.items())}")
-    return found
+    marks = ["-".join(f"{key.removeprefix('agent.')}{values[k]}" for key, values in lists.items())
+             for k in range(count)]  # fmt: skip
+    if len(set(marks)) < count:
+        raise ConfigError(f"two members are alike: {given}")
+    return [replace(c, run_dir=f"{c.run_dir}-{mark}") for c, mark in zip(found, marks, strict=True)]
 
 
-def _checked(plain: Plain, overrides: list[str]) -> TrainConfig:
+def _checked(plain: dict[str, Any], overrides: list[str]) -> TrainConfig:
     """Complete one run's settings, and check them."""
     del plain["seeds"]
     if plain["env"]["name"] is None:
@@ -224,50 +208,41 @@ def _checked(plain: Plain, overrides: list[str]) -> TrainConfig:
             "no environment: expected env.id, such as env.id=Pendulum-v1, or a task, such as env=hopper"
         )
     if isinstance(plain["checkpoint"], str):
-        _continue_from(plain, overrides)
+        plain |= _continued(plain, overrides)
     _drop_inapplicable(plain["agent"], overrides)
-    config = build(TrainConfig, plain, "configuration")
-    if config.env.name not in task_names():
-        return config
-    own = load_task(config.env.name)
-    return dataclasses.replace(config, env=with_own_references(config.env, own))
+    return train_config(plain, "configuration")
 
 
-def _continue_from(plain: Plain, overrides: list[str]) -> None:
-    """Take task, agent and dataset from the run of `checkpoint`, except for what the command line gives."""
-    file = find_training(Path(plain["checkpoint"]))[0].parent / "config.yaml"
+def _continued(plain: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
+    """Task, agent and dataset of the run of `checkpoint`, except for what the command line gives."""
+    file = find_training(plain["checkpoint"])[0].parent / "config.yaml"
     try:
-        before = yaml.safe_load(file.read_text())
-        if not {"env", "agent", "dataset"} <= before.keys():
-            raise ValueError("it has no env, agent and dataset")
-        before = upgrade(before)
-    except (OSError, ValueError, AttributeError, yaml.YAMLError) as error:
-        raise CheckpointError(f"{file}: no readable configuration of a run: {error}") from error
+        before = upgrade(yaml.safe_load(file.read_text()))
+        parts = {part: before[part] for part in ("env", "agent", "dataset") if part not in overrides}
+    except (OSError, ValueError, TypeError, KeyError, yaml.YAMLError) as error:
+        raise CheckpointError(f"{file}: no readable configuration of a run: {brief(error)}") from error
     if "agent" in overrides:
         raise ConfigError(
             f"agent=...: the agent is that of checkpoint={plain['checkpoint']}; "
             "agent.KEY=VALUE changes a setting"
         )
-    plain["configuration"] = before.get("configuration", "")
-    for part in {"env", "agent", "dataset"} - set(overrides):
-        chosen, plain[part] = plain[part], before[part]
-        for key in overrides:
-            if key.startswith(f"{part}."):
-                *parents, name = key.split(".")[1:]
-                source, target = chosen, plain[part]
-                for parent in parents:
-                    source, target = source[parent], target[parent]
-                target[name] = source[name]
+    now, then = OmegaConf.create(plain), OmegaConf.create(parts)
+    for key in overrides:
+        part, dot, _ = key.partition(".")
+        if dot and part in parts:
+            OmegaConf.update(then, key, OmegaConf.select(now, key), merge=False, force_add=True)
+    kept = cast(dict[str, Any], OmegaConf.to_container(then))
+    return {**kept, "configuration": before.get("configuration", "")}
 
 
-def _drop_inapplicable(agent: Plain, overrides: list[str]) -> None:
-    """Drop settings of other agents and objectives, unless the command line gives them.
+def _drop_inapplicable(agent: dict[str, Any], overrides: list[str]) -> None:
+    """Drop settings of other agents, actors and objectives, unless the command line gives them.
 
     A preset may set what the agent doesn't have. If the command line chooses the objective, options of the
     agent's own objective, such as Consistency-AC's weight, may not apply.
     """
 
-    def drop(settings: Plain, where: str, keys: Iterable[str]) -> None:
+    def drop(settings: dict[str, Any], where: str, keys: Iterable[str]) -> None:
         for key in keys:
             if not any(f"{given}.".startswith(f"{where}.{key}.") for given in overrides):
                 settings.pop(key, None)
@@ -276,11 +251,10 @@ def _drop_inapplicable(agent: Plain, overrides: list[str]) -> None:
         presets = (cast(DictConfig, OmegaConf.load(file)) for file in (config_folder() / "preset").iterdir())
         fields = kind.config_class.__dataclass_fields__.keys()
         drop(agent, "agent", {str(key) for preset in presets for key in preset} - fields)
+    if actor := ACTORS.get(str(agent["actor"].get("kind"))):
+        drop(agent["actor"], "agent.actor", agent["actor"].keys() - actor.config_class.__dataclass_fields__)
     options = "agent.actor.objective_options"
     if "agent.actor.objective" in overrides and options not in overrides:
-        objective, own = (
-            OBJECTIVES.get(str(agent["actor"]["objective"])),
-            agent["actor"].get("objective_options"),
-        )
-        if objective and own:
+        objective = OBJECTIVES.get(str(agent["actor"]["objective"]))
+        if objective and (own := agent["actor"].get("objective_options")):
             drop(own, options, own.keys() - objective.settings)

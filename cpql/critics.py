@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from cpql.networks import MLP, Activation
+from cpql.networks import MLP, Activation, Initialisation, Norm
 
 __all__ = ["Critic", "TwinCritic", "ValueFunction"]
 
@@ -21,13 +21,16 @@ class TwinCritic(nn.Module):
         action_dim: int,
         hidden: Sequence[int] = (256, 256, 256),
         *,
-        layer_norm: bool = False,
+        layer_norm: Norm = False,
         activation: Activation = "mish",
+        initial: Initialisation = "torch",
         members: Sequence[int] = (),
     ) -> None:
         super().__init__()
         self.members = tuple(members)
-        self.q = MLP(state_dim + action_dim, hidden, 1, (*members, 2), layer_norm, activation)
+        self.q = MLP(
+            state_dim + action_dim, hidden, 1, (*members, 2), layer_norm, activation, initial, "critic"
+        )
 
     def forward(self, state: Tensor, action: Tensor) -> Tensor:
         """Both values of each pair.
@@ -54,12 +57,13 @@ class ValueFunction(nn.Module):
         state_dim: int,
         hidden: Sequence[int] = (256, 256, 256),
         *,
-        layer_norm: bool = False,
+        layer_norm: Norm = False,
         activation: Activation = "mish",
+        initial: Initialisation = "torch",
         members: Sequence[int] = (),
     ) -> None:
         super().__init__()
-        self.v = MLP(state_dim, hidden, 1, members, layer_norm, activation)
+        self.v = MLP(state_dim, hidden, 1, members, layer_norm, activation, initial, "critic")
 
     def forward(self, state: Tensor) -> Tensor:
         """Map [*members, B, S] to [*members, B]."""

@@ -53,13 +53,10 @@ MUJOCO_BELOW = (
 
 
 def import_environment(id: str) -> str:
-    """Import the module of `MODULE:ID`, which registers environments, and give the id alone.
+    """Import the module of `MODULE:ID`, which registers environments, and return the id without it.
 
-    This runs the module's code. So it is for what the user types, never for an id that was read from a file:
-    what is stored is the id alone, and `make_environment` takes no other.
-
-    Args:
-        id: `MODULE:ID`, or an id alone, which is given back as it is.
+    This runs the module's code, so pass only what the user typed, never an id that was read from a file.
+    Files store the id alone, and `make_environment` accepts nothing else.
 
     Raises:
         ConfigError: there is no such module, it fails, or it registers no such environment.
@@ -289,11 +286,7 @@ class TaskEnvironment(gymnasium.Wrapper[Any, Any, Any, Any]):
 
 
 def make_task_environment(task: Task, **options: Any) -> TaskEnvironment:
-    """Make a task's environment.
-
-    Args:
-        task: which.
-        **options: of `gymnasium.make`, besides the task's own.
+    """Make a task's environment, with options of `gymnasium.make` besides the task's own.
 
     Raises:
         ConfigError: see `make_environment` and `TaskEnvironment`.
@@ -306,7 +299,7 @@ def make_task_environment(task: Task, **options: Any) -> TaskEnvironment:
 
 
 def widths(environment: gymnasium.Env[Any, Any]) -> tuple[int, int]:
-    """How many numbers an observation and an action have, S and A.
+    """The widths of observations and actions, S and A.
 
     Raises:
         ConfigError: actions aren't numbers in one axis.
@@ -331,10 +324,10 @@ def action_bounds(environment: gymnasium.Env[Any, Any]) -> tuple[NDArray[np.floa
 
 
 class EnvironmentSpec(NamedTuple):
-    """What a task's environment determines about its data.
+    """The widths, action bounds and time limit of a task's environment.
 
     Attributes:
-        widths: how many numbers an observation and an action have, S and A.
+        widths: of observations and actions, S and A.
         action_low: lower bounds [A] of actions.
         action_high: upper bounds [A].
         episode_limit: steps after which it truncates an episode, or None.

@@ -1,7 +1,7 @@
-"""Older runs and policies: what they wrote, in today's form.
+"""Upgrades of configurations that older versions of cpql wrote.
 
-A run's `config.yaml` and a policy's `config.json` are plain values. Where a name or a place in them has
-changed since, `upgrade` gives them as this version would write them.
+`upgrade` turns the content of a run's `config.yaml` or a policy's `config.json` into what this version would
+write, where a key has been renamed or moved since.
 """
 
 from __future__ import annotations
@@ -16,21 +16,17 @@ RENAMED = {
     ("agent", "actor", "objective_options", "share"): "fraction",
     ("online", "offline_share"): "offline_fraction",
 }
-"""Keys that have another name today, by where they were."""
+"""New names of renamed keys, by their old path."""
 
 FIRST_AGENTS = ("cpql", "consistency_ac")
-"""The agents of the versions whose actors had no kind."""
+"""Agents that existed before actors had a kind."""
 
 
 def upgrade(content: Mapping[str, Any]) -> dict[str, Any]:
-    """Give the plain values of a policy's or a run's configuration in today's form.
+    """Return the nested plain values of a policy's or a run's configuration in today's form.
 
-    Args:
-        content: nested plain values of any version of cpql, or of anybody: what isn't recognised stays as it
-            is, for whoever checks the result. It isn't changed itself.
-
-    Returns:
-        The same values, today's where they are today's already.
+    `content` may come from any version of cpql, or from a stranger: it isn't changed, and values that aren't
+    recognised are kept for the caller to check.
     """
     new = dict(content)
     for path, name in RENAMED.items():
@@ -42,12 +38,9 @@ def upgrade(content: Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(new.get("actor"), Mapping):
         new["actor"] = {"kind": "consistency", **new["actor"]}
     agent = new.get("agent")
-    if (
-        isinstance(agent, Mapping)
-        and agent.get("name") in FIRST_AGENTS
-        and isinstance(agent.get("actor"), Mapping)
-    ):
-        new["agent"] = {**agent, "actor": {"kind": "consistency", **agent["actor"]}}
+    if isinstance(agent, Mapping) and agent.get("name") in FIRST_AGENTS:
+        if isinstance(agent.get("actor"), Mapping):
+            new["agent"] = {**agent, "actor": {"kind": "consistency", **agent["actor"]}}
     return new
 
 
@@ -68,13 +61,10 @@ def _task(old: Mapping[str, Any]) -> dict[str, Any]:
         return dict(old)
     new = dict(old)
     id, path, minari, rows = (new.pop(key, None) for key in ("dataset", "url", "minari", "transitions"))
-    entries: dict[str, dict[str, Any]] = {}
+    new["datasets"] = {}
     if id and id != minari:
-        entries["d4rl"] = {"id": id}
-        if path:
-            entries["d4rl"]["path"] = path
-        if rows is not None:
-            entries["d4rl"]["rows"] = rows
+        entry = {"id": id, "path": path or None, "rows": rows}
+        new["datasets"]["d4rl"] = {key: value for key, value in entry.items() if value is not None}
     if minari:
-        entries["minari"] = {"id": minari}
-    return {**new, "datasets": entries}
+        new["datasets"]["minari"] = {"id": minari}
+    return new

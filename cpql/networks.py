@@ -17,9 +17,31 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-__all__ = ["MLP", "Activation", "LayerNorm", "Linear", "Mish", "TimeEmbedding", "set_matmul_dtype"]
+__all__ = [
+    "MLP",
+    "Activation",
+    "Initialisation",
+    "LayerNorm",
+    "Linear",
+    "Mish",
+    "Norm",
+    "TimeEmbedding",
+    "dropout_masks",
+    "set_matmul_dtype",
+]
 
-Activation = Literal["mish", "relu"]
+Activation = Literal["mish", "relu", "gelu"]
+"""GELU is its tanh approximation, as in JAX."""
+
+Norm = bool | Literal["after"]
+"""LayerNorm in each hidden layer: none, before the activation (True), or `after` it, as in ReBRAC and FQL."""
+
+Initialisation = Literal["torch", "glorot", "rebrac"]
+"""Initial weights. `torch`: U(-1/sqrt(in), 1/sqrt(in)) for weights and biases. `glorot`: Glorot's uniform
+weights, biases 0 (FQL). `rebrac`: hidden layers U(-1/sqrt(in), 1/sqrt(in)) with biases 0.1, and the last
+layer U(-b, b), b = 0.001 for a policy's and 0.003 for a critic's."""
+
+LAST = {"policy": 1e-3, "critic": 3e-3}
 
 # Thinner layers, in or out, take longer in bfloat16, by far where they have three outputs.
 LEAST_WIDTH_IN_BF16 = 16
@@ -100,8 +122,29 @@ class Mish(nn.Module):
         return x * (n / (n + 2.0))
 
 
+class GELU(nn.GELU):
+    """Its tanh approximation, elementwise."""
+
+    def __init__(self) -> None:
+        super().__init__(approximate="tanh")
+
+
+ACTIVATIONS: dict[str, type[nn.Module]] = {"mish": Mish, "relu": nn.ReLU, "gelu": GELU}
+
+
 class MLP(nn.Module):
-    """Linear layers with an activation between them, optionally with a LayerNorm before each activation."""
+    """Linear layers with an activation between them, optionally with a LayerNorm at each activation.
+
+    Args:
+        inputs: width of the input.
+        hidden: widths of the hidden layers.
+        outputs: width of the output.
+        members: leading axes of independent networks.
+        layer_norm: whether and where there is a LayerNorm, see `Norm`.
+        activation: a key of `ACTIVATIONS`.
+        initial: of the weights, see `Initialisation`.
+        role: for `initial="rebrac"`, what the last layer gives.
+    """
 
     def __init__(
         self,
@@ -109,19 +152,29 @@ class MLP(nn.Module):
         hidden: Sequence[int],
         outputs: int,
         members: Sequence[int] = (),
-        layer_norm: bool = False,
+        layer_norm: Norm = False,
         activation: Activation = "mish",
+        initial: Initialisation = "torch",
+        role: Literal["policy", "critic"] = "policy",
     ) -> None:
         super().__init__()
         widths = [inputs, *hidden]
         layers: list[nn.Module] = []
         for i, o in itertools.pairwise(widths):
-            layers.append(Linear(i, o, members))
+            layers += [Linear(i, o, members), ACTIVATIONS[activation]()]
             if layer_norm:
-                layers.append(LayerNorm(o, members))
-            layers.append(Mish() if activation == "mish" else nn.ReLU())
+                layers.insert(len(layers) if layer_norm == "after" else -1, LayerNorm(o, members))
         layers.append(Linear(widths[-1], outputs, members))
         self.layers = nn.Sequential(*layers)
+        linear = [layer for layer in layers if isinstance(layer, Linear)]
+        for layer in linear if initial != "torch" else ():
+            nn.init.constant_(layer.bias, 0.0 if initial == "glorot" else 0.1)
+            if initial == "glorot":
+                bound = math.sqrt(6.0 / sum(layer.weight.shape[-2:]))
+                nn.init.uniform_(layer.weight, -bound, bound)
+        if initial == "rebrac":
+            for parameter in linear[-1].parameters():
+                nn.init.uniform_(parameter, -LAST[role], LAST[role])
 
     def forward(self, x: Tensor, masks: Sequence[Tensor] = ()) -> Tensor:
         """Map [*members, B, inputs] to [*members, B, outputs].
@@ -135,8 +188,13 @@ class MLP(nn.Module):
             return y
         remaining = iter(masks)
         for layer in self.layers:
-            x = layer(x) * next(remaining) if isinstance(layer, Mish | nn.ReLU) else layer(x)
+            x = layer(x) * next(remaining) if isinstance(layer, tuple(ACTIVATIONS.values())) else layer(x)
         return x
+
+
+def dropout_masks(drop: Tensor, rate: float, widths: Sequence[int]) -> Sequence[Tensor]:
+    """`MLP.forward`'s masks from uniform noise [..., sum(widths)]: 0 where it is less than the rate."""
+    return torch.split((drop >= rate) / (1.0 - rate), list(widths), -1)
 
 
 class TimeEmbedding(nn.Module):

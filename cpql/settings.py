@@ -28,6 +28,7 @@ __all__ = [
     "Width",
     "Widths",
     "build",
+    "flat",
 ]
 
 T = TypeVar("T")
@@ -132,3 +133,13 @@ def _inner(hint: Any, values: Mapping[str, Any], where: str) -> type[Any] | None
 def _key(path: tuple[int | str, ...]) -> str:
     """A field and the indices in it, from where pydantic found an error: without the types that it tried."""
     return ".".join(str(part) for k, part in enumerate(path) if k == 0 or isinstance(part, int))
+
+
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested values by their dotted names; the values of groups are there too, as those of empty ones."""
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        found[prefix + key] = value
+        if isinstance(value, Mapping):
+            found |= flat(value, f"{prefix}{key}.") | {prefix + key: {}}
+    return found

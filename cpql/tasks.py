@@ -136,15 +136,12 @@ def _check_name(key: str, name: str) -> None:
 
 
 def check_options(key: str, options: Mapping[str, Any]) -> None:
-    """Refuse options of an environment that say where a file is, or how the environment is looked at.
+    """Refuse environment options (of `gymnasium.make` or `reset`) that could be a path or set a render mode.
 
-    Args:
-        key: what to call them in an error.
-        options: keyword arguments of `gymnasium.make`, or the environment's `reset(options=...)`. A bare file
-            name, `xml_file: hopper.xml`, is one of the environment's own.
+    A bare file name, `xml_file: hopper.xml`, is allowed: it names one of the environment's own files.
 
     Raises:
-        ConfigError: there is such an option.
+        ConfigError: there is such an option; the message begins with `key`.
     """
     if "render_mode" in options:
         raise ConfigError(f"{key}: render_mode={options['render_mode']!r}: expected none, as nobody watches")
@@ -157,7 +154,7 @@ def check_options(key: str, options: Mapping[str, Any]) -> None:
 
 
 def _texts(value: Any) -> Iterator[str]:
-    """All texts in nested options, names as well as values."""
+    """All texts in nested options, keys as well as values, without recursion: a file decides the depth."""
     waiting = [value]
     while waiting:
         value = waiting.pop()
@@ -203,13 +200,11 @@ def expand(table: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def _merged(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
-    both = one.keys() & other.keys()
-    nested = {
-        key: _merged(one[key], other[key])
-        for key in both
-        if isinstance(one[key], Mapping) and isinstance(other[key], Mapping)
-    }
-    return {**one, **other, **nested}
+    new = {**one, **other}
+    for key in one.keys() & other.keys():
+        if isinstance(one[key], Mapping) and isinstance(other[key], Mapping):
+            new[key] = _merged(one[key], other[key])
+    return new
 
 
 def _formatted(value: Any, words: Mapping[str, str]) -> Any:
@@ -270,14 +265,10 @@ def load_task(name: str) -> Task:
 
 
 def with_own_references(task: Task, own: Task) -> Task:
-    """A task that was made of another one, without that one's references where they don't hold for it.
+    """Remove a task's reference returns if its environment or options differ from those of `own`.
 
-    References are returns in one environment, made and reset with certain options. Those that a task was
-    given in their place stay.
-
-    Args:
-        task: whose environment or options may have been changed.
-        own: the task that it was made of.
+    References hold for one environment, made and reset with certain options. References that `task` has in
+    place of those of `own`, the task it was derived from, are kept.
     """
     if task.id is None or own.random_return is None:
         return task

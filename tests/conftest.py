@@ -10,18 +10,30 @@ import numpy as np
 import pytest
 import torch
 
-from cpql.actors import ActorConfig
+from cpql.actors import ActorConfig, AnyActorConfig, DeterministicConfig, FlowConfig, OneStepConfig
 from cpql.agents import (
+    BC,
     CPQL,
+    FQL,
+    IQL,
     TD3BC,
+    ActorCriticConfig,
     Agent,
     AgentConfig,
+    BCConfig,
     ConsistencyAC,
     ConsistencyACConfig,
     CPQLConfig,
+    DiffusionQL,
+    DiffusionQLConfig,
+    FQLConfig,
+    IQLConfig,
+    ReBRAC,
+    ReBRACConfig,
     TargetConfig,
     TD3BCConfig,
 )
+from cpql.data import transforms
 from cpql.data.transitions import Transitions
 
 torch.set_num_threads(1)
@@ -42,6 +54,20 @@ CONFIGS: dict[str, tuple[type[Agent], AgentConfig]] = {
     "cpiql": (CPQL, CPQLConfig(critic="expectile")),
     "cpiql-online": (CPQL, CPQLConfig(critic="expectile", expectile_q="online")),
     "td3_bc": (TD3BC, TD3BCConfig()),
+    "bc": (BC, BCConfig()),
+    "bc-flow": (BC, BCConfig(FlowConfig(steps=3))),
+    "bc-consistency": (BC, BCConfig(ActorConfig("ict"))),
+    "iql": (IQL, IQLConfig()),
+    "iql-corl": (IQL, IQLConfig(DeterministicConfig(), critic_layer_norm="after")),
+    "rebrac": (ReBRAC, ReBRACConfig()),
+    "rebrac-published": (ReBRAC, ReBRACConfig(actor_target=TargetConfig(0.005, 2, lagged=True))),
+    "fql": (FQL, FQLConfig()),
+    "fql-published": (FQL, FQLConfig(q_loss="plain", q_aggregation="min", alpha=10.0)),
+    "diffusion_ql": (DiffusionQL, DiffusionQLConfig(actor_target=TargetConfig(0.005, 5))),
+    "diffusion_ql-edp": (
+        DiffusionQL,
+        DiffusionQLConfig(actor_target=TargetConfig(), policy_action="denoised", candidates=3),
+    ),
     "cpql-online-published": (CPQL, CPQLConfig(alpha=0.05, critic_layer_norm=False, q_loss="min")),
     "consistency_ac": (ConsistencyAC, ConsistencyACConfig()),
     "consistency_ac-online-published": (ConsistencyAC, ConsistencyACConfig(alpha=0.0, actor_lr=1e-5)),
@@ -82,14 +108,16 @@ CONFIGS["consistency_ac-meanflow"] = (
 
 def small(config: AgentConfig, **changes: Any) -> AgentConfig:
     """The same agent with little networks and a short training."""
-    return replace(
-        config,
-        actor=replace(config.actor, hidden=(32, 32)),
-        critic_hidden=(32, 32),
-        batch_size=16,
-        updates=100,
-        **changes,
-    )
+    if isinstance(config, ActorCriticConfig):
+        changes = {"critic_hidden": (32, 32), **changes}
+    return replace(config, actor=little(config.actor), batch_size=16, updates=100, **changes)
+
+
+def little(actor: AnyActorConfig) -> AnyActorConfig:
+    """The same actor with two hidden layers of 32."""
+    if isinstance(actor, OneStepConfig):
+        actor = replace(actor, flow=replace(actor.flow, hidden=(32, 32), steps=3))
+    return replace(actor, hidden=(32, 32))
 
 
 @pytest.fixture(params=list(CONFIGS))
@@ -105,10 +133,13 @@ def make_agent(request: pytest.FixtureRequest) -> Callable[..., Agent]:
 
 @pytest.fixture
 def data() -> Transitions:
-    """500 random transitions of a 4-wide observation and a 2-wide action, with episodes of 25 steps."""
+    """500 random transitions of a 4-wide observation and a 2-wide action, with episodes of 25 steps.
+
+    They have next actions, which the agents that don't need them ignore.
+    """
     random = np.random.default_rng(0)
     ends = np.arange(1, 501) % 25 == 0
-    return Transitions.from_dict(
+    transitions = Transitions.from_dict(
         {
             "observations": random.normal(size=(500, 4)),
             "actions": random.uniform(-1, 1, size=(500, 2)),
@@ -118,3 +149,4 @@ def data() -> Transitions:
             "timeouts": ends & (np.arange(500) >= 250),
         }
     )
+    return transforms.next_actions(transitions)

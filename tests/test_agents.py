@@ -20,9 +20,9 @@ from cpql.agents import (
     Agent,
     ConsistencyAC,
     ConsistencyACConfig,
-    ConsistencyAgent,
-    ConsistencyAgentConfig,
     CPQLConfig,
+    GenerativeAgent,
+    GenerativeAgentConfig,
     TargetConfig,
     TD3BCConfig,
 )
@@ -49,8 +49,9 @@ def test_update_changes_what_it_should(make_agent: Maker, data: Transitions) -> 
     before = {k: v.clone() for k, v in agent.state_dict().items()}
     lines = run(agent, data, 12)
     assert all(np.isfinite(list(line.values())).all() for line in lines)
-    assert {"critic/loss", "actor/loss", "critic/q", "actor/q"} <= set(lines[-1])
-    if isinstance(agent.config, ConsistencyAgentConfig):
+    assert {f"{step.network}/loss" for step in agent.steps()} <= set(lines[-1])
+    assert ("critic/q" in lines[-1]) == ("critic" in agent.state)
+    if isinstance(agent.config, GenerativeAgentConfig):
         assert ("actor/imitation" in lines[-1]) == (agent.config.alpha > 0)
     for name, tensor in agent.state_dict().items():
         assert not torch.equal(tensor, before[name]), name
@@ -92,7 +93,7 @@ def test_losses_leave_the_others_weights_alone(make_agent: Maker, data: Transiti
     agent = make_agent()
     generator = torch.Generator().manual_seed(0)
     batch, noise = data.sample(16, generator), agent.draw(generator)
-    assert {step.network for step in agent.steps()} == {"critic", "actor"}
+    assert {step.network for step in agent.steps()} == {"critic", "actor"} & agent.state.keys()
     for own, loss, _ in agent.steps():
         leaves = {k: v.requires_grad_() for k, v in agent.state.items() if k != "step"}
         value, _ = loss(leaves[own], batch, noise)
@@ -106,25 +107,30 @@ def test_losses_leave_the_others_weights_alone(make_agent: Maker, data: Transiti
 
 
 def test_act_and_modules(make_agent: Maker) -> None:
-    agent = make_agent(candidates=7)
+    learns = "critic" in make_agent().state
+    agent = make_agent(candidates=7) if learns else make_agent()
     states = torch.randn(5, 4)
     actions = agent.act(states, torch.Generator().manual_seed(0))
     assert actions.shape == (5, 2)
     assert actions.abs().max() <= 1
     assert torch.equal(actions, agent.act(states, torch.Generator().manual_seed(0)))
     actor, critic = agent.deployed()
-    assert critic is not None
     noise = torch.randn(actor.noise_shape(5))
     weights = agent.state["actor"]
     torch.testing.assert_close(
         actor.sample(states, noise=noise), agent.actor(weights).sample(states, noise=noise)
     )
-    value = agent.critic(agent.state["critic_target"]).q(states, actions)
-    torch.testing.assert_close(critic(states, actions), value)
+    assert (critic is not None) == learns
+    if critic is not None:
+        value = agent.critic(agent.state["critic_target"]).q(states, actions)
+        torch.testing.assert_close(critic(states, actions), value)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["cpql", "cpiql", "consistency_ac", "td3_bc", "group"])
+@pytest.mark.parametrize(
+    "name",
+    ["cpql", "cpiql", "consistency_ac", "td3_bc", "bc-flow", "iql", "rebrac", "fql", "diffusion_ql", "group"],
+)
 def test_compiled_is_one_graph_and_equals_eager(name: str, data: Transitions) -> None:
     kind, config = CONFIGS["cpql" if name == "group" else name]
     seed: int | tuple[int, ...] = (0, 1) if name == "group" else 0
@@ -166,8 +172,7 @@ def test_every_objective_compiles_as_one_graph_and_equals_eager(
     compiled = torch.compile(step, fullgraph=True, backend=backend)
     for progress in (5, 40):
         agent.state["step"].fill_(progress)
-        batches = [data.sample(16, generator) for generator in generators]
-        batch = Batch(*(torch.stack(columns) for columns in zip(*batches, strict=True)))
+        batch = data.sample(16, generators)
         noise = agent.draw(generators)
         for found, expected in zip(compiled(batch, noise), step(batch, noise), strict=True):
             torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
@@ -177,8 +182,7 @@ def group_run(agent: Agent, data: Transitions, updates: int, seeds: tuple[int, .
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     lines = []
     for _ in range(updates):
-        batches = [data.sample(agent.config.batch_size, generator) for generator in generators]
-        batch = Batch(*(torch.stack(columns) for columns in zip(*batches, strict=True)))
+        batch = data.sample(agent.config.batch_size, generators)
         metrics = agent.update(batch, agent.draw(generators))
         lines.append({k: v.expand(len(seeds)).tolist() for k, v in metrics.items()})
     return lines
@@ -197,7 +201,7 @@ def test_a_member_of_a_group_trains_as_it_would_alone(make_agent: Maker, data: T
         for found, expected in zip(lines, run(single, data, 200, seed), strict=True):
             for name, value in expected.items():
                 assert found[name][member] == pytest.approx(value, rel=1e-4, abs=1e-4), name
-        for name in ("actor", "actor_target", "critic", "critic_target"):
+        for name in {"actor", "actor_target", "critic", "critic_target"} & single.state.keys():
             torch.testing.assert_close(
                 group.state_dict(member)[name], single.state_dict()[name], rtol=1e-4, atol=1e-4
             )
@@ -228,12 +232,12 @@ def test_bf16_products_are_near_and_everything_else_is_float32(make_agent: Maker
 
 def test_a_member_that_diverges_leaves_the_others_alone(make_agent: Maker, data: Transitions) -> None:
     whole, broken = make_agent(seed=(0, 1)), make_agent(seed=(0, 1))
-    for name in ("actor", "critic"):
+    for name in {"actor", "critic"} & broken.state.keys():
         broken.state[name][1] = torch.nan
     expected, found = group_run(whole, data, 4, (0, 1)), group_run(broken, data, 4, (0, 1))
     for a, b in zip(expected, found, strict=True):
         assert all(a[name][0] == b[name][0] for name in a)
-        assert not np.isfinite(b["critic/loss"][1])
+        assert not np.isfinite(b["actor/loss" if "actor/loss" in b else "critic/loss"][1])
     assert torch.equal(whole.state["actor"][0], broken.state["actor"][0])
 
 
@@ -257,21 +261,22 @@ def test_a_member_goes_on_alone_and_back_in_a_group(make_agent: Maker, data: Tra
     group, again, alone = make_agent(seed=(1, 2)), make_agent(seed=(8, 9)), make_agent(seed=4)
     group_run(group, data, 3, (1, 2))
     alone.load_state_dict({k: v.clone() for k, v in group.state_dict(1).items()})
-    assert torch.equal(alone.state["critic"], group.state["critic"][1]) and alone.state["step"] == 3
+    assert torch.equal(alone.state["actor"], group.state["actor"][1]) and alone.state["step"] == 3
     for member in (0, 1):
         again.load_state_dict({k: v.clone() for k, v in group.state_dict(member).items()}, member)
     for name, tensor in group.state.items():
         assert torch.equal(tensor, again.state[name]), name
     states = torch.randn(5, 4)
-    actor, critic = group.network("actor", 1), group.network("critic", 1)
-    assert isinstance(actor, Actor) and isinstance(critic, Critic)
+    actor = group.network("actor", 1)
+    assert isinstance(actor, Actor)
     noise = torch.randn(actor.noise_shape(5))
     expected = alone.actor(alone.state["actor"]).sample(states, noise=noise)
     torch.testing.assert_close(actor.sample(states, noise=noise), expected)
-    actions = torch.zeros(5, 2)
-    torch.testing.assert_close(
-        critic.q(states, actions), alone.critic(alone.state["critic"]).q(states, actions)
-    )
+    if "critic" in group.state:
+        critic, actions = group.network("critic", 1), torch.zeros(5, 2)
+        assert isinstance(critic, Critic)
+        value = alone.critic(alone.state["critic"]).q(states, actions)
+        torch.testing.assert_close(critic.q(states, actions), value)
 
 
 def filled(state: float = 0.0, reward: float = 0.0, terminated: float = 0.0, size: int = 16) -> Batch:
@@ -280,7 +285,7 @@ def filled(state: float = 0.0, reward: float = 0.0, terminated: float = 0.0, siz
     return Batch(states, torch.zeros(size, 2), reward * flat, states, (1.0 - terminated) * flat)
 
 
-def target(agent: ConsistencyAgent, batch: Batch, noise: Noise) -> Tensor:
+def target(agent: GenerativeAgent, batch: Batch, noise: Noise) -> Tensor:
     return agent.bellman_target(batch, agent.next_q(batch, noise))
 
 

@@ -111,7 +111,7 @@ def test_damaged_files_are_refused_in_one_line(tmp_path: Path) -> None:
         "missing": "no such file in",
         "group": "'observations' is a group",
         "other": "none of D4RL's arrays, only x",
-        "origin": "the attribute 'cpql_origin' is damaged",
+        "origin": "'cpql_origin' is damaged",
     }.items():
         with pytest.raises(DataError) as caught:
             d4rl.read(tmp_path / f"{name}.hdf5", "id")

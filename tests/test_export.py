@@ -11,7 +11,17 @@ import onnxruntime  # type: ignore[import-untyped]
 import pytest
 import torch
 
-from cpql.actors import ACTORS, ActorConfig, AnyActorConfig, DeterministicConfig, choose
+from cpql.actors import (
+    ACTORS,
+    ActorConfig,
+    AnyActorConfig,
+    DeterministicConfig,
+    DiffusionConfig,
+    FlowConfig,
+    GaussianConfig,
+    OneStepConfig,
+    choose,
+)
 from cpql.critics import TwinCritic
 from cpql.deploy.export import export
 from cpql.deploy.policy import Policy, PolicyConfig
@@ -29,6 +39,10 @@ CONFIGS: dict[str, AnyActorConfig] = {
     "before a tanh": ActorConfig(hidden=(32, 32), t_max=5.0, refinements=(0.8,), action_norm=True),
     "deterministic, ReLU": DeterministicConfig((32, 32)),
     "deterministic, Mish": DeterministicConfig((32,), "mish"),
+    "Gaussian": GaussianConfig((32, 32), "gelu"),
+    "diffusion": DiffusionConfig(hidden=(32, 32)),
+    "flow, Euler": FlowConfig(4, hidden=(32, 32)),
+    "distilled from a flow": OneStepConfig((32, 32), flow=FlowConfig(4, hidden=(16,))),
 }
 MEAN, STD = (1.0, 0.0, -3.0, 0.5, 0.0), (2.0, 1.0, 0.1, 1.0, 5.0)
 LOW, HIGH = np.array([-2.0, 0.0]), np.array([2.0, 10.0])

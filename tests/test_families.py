@@ -21,11 +21,11 @@ from rich.console import Console
 
 from cpql.data import d4rl, embedded, files
 from cpql.deploy.policy import Policy
+from cpql.deploy.summary import summary
 from cpql.environments import make_task_environment
 from cpql.tasks import Task, load_task, task_names
 from cpql.train.config import BudgetConfig, DatasetConfig, TrainConfig
 from cpql.train.loop import train_group
-from cpql.train.summary import summary
 
 ROOT = Path(__file__).parent.parent
 STEPS = 20
@@ -75,14 +75,14 @@ def test_a_family_is_collected_trained_on_and_scored(name: str, tmp_path: Path) 
         compile=False,
     )
     text = StringIO()
-    result = train_group([(config, {})], Console(file=text, width=200))[0]
+    result = train_group([config], Console(file=text, width=200))[0]
     assert (result["task"], result["environment"], result["episodes"]) == (name, task.id, 2)
     assert max(result["lengths"]) <= STEPS
     assert result["environment_options"] == task.env_options | task.reset_options
     assert result["score"] == pytest.approx(task.score(float(np.mean(result["returns"]))))
     assert result["behaviour_return"] == pytest.approx(made.provenance.return_mean)
     assert result["versions"]["gymnasium-robotics"][0].isdigit()
-    said = summary(result, "run")
+    said = summary(result)
     assert f"data: embedded {name} with random actions" in said and f"note: {task.note}" in said
     assert "self-collected, not D4RL" in text.getvalue()
 

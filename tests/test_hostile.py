@@ -65,7 +65,10 @@ REWARDS: dict[str, tuple[Callable[[h5py.Group, str], Any], str]] = {
     "object": (lambda g, k: g.create_dataset(k, (ROWS,), h5py.string_dtype()), "holds object"),
     "compound": (lambda g, k: g.create_dataset(k, (ROWS,), [("a", "f4")]), "holds [('a', '<f4')]"),
     "null": (lambda g, k: g.create_dataset(k, data=h5py.Empty("f4")), "has shape []"),
-    "long": (lambda g, k: g.create_dataset(k, (20_000_000_000,), "f4", chunks=(1 << 20,)), "20000000000"),
+    "long": (
+        lambda g, k: g.create_dataset(k, (20_000_000_000,), "f4", chunks=(1 << 20,)),
+        "20000000000|declares 74.5 GiB",
+    ),
     "absent": (lambda g, k: None, "rewards'"),
 }
 
@@ -80,24 +83,24 @@ FILES: dict[str, tuple[str, Callable[[h5py.File], Any], str]] = {
     "declared": (
         "observations",
         lambda f: f.create_dataset("observations", (2_000_000_000, 11), np.float32),
-        "'observations' declares 82.0 GiB and holds 0.0 MiB",
+        "declares 82.0 GiB in a file of",
     ),
     "zeros": (
         "observations",
         lambda f: bomb(f, "observations", (200 << 20, 11)),
-        "'observations' declares 8.6 GiB and holds 8.6 MiB",
+        "declares 8.6 GiB in a file of 8.",
     ),
     "flat": (
         "observations",
         lambda f: f.create_dataset("observations", (20_000_000_000,), np.float32, chunks=(1 << 20,)),
-        "'observations' has shape [20000000000]",
+        "declares 74.5 GiB",
     ),
     "cube": (
         "terminals",
         lambda f: f.create_dataset("terminals", (ROWS, 1_000_000_000), bool, chunks=(1, 1 << 20)),
-        "'terminals' declares 37.3 GiB",
+        "declares 37.3 GiB",
     ),
-    "everything": ("", lambda f: tables(f, 2_000_000_000), "declares 82.0 GiB"),
+    "everything": ("", lambda f: tables(f, 2_000_000_000), "declares 208.6 GiB"),
 }
 
 
@@ -128,7 +131,7 @@ def make(folder: Path) -> dict[str, str]:
         group = file.create_group("episode_0")
         for key, shape in (("observations", (steps + 1, 11)), ("actions", (steps, 3)), ("rewards", (steps,))):
             bomb(group, key, shape)
-    expected["zeros-v0"] = "9,000,000 steps declared, 0.5 GiB, in a file of 0.5"
+    expected["zeros-v0"] = "declares 0.5 GiB in a file of 0.5"
     (folder / "loop.hdf5").symlink_to("loop.hdf5")
     (folder / "folder.hdf5").mkdir()
     os.mkfifo(folder / "pipe.hdf5")
@@ -172,7 +175,7 @@ def test_hostile_files_are_refused_quickly_and_in_little_memory(tmp_path: Path) 
     assert run.returncode == 0, run.stderr
     for name, (message, seconds, megabytes) in json.loads(run.stdout).items():
         where = f"{name}: " if name.endswith(".hdf5") else f"{name}/data/main_data.hdf5: "
-        assert message.startswith(where) and expected[name] in message, message
+        assert message.startswith(where) and any(x in message for x in expected[name].split("|")), message
         assert "\n" not in message
         assert seconds < 5, (name, seconds)
         assert megabytes < 100, (name, megabytes)

@@ -181,7 +181,7 @@ def test_dicts_are_laid_end_to_end_in_the_tasks_order(make: Callable[..., Path])
     for observation, text in (
         ((), keys),
         (("desired_goal",), keys + r" some of them, found \['desired_goal'\]"),
-        (("inner",), "'episode_0/observations/inner' is a group: expected an array"),
+        (("inner",), "episode_0: 'observations/inner' is a group: expected an array"),
     ):
         with pytest.raises(DataError, match=text):
             minari.read(folder, Task("maze", "Maze-v0", observation=observation))
@@ -545,14 +545,14 @@ def test_the_package_itself_fetches_what_is_asked_for(
         ({"total_steps": 5}, "2 episodes, 4 steps read: expected 2 and 5, as metadata.json says"),
         (
             {"total_steps": 3},
-            "'episode_1/rewards' has shape [1] after 3 steps: expected at least 1, and 3 in all",
+            "episode_1: 'rewards' has shape [1] after 3 steps: expected at least 1, and 3 in all",
         ),
-        ({"total_episodes": 3}, "no 'episode_2/rewards': expected an array"),
+        ({"total_episodes": 3}, "no 'episode_2': expected an array"),
         ({"total_episodes": 1, "total_steps": 3}, "2 episodes, 3 steps read: expected 1 and 3"),
         ({"total_episodes": "2"}, "total_episodes: Input should be a valid integer, found '2'"),
         ({"total_steps": 10**400}, "total_steps: Input should be less than"),
         ({"total_steps": None}, "total_steps: Field required"),
-        ({"total_steps": 10**10}, "10,000,000,000 steps declared, 149.0 GiB, in a file of"),
+        ({"total_steps": 10**10}, "declares 149.0 GiB in a file of"),
         ({"dataset_id": "two\nlines"}, r"found 'two\nlines'"),
         ({"dataset_id": "a/x-v0"}, "dataset_id: String should match pattern"),
         (
@@ -608,23 +608,23 @@ def test_metadata_that_are_no_json_are_refused_in_one_line(make: Callable[..., P
 
 def test_arrays_that_do_not_fit_are_refused_by_name(make: Callable[..., Path]) -> None:
     for key, value, text in (
-        ("observations", np.zeros((3, 2)), "'episode_0/observations' has shape [3, 2]: expected [4, 2]"),
+        ("observations", np.zeros((3, 2)), "episode_0: 'observations' has shape [3, 2]: expected [4, 2]"),
         (
             "observations",
             np.zeros((4, 32, 32, 3)),
-            "'episode_0/observations' has shape [4, 32, 32, 3]: expected a vector a step",
+            "episode_0: 'observations' has shape [4, 32, 32, 3]: expected a vector a step",
         ),
-        ("observations", np.zeros(4), "'episode_0/observations' has shape [4]: expected a vector a step"),
-        ("actions", np.zeros(3), "'episode_0/actions' has shape [3]: expected a vector a step"),
-        ("actions", np.zeros((2, 1)), "'episode_0/actions' has shape [2, 1]: expected [3, 1]"),
-        ("actions", np.zeros((3, 2)), "'episode_1/actions' has shape [1, 1]: expected [1, 2]"),
-        ("rewards", np.zeros((3, 2)), "'episode_0/rewards' has shape [3, 2] after 0 steps"),
-        ("rewards", np.zeros(0), "'episode_0/rewards' has shape [0] after 0 steps"),
-        ("rewards", {"x": np.zeros(3)}, "'episode_0/rewards' is a group: expected an array"),
+        ("observations", np.zeros(4), "episode_0: 'observations' has shape [4]: expected a vector a step"),
+        ("actions", np.zeros(3), "episode_0: 'actions' has shape [3]: expected a vector a step"),
+        ("actions", np.zeros((2, 1)), "episode_0: 'actions' has shape [2, 1]: expected [3, 1]"),
+        ("actions", np.zeros((3, 2)), "episode_1: 'actions' has shape [1, 1]: expected [1, 2]"),
+        ("rewards", np.zeros((3, 2)), "episode_0: 'rewards' has shape [3, 2] after 0 steps"),
+        ("rewards", np.zeros(0), "episode_0: 'rewards' has shape [0] after 0 steps"),
+        ("rewards", {"x": np.zeros(3)}, "episode_0: 'rewards' is a group: expected an array"),
         (
             "rewards",
             np.array([b"a", b"b", b"c"]),
-            "'episode_0/rewards' holds |S1: expected an array of numbers",
+            "episode_0: 'rewards' holds |S1: expected an array of numbers",
         ),
         ("rewards", np.array([1, np.nan, 2]), "'rewards' holds NaN or infinity, first in row 1"),
         ("rewards", np.array([1, 1e300, 2]), "'rewards' holds NaN or infinity, first in row 1"),

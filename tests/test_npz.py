@@ -148,11 +148,11 @@ def test_what_is_not_npz_is_refused_in_one_line(tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "nothing.npz", "w"):
         pass
     for name, text in {
-        "single": "not NPZ",
-        "truncated": "not NPZ, or cut off",
+        "single": "not a zip file",
+        "truncated": "not a zip file",
         "flipped": "damaged, 'rewards' can't be read",
-        "empty": "not NPZ",
-        "page": "not NPZ",
+        "empty": "not a zip file",
+        "page": "not a zip file",
         "loop": "not a file",
         "missing": "no such file in",
         "nothing": "no 'observations', only nothing",
@@ -172,7 +172,7 @@ def test_bad_arrays_are_refused_by_their_key(tmp_path: Path) -> None:
         ({"rewards": objects}, "damaged, 'rewards' can't be read (Object arrays cannot be loaded"),
         ({"rewards": member(np.array(["a", "b", "c", "d"]))}, "'rewards' holds <U1: expected numbers"),
         ({"rewards": member(np.zeros(4, [("x", "f4")]))}, "'rewards' holds [('x', '<f4')]: expected numbers"),
-        ({"rewards": b"junk"}, "'rewards' holds |S4: expected numbers"),
+        ({"rewards": b"junk"}, "damaged, 'rewards' can't be read"),
         ({"rewards": good["rewards"][:-3]}, "damaged, 'rewards' can't be read"),
         ({"actions": member(ROWS["actions"], "{'descr': '<f4'")}, "damaged, 'actions' can't be read"),
         (
@@ -180,8 +180,11 @@ def test_bad_arrays_are_refused_by_their_key(tmp_path: Path) -> None:
             "damaged, 'actions' can't be read",
         ),
         ({"actions": member(ROWS["actions"], table % "-4, -1")}, "damaged, 'actions' can't be read"),
-        ({"rewards": member(ROWS["rewards"][:3])}, "'rewards' has 3 rows: expected 4, as 'observations' has"),
-        ({"rewards": member(np.array(3, np.float32))}, "'rewards' has shape []: expected [rows]"),
+        (
+            {"rewards": member(ROWS["rewards"][:3])},
+            "'rewards' has shape [3]: expected [4]",
+        ),
+        ({"rewards": member(np.array(3, np.float32))}, "'rewards' has shape []: expected [4]"),
         ({"timeout": good["timeouts"]}, "'timeout' is none of D4RL's keys: did you mean timeouts"),
         ({"cpql_origin": member(np.array("{"))}, "'cpql_origin' is damaged"),
         ({"cpql_origin": member(np.zeros(4))}, "'cpql_origin' is damaged"),
@@ -232,7 +235,7 @@ def test_a_bomb_is_refused_before_it_is_read(tmp_path: Path, key: str) -> None:
         files.read(path)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert re.match(r"bomb.npz: declares \d+ MiB in \d\.\d+ MiB compressed: ", str(caught.value))
+    assert re.match(r"bomb.npz: declares 0\.\d GiB in a file of \d\.\d+ MiB: ", str(caught.value))
     assert peak < 4 << 20
 
 

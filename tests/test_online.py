@@ -29,7 +29,8 @@ from cpql.settings import build
 from cpql.tasks import Task
 from cpql.train.config import BudgetConfig, DatasetConfig, OnlineConfig, TrainConfig
 from cpql.train.loop import train_group
-from cpql.train.online import Experience, Explorer
+from cpql.train.online import Explorer
+from cpql.train.sources import Source
 
 Maker = Callable[..., Agent]
 CPU = torch.device("cpu")
@@ -145,7 +146,7 @@ def test_random_actions_are_uniform_and_a_seed_gives_the_same() -> None:
 @pytest.mark.parametrize("ratio", [0.25, 1.0, 2.0])
 def test_steps_follow_the_update_ratio(environments: int, ratio: float) -> None:
     config = OnlineConfig(environments=environments, updates_per_step=ratio, start_steps=30)
-    experience, agent = Experience(TASK, config, [0], CPU), agent_of()
+    experience, agent = Source(TASK, config, [0], CPU), agent_of()
     generator = torch.Generator().manual_seed(0)
     for update in range(1, 25):
         batch = experience.batch(agent, [generator])
@@ -216,7 +217,7 @@ def test_settings_that_make_no_sense(settings: dict[str, Any], message: str) -> 
 
 def test_every_agent_learns_from_its_own_experience(make_agent: Maker) -> None:
     agent = make_agent(candidates=2)
-    experience = Experience(TASK, OnlineConfig(start_steps=20, candidates=2), [0], CPU)
+    experience = Source(TASK, OnlineConfig(start_steps=20, candidates=2), [0], CPU)
     generator = torch.Generator().manual_seed(0)
     for _ in range(3):
         metrics = agent.update(experience.batch(agent, [generator]), agent.draw(generator))
@@ -225,11 +226,11 @@ def test_every_agent_learns_from_its_own_experience(make_agent: Maker) -> None:
 
 def test_a_member_explores_as_it_would_alone() -> None:
     config, seeds = OnlineConfig(start_steps=10, environments=2), [3, 4]
-    group, together = agent_of(seeds), Experience(TASK, config, seeds, CPU)
+    group, together = agent_of(seeds), Source(TASK, config, seeds, CPU)
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     batches = [together.batch(group, generators) for _ in range(6)]
     for member, seed in enumerate(seeds):
-        alone, generator = Experience(TASK, config, [seed], CPU), torch.Generator().manual_seed(seed)
+        alone, generator = Source(TASK, config, [seed], CPU), torch.Generator().manual_seed(seed)
         agent = agent_of(seed)
         for batch in batches:
             for found, expected in zip(batch, alone.batch(agent, [generator]), strict=True):
@@ -239,7 +240,7 @@ def test_a_member_explores_as_it_would_alone() -> None:
 def test_a_share_of_each_batch_is_the_datasets(data: Transitions) -> None:
     data.rewards.fill_(-7.0)
     config = OnlineConfig(start_steps=10, offline_fraction=0.25)
-    experience, agent = Experience(TASK, config, [0], CPU, data), agent_of()
+    experience, agent = Source(TASK, config, [0], CPU, data), agent_of()
     for _ in range(5):
         batch = experience.batch(agent, [torch.Generator().manual_seed(0)])
         assert (batch.rewards == -7.0).sum() == 2 and len(batch.rewards) == 8
@@ -251,8 +252,8 @@ def test_rewards_and_observations_are_changed_as_the_datasets_are(data: Transiti
     mean, std = torch.tensor([0.0, 1.0, 0.0, 1.0]), torch.tensor([2.0, 1.0, 1.0, 4.0])
     offline = replace(data, normalisation=(mean, std))
     config = OnlineConfig(start_steps=50, offline_fraction=0.5)
-    changed = Experience(TASK, config, [0], CPU, offline, lambda r: 10.0 * r - 1.0).explorers[0]
-    plain = Experience(TASK, config, [0], CPU, data).explorers[0]
+    changed = Source(TASK, config, [0], CPU, offline, lambda r: 10.0 * r - 1.0).explorers[0]
+    plain = Source(TASK, config, [0], CPU, data).explorers[0]
     for explorer in (changed, plain):
         for _ in range(50):
             explorer.step(agent_of(), 0, torch.Generator())
@@ -278,8 +279,7 @@ def settings(run_dir: Path, **changes: Any) -> TrainConfig:
 
 
 def run(config: TrainConfig) -> dict[str, Any]:
-    resolved = {"agent": config.agent, "resume": config.resume}
-    return train_group([(config, resolved)], Console(file=StringIO(), width=200))[0]
+    return train_group([config], Console(file=StringIO(), width=200))[0]
 
 
 class Stopped(Exception):
@@ -332,7 +332,7 @@ def test_a_finished_run_leaves_no_buffer(tmp_path: Path, monkeypatch: pytest.Mon
 @pytest.mark.slow
 def test_a_group_learns_online(tmp_path: Path) -> None:
     members = [replace(settings(tmp_path / f"seed{seed}"), seed=seed) for seed in (0, 1)]
-    results = train_group([(m, {"agent": m.agent}) for m in members], Console(file=StringIO()))
+    results = train_group(members, Console(file=StringIO()))
     assert [r["training_seed"] for r in results] == [0, 1]
     assert (tmp_path / "seed1" / "learning_curve.png").exists()
 

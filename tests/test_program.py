@@ -69,21 +69,20 @@ def test_recording_leaves_no_trace_and_every_call_has_its_own_batch(monkeypatch:
     eager, recorded = (CPQL(4, 2, SMALL, seed=0) for _ in range(2))
     calls = []
 
-    def update(batch: Any, noise: Any) -> dict[str, Tensor]:
+    def update(batch: Any, noise: Any, phase: int) -> dict[str, Tensor]:
         calls.append([tensor.data_ptr() for tensor in (*batch, *noise.values())])
-        return recorded.update(batch, noise)
-
-    replay = CudaGraph(recorded, update)
+        return recorded.update(batch, noise, phase)
 
     class Graph:
         def replay(self) -> None:
-            for name, value in update(replay.batch, replay.noise).items():
+            for name, value in update(replay.batch, replay.noise, 0).items():
                 replay.metrics[name].copy_(value)
 
     for name, stand_in in {
         "CUDAGraph": Graph, "Stream": Stream, "current_stream": Stream, "graph": within, "stream": within
     }.items():  # fmt: skip
         monkeypatch.setattr(torch.cuda, name, stand_in)
+    replay = CudaGraph(recorded, update, 0, *zeros(recorded))
     assert_equal_training("cpu", eager.update, replay, (eager, recorded), near=0.0)
     assert len(calls) == CudaGraph.WARM_UP + 1 + 6
     assert all(call == calls[0] for call in calls), "a graph knows only the tensors it was recorded on"

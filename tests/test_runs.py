@@ -31,9 +31,9 @@ from cpql.train import checkpoint, runs
 from cpql.train.checkpoint import saved_steps
 from cpql.train.config import BudgetConfig, OnlineConfig, TrainConfig
 from cpql.train.logging import LOGGERS, make_console, say
+from cpql.train.loop import group_summary
 from cpql.train.members import Means
 from cpql.train.runs import claimed
-from cpql.train.summary import group_summary
 
 LITTLE = BudgetConfig("test", 40, 4, 20, 10, 2, 3, keep=2)
 
@@ -338,7 +338,7 @@ def test_where_there_are_no_links_last_is_a_copy(
     assert not last.is_symlink() and checkpoint.find_training(tmp_path / "run") == (last.parent, 40)
     monkeypatch.undo()
     longer = replace(LITTLE, updates=50)  # where there are links again
-    run(settings(dataset, tmp_path / "run", resume=True, budget=longer), budget={"updates": 50})
+    run(settings(dataset, tmp_path / "run", resume=True, budget=longer))
     assert last.is_symlink() and last.resolve().name == "step_00000050"
 
 

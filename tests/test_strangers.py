@@ -29,7 +29,16 @@ import numpy as np
 import pytest
 import torch
 
-from cpql.actors import ACTORS, ActorConfig, AnyActorConfig, DeterministicConfig
+from cpql.actors import (
+    ACTORS,
+    ActorConfig,
+    AnyActorConfig,
+    DeterministicConfig,
+    DiffusionConfig,
+    FlowConfig,
+    GaussianConfig,
+    OneStepConfig,
+)
 from cpql.critics import TwinCritic
 from cpql.deploy import folded
 from cpql.deploy.policy import Policy, PolicyConfig
@@ -46,12 +55,16 @@ CONFIGS: tuple[AnyActorConfig, ...] = (
     ActorConfig("distill", hidden=(16, 16)),
     ActorConfig(hidden=(16, 16), refinements=(2.0,), clamp="inside"),
     DeterministicConfig((16, 16)),
+    DiffusionConfig(3, hidden=(16, 16)),
+    FlowConfig(3, hidden=(16,)),
+    OneStepConfig((16, 16), flow=FlowConfig(hidden=(8,))),
+    GaussianConfig((16,)),
     DeterministicConfig((16,), "mish"),
 )
 
 
 def made(kind: int = 0) -> Policy:
-    """An honest policy; there are seven kinds, of which the last has no critic."""
+    """An honest policy; the last of the kinds has no critic."""
     torch.manual_seed(kind)
     several, normalised, activation = kind % 2 == 1, kind > 1, "relu" if kind == 3 else "mish"
     actor = ACTORS[CONFIGS[kind].kind](S, A, CONFIGS[kind])
@@ -530,7 +543,10 @@ def refused(folder: Path, text: str) -> None:
             "expected finite actions, found products that overflow",
         ),
         ({"actor": {"kind": "gaussian"}}, "actor"),
-        ({"critic_activation": "gelu"}, "critic_activation: Input should be 'mish' or 'relu', found 'gelu'"),
+        (
+            {"critic_activation": "tanh"},
+            "critic_activation: Input should be 'mish', 'relu' or 'gelu', found 'tanh'",
+        ),
         ({"critic_hidden": [], "candidates": 2}, "candidates=2: expected 1 for a policy without a critic"),
         ({"critic_hidden": []}, "Unexpected key(s) in state_dict"),
         ({"origin": {"a": [[[[]]]] * 2_000_000}}, "no readable policy: expected at most 4,194,304 bytes"),
@@ -707,8 +723,8 @@ def headed(**changes: Any) -> bytes:
         ),
         ({"head": headed(inside=1)}, "inside: expected true or false, found 1"),
         ({"head": headed(description=[])}, "description: expected an object, found []"),
-        ({"head": headed(activations={"actor": "gelu", "critic": "mish"})}, "no 'gelu'"),
-        ({"head": headed(steps=[[1.0, 1.0]])}, "not enough values to unpack"),
+        ({"head": headed(activations={"actor": "tanh", "critic": "mish"})}, "no 'tanh'"),
+        ({"head": headed(steps=[[1.0, 1.0]] * 3)}, "not enough values to unpack"),
         ({"actor.layers.0.low": npy(np.ones(3, "f4"))}, "expected no more arrays, found actor.layers.0.low"),
         ({"actor.low.x": npy(np.ones(3, "f4"))}, "expected no more arrays, found actor.low.x"),
         ({"actor.inside": npy(np.ones(3, "f4"))}, "expected no more arrays, found actor.inside"),

@@ -348,7 +348,7 @@ Composed = Callable[[str, str], TrainConfig]
 
 
 def built(content: DictConfig) -> TrainConfig:
-    ((config, _),) = configuration.members(content, [])
+    (config,) = configuration.members(content, [])
     return config
 
 

@@ -24,6 +24,7 @@ from trainings import AGENTS, Killed, die, everything, run, run_group, settings,
 from cpql.agents import TD3BC
 from cpql.data import d4rl
 from cpql.deploy.policy import Policy
+from cpql.deploy.summary import summary
 from cpql.errors import CheckpointError, ConfigError, CpqlError, Interrupted
 from cpql.settings import build
 from cpql.tasks import load_task
@@ -33,8 +34,7 @@ from cpql.train.evaluation import evaluate
 from cpql.train.loop import train_group
 from cpql.train.members import Means
 from cpql.train.runs import Run
-from cpql.train.sources import Dataset, load_source
-from cpql.train.summary import summary
+from cpql.train.sources import load_source
 
 
 @pytest.fixture(scope="module")
@@ -173,7 +173,7 @@ def test_members_may_differ_only_in_what_one_program_can_hold(dataset: Path, tmp
         (replace(other, device="cuda"), "not in other settings"),
     ):
         with pytest.raises(ConfigError, match=text):
-            train_group([(one, {}), (changed, {})], Console(file=StringIO()))
+            train_group([one, changed], Console(file=StringIO()))
     assert not list(tmp_path.iterdir())
 
 
@@ -256,7 +256,7 @@ def test_what_is_done_to_the_data_reaches_the_agent_and_the_policy(dataset: Path
     chosen = DatasetConfig(path=str(dataset), reward="normalize", normalise_observations=True, n_step=3)
     config = settings(dataset, tmp_path / "run", dataset=chosen)
     _, source = load_source(config, [0], torch.device("cpu"), Console(file=StringIO()), 0.9)
-    assert isinstance(source, Dataset)
+    assert source.data is not None
     data = source.data
     # Whole triples of an episode of 20; the file's rewards, normalised, discounted.
     with h5py.File(dataset) as file:
@@ -291,16 +291,16 @@ def test_without_references_there_are_returns_and_no_scores(dataset: Path, tmp_p
     result, text = run(settings(dataset, tmp_path / "run", env=task))
     assert result["score"] is None and result["score_interval"] is None
     assert result["best_evaluation"]["return_mean"] >= result["return_mean"] > 0
-    line = summary(result, "run")
+    line = summary(result)
     assert line.startswith("return ") and "score 0" not in line and "note: No references." in line
-    assert "which has no reference scores" in line and "return " in text
+    assert "without reference scores" in line and "return " in text
 
 
 def test_without_an_environment_training_goes_on_and_says_so(dataset: Path, tmp_path: Path) -> None:
     task = replace(load_task("kitchen-mixed"), id=None)
     result, _ = run(settings(dataset, tmp_path / "run", env=task))
     assert result["evaluated"] is False and result["step"] == 40 and "mujoco below 3.12" in result["note"]
-    assert "trained and not evaluated: kitchen-mixed has no environment here" in summary(result, "run")
+    assert "trained and not evaluated: kitchen-mixed has no environment here" in summary(result)
     assert (tmp_path / "run" / "learning_curve.png").exists()
     policy = Policy.load(tmp_path / "run")
     assert policy.config.action_high == (1, 1, 1) and policy.predict(np.zeros(11))[0].shape == (3,)
@@ -333,29 +333,31 @@ def test_a_run_is_never_overwritten(dataset: Path, tmp_path: Path) -> None:
 def test_a_setting_that_a_run_was_begun_without_is_its_default(
     dataset: Path, tmp_path: Path, interrupt_at: Any
 ) -> None:
-    resolved: dict[str, Any] = {"dataset": {"path": str(dataset)}, "online": None}
     interrupt_at(15, ctrl_c)
     with pytest.raises(Interrupted):
-        run(settings(dataset, tmp_path / "run"), **resolved)
+        run(settings(dataset, tmp_path / "run"))
+    file = tmp_path / "run" / "config.yaml"
+    content = yaml.safe_load(file.read_text())
+    before = {key: content[key] for key in ("env", "agent", "budget")}  # all that it has of its own
+    file.write_text(yaml.safe_dump(before | {"dataset": {"path": str(dataset)}}))
     config = settings(dataset, tmp_path / "run", resume=True)
     agent = {**config.agent, "eta": 1.0, "eta_warmup": 0, "critic_target": {"rate": 0.005}}
-    later = resolved | {"agent": agent, "dataset": {**resolved["dataset"], "n_step": 1}, "checkpoint": None}
-    for change, message in (
-        ({"agent": {**agent, "eta": 2.0}}, "started with agent.eta=1.0, not 2.0"),
-        ({"dataset": {**resolved["dataset"], "n_step": 2}}, "started with dataset.n_step=1, not 2"),
+    later = replace(config, agent=agent)
+    for changed, message in (
+        (replace(later, agent={**agent, "eta": 2.0}), "started with agent.eta=1.0, not 2.0"),
+        (replace(later, dataset=replace(config.dataset, n_step=2)), "started with dataset.n_step=1, not 2"),
     ):
         with pytest.raises(CheckpointError, match=message):
-            run(config, **later | change)
-    assert run(config, **later)[0]["step"] == 40
+            run(changed)
+    assert run(later)[0]["step"] == 40
 
 
 def test_a_finished_run_goes_on_for_longer_as_if_it_had_been_meant_to(dataset: Path, tmp_path: Path) -> None:
     longer = BudgetConfig("test", 24, 4, 12, 4, 1, 1, keep=2)
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    run(settings(dataset, whole, budget=longer), budget=asdict(longer))
-    shorter = replace(longer, updates=12)
-    run(settings(dataset, parts, budget=shorter), budget=asdict(shorter))
-    run(settings(dataset, parts, budget=longer, resume=True), budget=asdict(longer))
+    run(settings(dataset, whole, budget=longer))
+    run(settings(dataset, parts, budget=replace(longer, updates=12)))
+    run(settings(dataset, parts, budget=longer, resume=True))
     assert everything(parts) == everything(whole)
     assert everything(parts)["result.json"]["step"] == 24
     assert yaml.safe_load((parts / "config.yaml").read_text())["budget"] == asdict(longer)
@@ -370,22 +372,23 @@ def test_a_run_whose_course_depends_on_its_length_keeps_it(
 ) -> None:
     little = settings(dataset, tmp_path / "run")
     config = replace(little, agent={**little.agent, **agent})
-    run(config, budget={"updates": 40})
+    run(config)
     longer = replace(config, resume=True, budget=replace(config.budget, updates=50))
     with pytest.raises(CheckpointError, match=rf"budget.updates=40, not 50, and .*{schedule} depends on it"):
-        run(longer, budget={"updates": 50})
-    assert run(replace(config, resume=True), budget={"updates": 40})[0]["step"] == 40
+        run(longer)
+    assert run(replace(config, resume=True))[0]["step"] == 40
 
 
 def test_a_run_is_not_made_shorter_than_it_is(dataset: Path, tmp_path: Path) -> None:
     config = settings(dataset, tmp_path / "run")
     run(config)
     shorter = replace(config, resume=True, budget=replace(config.budget, updates=39))
-    with pytest.raises(CheckpointError, match=r"run has 40 updates already: .* found 39"):
+    with pytest.raises(CheckpointError, match=r"run has 40 updates: .* found 39"):
         run(shorter)
 
 
-def test_resume_refuses_what_is_not_the_same_run(dataset: Path, tmp_path: Path, interrupt_at: Any) -> None:
+def test_resume_refuses_what_is_not_the_same_run(tmp_path: Path, interrupt_at: Any) -> None:
+    dataset = write_dataset(tmp_path / "mine.hdf5")
     with pytest.raises(CheckpointError, match="holds no run to resume"):
         run(settings(dataset, tmp_path / "none", resume=True))
     interrupt_at(15, ctrl_c)
@@ -393,11 +396,12 @@ def test_resume_refuses_what_is_not_the_same_run(dataset: Path, tmp_path: Path, 
         run(settings(dataset, tmp_path / "run"))
     with pytest.raises(CheckpointError, match="started with seed=0, not 1"):
         run(settings(dataset, tmp_path / "run", resume=True, seed=1))
-    other = tmp_path / "other.hdf5"
+    with pytest.raises(CheckpointError, match=r"started with dataset.path=.*, not .*other.hdf5"):
+        run(settings(tmp_path / "other.hdf5", tmp_path / "run", resume=True))
     arrays = {"observations": np.zeros((9, 11)), "actions": np.zeros((9, 3)), "rewards": np.zeros(9)}
-    d4rl.write(other, {**arrays, "terminals": np.arange(9) == 8, "timeouts": np.zeros(9, bool)}, {})
+    d4rl.write(dataset, {**arrays, "terminals": np.arange(9) == 8, "timeouts": np.zeros(9, bool)}, {})
     with pytest.raises(CheckpointError, match="learnt from a dataset with SHA-256"):
-        run(settings(other, tmp_path / "run", resume=True))
+        run(settings(dataset, tmp_path / "run", resume=True))
 
 
 def test_divergence_is_named(dataset: Path, tmp_path: Path) -> None:
@@ -475,6 +479,6 @@ def test_training_off_the_main_thread(dataset: Path, tmp_path: Path) -> None:
 def test_run_reads_back_its_evaluations(dataset: Path, tmp_path: Path) -> None:
     config = settings(dataset, tmp_path / "run")
     run(config)
-    again = Run(settings(dataset, tmp_path / "run", resume=True), {"seed": 0, "agent": config.agent})
+    again = Run(replace(config, resume=True))
     assert [e["step"] for e in again.evaluations()] == [20, 40]
     assert again.finished

@@ -217,14 +217,14 @@ def test_what_goes_wrong_is_said_in_one_line(mine: Any) -> None:
     with pytest.raises(ConfigError, match="actions are Discrete"):
         in_workers(rollout, [(discrete, None, 3, np.random.SeedSequence(0))], 1)
     spec = gymnasium.registry["Mine-v0"]
-    spec.kwargs = {"error": object()}
+    spec.kwargs = {"error": lambda: None}
     with pytest.raises(ConfigError, match=r"'Mine-v0' can't be made in worker processes .*plain kwargs"):
         in_workers(rollout, [(mine(), None, 3, np.random.SeedSequence(0))], 1)
-    spec.entry_point = "__main__:Mine"
+    spec.entry_point, spec.kwargs = "__main__:Mine", {}
     refused(
         ConfigError,
-        "environment 'Mine-v0' can't be made in worker processes (__main__:Mine is the program itself): "
-        "expected a class in a module that they can import, and plain kwargs",
+        "environment 'Mine-v0' can't be made in worker processes (it is the program itself that defines "
+        "it): expected a class in a module that they can import, and plain kwargs",
         mine(),
     )
 
@@ -238,8 +238,8 @@ def test_a_worker_that_was_killed_is_said_to_be() -> None:
             os.kill(worker, signal.SIGKILL)
 
     expected = (
-        "collecting pendulum: a worker process was killed by SIGKILL, "
-        "which the system does when memory runs out"
+        "collecting pendulum: a worker process ended with exit code -9, "
+        "which is -9 if the system killed it as memory ran out"
     )
     with pytest.raises(DataError) as caught:
         in_workers(rollout, [(task, None, steps, np.random.SeedSequence(0)) for steps in (5, 10**7)], 1, kill)

@@ -115,7 +115,7 @@ class Place:
             config = replace(config, **kind.changes)
             if config.online and not config.online.offline_fraction:
                 config = replace(config, dataset=DatasetConfig())
-            members.append((config, {"seed": seed, "agent": LITTLE}))
+            members.append(config)
         train_group(members, Console(file=output))
         return output.getvalue()
 

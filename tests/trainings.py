@@ -53,10 +53,9 @@ def settings(path: Path, run_dir: Path, agent: str = "cpql", **changes: Any) -> 
     return replace(config, **changes)
 
 
-def run(config: TrainConfig, **resolved: Any) -> tuple[dict[str, Any], str]:
+def run(config: TrainConfig) -> tuple[dict[str, Any], str]:
     text = StringIO()
-    plain = {"seed": config.seed, "agent": config.agent, "resume": config.resume, **resolved}
-    return train_group([(config, plain)], Console(file=text, width=200))[0], text.getvalue()
+    return train_group([config], Console(file=text, width=200))[0], text.getvalue()
 
 
 def everything(folder: Path) -> dict[str, Any]:
@@ -70,10 +69,7 @@ def everything(folder: Path) -> dict[str, Any]:
 
 
 def run_group(folder: Path, dataset: Path, seeds: tuple[int, ...], **changes: Any) -> list[dict[str, Any]]:
-    members = []
-    for seed in seeds:
-        config = settings(dataset, folder / f"seed{seed}", seed=seed, **changes)
-        members.append((config, {"seed": seed, "agent": config.agent, "resume": config.resume}))
+    members = [settings(dataset, folder / f"seed{seed}", seed=seed, **changes) for seed in seeds]
     return train_group(members, Console(file=StringIO(), width=200))
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from cpql.consistency import Function
-from cpql.noise import Draw, Noise
+from cpql.noise import Draw, Noise, draw
 
 __all__ = ["Actor", "choose"]
 
@@ -45,6 +45,13 @@ class Actor(nn.Module):
         """Shape [draws, *batch, A] of the standard normal noise that `sample` takes at states [*batch, S]."""
         return (self.draws, *batch, self.action_dim)
 
+    def sample_noise(self, noise: Tensor | None, state: Tensor, generator: torch.Generator | None) -> Tensor:
+        """The noise that `sample` takes at these states."""
+        if noise is not None:
+            return noise
+        shape = self.noise_shape(*state.shape[:-1])
+        return torch.randn(shape, generator=generator, device=state.device, dtype=state.dtype)
+
     def sample(
         self, state: Tensor, *, generator: torch.Generator | None = None, noise: Tensor | None = None
     ) -> Tensor:
@@ -66,6 +73,13 @@ class Actor(nn.Module):
     def loss_noise(self, *batch: int) -> dict[str, Draw]:
         """The random tensors that `loss` takes for states [*batch, S]."""
         return {}
+
+    def complete_noise(self, noise: Noise | None, action: Tensor, generator: torch.Generator | None) -> Noise:
+        """The noise that `loss` takes for actions [..., A]: what is given, and the rest drawn."""
+        given = noise or {}
+        draws = self.loss_noise(*action.shape[:-1])
+        missing = {name: one for name, one in draws.items() if name not in given}
+        return {**given, **draw(missing, generator, action.device, action.dtype)}
 
     def loss(
         self,

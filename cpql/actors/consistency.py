@@ -11,9 +11,10 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 
 import torch
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 
 from cpql.actors.base import Actor
+from cpql.actors.conditioned import NoiseConditioned
 from cpql.consistency import (
     OBJECTIVES,
     PARAMETERISATIONS,
@@ -30,8 +31,7 @@ from cpql.consistency import (
     sample,
 )
 from cpql.errors import ConfigError, did_you_mean
-from cpql.networks import MLP, TimeEmbedding
-from cpql.noise import Draw, Noise, draw
+from cpql.noise import Draw, Noise
 from cpql.settings import Positive, Widths
 
 __all__ = ["ActorConfig", "ConsistencyActor"]
@@ -151,35 +151,7 @@ def _check_options(name: str, objective: Objective, options: dict[str, Any]) -> 
         raise ConfigError(f"objective_options: {error}") from None
 
 
-class _NoiseConditioned(nn.Module):
-    """The network F(x, times, state): an MLP of all three, with an embedding for each time."""
-
-    def build(
-        self, state_dim: int, action_dim: int, config: ActorConfig, times: int, members: Sequence[int]
-    ) -> None:
-        """Make the layers."""
-        self.dropout, self.widths = config.dropout, list(config.hidden)
-        self.time = TimeEmbedding(config.time_width, members)
-        if times == 2:
-            self.span = TimeEmbedding(config.time_width, members)
-        width = action_dim + times * config.time_width + state_dim
-        self.mlp = MLP(width, config.hidden, action_dim, members)
-
-    def embed(self, time: Tensor, span: Tensor | None = None) -> Tensor:
-        """The features [..., times x time_width] of the times [...]."""
-        features: Tensor = self.time(time)
-        return features if span is None else torch.cat([features, self.span(span)], -1)
-
-    def predict(self, state: Tensor, x: Tensor, *times: Tensor, drop: Tensor | None = None) -> Tensor:
-        """F, for x [..., A] and times [...] at states [..., S]; `drop` is the loss's noise for dropout."""
-        masks: Sequence[Tensor] = ()
-        if drop is not None:
-            masks = torch.split((drop >= self.dropout) / (1.0 - self.dropout), self.widths, -1)
-        y: Tensor = self.mlp(torch.cat([x, self.embed(*times), state], -1), masks)
-        return y
-
-
-class ConsistencyActor(_NoiseConditioned, Actor):
+class ConsistencyActor(NoiseConditioned, Actor):
     """A policy that turns noise into an action with a state-conditioned consistency function.
 
     An ordinary module: `actor(state)` is a differentiable sample in [-1, 1], for states of any leading
@@ -214,9 +186,9 @@ class ConsistencyActor(_NoiseConditioned, Actor):
         self.levels = Levels(c.t_min, c.t_max)
         self.steps = self.draws = 1 + len(c.refinements)
         self.build(state_dim, action_dim, c, self.parameterisation.times, members)
-        self.guide: _NoiseConditioned | None = None
+        self.guide: NoiseConditioned | None = None
         if c.row.guide is not None:
-            self.guide = _NoiseConditioned()
+            self.guide = NoiseConditioned()
             self.guide.build(state_dim, action_dim, c, 1, members)
 
     def function(self, state: Tensor, drop: Tensor | None = None) -> ConsistencyFunction:
@@ -326,10 +298,7 @@ class ConsistencyActor(_NoiseConditioned, Actor):
         Returns:
             Loss of each pair [...], and metrics.
         """
-        c, given = self.config, noise or {}
-        draws = self.loss_noise(*action.shape[:-1])
-        missing = {name: one for name, one in draws.items() if name not in given}
-        given = {**given, **draw(missing, generator, action.device, action.dtype)}
+        c, given = self.config, self.complete_noise(noise, action, generator)
         options = dict(c.objective_options)
         if c.row.takes("tanh"):
             options["tanh"] = c.action_norm

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from cpql.actors.base import Actor
 from cpql.consistency import Function
-from cpql.networks import MLP, Activation
+from cpql.networks import MLP, Activation, Initialisation
 from cpql.noise import Noise
 from cpql.settings import Widths
 
@@ -24,12 +24,14 @@ class DeterministicConfig:
 
     Attributes:
         hidden: widths of the hidden layers.
-        activation: between the layers, `relu` or `mish`.
+        activation: between the layers: `relu`, `mish` or `gelu`.
+        init: the initial weights, see `cpql.networks.Initialisation`.
         kind: names the class.
     """
 
     hidden: Widths = (256, 256)
     activation: Activation = "relu"
+    init: Initialisation = "torch"
     kind: Literal["deterministic"] = field(default="deterministic", kw_only=True)
 
 
@@ -49,7 +51,7 @@ class DeterministicActor(Actor):
     ) -> None:
         super().__init__(state_dim, action_dim, config, members=members)
         c = self.config
-        self.mlp = MLP(state_dim, c.hidden, action_dim, members, activation=c.activation)
+        self.mlp = MLP(state_dim, c.hidden, action_dim, members, False, c.activation, c.init)
 
     def sample(
         self, state: Tensor, *, generator: torch.Generator | None = None, noise: Tensor | None = None

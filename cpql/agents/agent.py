@@ -3,25 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 
-from cpql.actors import Actor, choose
+from cpql.actors import Actor, ActorConfig, choose
+from cpql.agents.config import ActorCriticConfig, AgentConfig, TargetConfig
 from cpql.critics import Critic, TwinCritic, ValueFunction
 from cpql.data.transitions import Batch
 from cpql.errors import ConfigError
-from cpql.networks import Activation, set_matmul_dtype
+from cpql.networks import set_matmul_dtype
 from cpql.noise import Draw, Noise, draw
 from cpql.optimisation import FlatModule, adam, clip_gradient, value_and_grad
-from cpql.settings import Candidates, Count, Natural, NonNegative, Positive, Widths
 
-__all__ = ["Agent", "AgentConfig", "Loss", "Metrics", "Step", "TargetConfig"]
+__all__ = ["Agent", "Loss", "Metrics", "Step"]
 
 Metrics = dict[str, Tensor]
 
@@ -31,69 +29,6 @@ class Loss(Protocol):
 
     def __call__(self, weights: Tensor, /, batch: Batch, noise: Noise) -> tuple[Tensor, Metrics]:
         """The loss [*members], and metrics [*members]."""
-
-
-@dataclass(frozen=True)
-class TargetConfig:
-    """How a target network follows its online network: `target += rate (online - target)`.
-
-    Attributes:
-        rate: fraction of the difference that an update of the target takes over.
-        period: gradient steps between updates of the target.
-        start: gradient steps before the first one. Until then the target keeps its initial weights: the
-            official codes start at 1000, which for CPQL freezes the critic's target at random values.
-    """
-
-    rate: Annotated[float, Field(gt=0.0, le=1.0)] = 0.005
-    period: Count = 1
-    start: Natural = 0
-
-
-@dataclass(frozen=True)
-class AgentConfig:
-    """Settings that all agents share.
-
-    Attributes:
-        actor: the config of the actor, of the kind that the agent trains.
-        updates: gradient steps of the whole training, over which schedules run.
-        batch_size: transitions in an update.
-        discount: gamma.
-        actor_lr: Adam's learning rate for the actor. In a group of agents, this and the agent's other
-            settings in `by_member` may be a value for each member.
-        critic_lr: Adam's learning rate for the critic.
-        lr_decay: `cosine` lets both rates fall to zero over the whole training. (Both official codes step
-            their cosine at the wrong pace: it does nothing in Consistency-AC and oscillates in CPQL.)
-        max_grad_norm: the gradient of each network is clipped to this norm; null doesn't clip.
-        critic_hidden: widths of the critic's hidden layers.
-        critic_layer_norm: LayerNorm before the critic's activations.
-        critic_activation: between the critic's layers, `mish` or `relu`.
-        critic_target: how the target critic follows.
-        actor_target: how the target (EMA) actor follows.
-        candidates: actions drawn when acting, of which one is chosen by its value; 1 is the actor alone.
-            All published scores of Consistency-AC and CPQL come from 50.
-        temperature: of the choice, softmax(min(Q1, Q2) / temperature) under the target critic; 0 is argmax.
-    """
-
-    actor: Any = None
-    updates: Count = 2_000_000
-    batch_size: Annotated[int, Field(ge=1, le=1_000_000)] = 256
-    discount: Annotated[float, Field(gt=0.0, le=1.0)] = 0.99
-    actor_lr: Positive | tuple[Positive, ...] = 3e-4
-    critic_lr: Positive | tuple[Positive, ...] = 3e-4
-    lr_decay: Literal["none", "cosine"] = "none"
-    max_grad_norm: Positive | None = 10.0
-    critic_hidden: Widths = (256, 256, 256)
-    critic_layer_norm: bool = False
-    critic_activation: Activation = "mish"
-    critic_target: TargetConfig = field(default_factory=TargetConfig)
-    actor_target: TargetConfig = field(default_factory=TargetConfig)
-    candidates: Candidates = 1
-    temperature: NonNegative = 1.0
-
-    @property
-    def schedule(self) -> str | None:
-        """The setting whose course depends on `updates`, if there is one."""
-        return "agent.lr_decay=cosine" if self.lr_decay == "cosine" else None
 
 
 class Step(NamedTuple):
@@ -134,6 +69,7 @@ class Agent:
 
     Attributes:
         by_member: the settings that may differ between the members of a group, besides the seed.
+        simultaneous: take all gradients before any network moves, as where one loss trains them all.
         cycle: updates after which the pattern of steps repeats.
 
     Raises:
@@ -141,7 +77,9 @@ class Agent:
     """
 
     config_class: ClassVar[type[AgentConfig]] = AgentConfig
-    by_member: ClassVar[tuple[str, ...]] = ("actor_lr", "critic_lr")
+    by_member: ClassVar[tuple[str, ...]] = ("actor_lr",)
+    simultaneous: ClassVar[bool] = False
+    config: Any
     actor: FlatModule[Any]
     critic: FlatModule[Critic]
 
@@ -222,16 +160,21 @@ class Agent:
         return kind(self.state_dim, self.action_dim, self.config.actor, members=members)
 
     def new_critic(self, members: tuple[int, ...], value: bool = False) -> Critic:
-        """Twin critics by the config, with a value function if `value`."""
+        """Twin critics by an `ActorCriticConfig`, with a value function if `value`."""
         c = self.config
-        options: dict[str, Any] = {"layer_norm": c.critic_layer_norm, "activation": c.critic_activation}
+        options: dict[str, Any] = {
+            "layer_norm": c.critic_layer_norm,
+            "activation": c.critic_activation,
+            "initial": c.critic_init,
+        }
         twin = TwinCritic(self.state_dim, self.action_dim, c.critic_hidden, members=members, **options)
         v = ValueFunction(self.state_dim, c.critic_hidden, members=members, **options) if value else None
         return Critic(twin, v)
 
     def bellman_target(self, batch: Batch, next_value: Tensor) -> Tensor:
         """`r + gamma (1 - d) V(s')`, [*members, B], without gradient; 1 - d is `batch.discounts`."""
-        return (batch.rewards + self.config.discount * batch.discounts * next_value).detach()
+        target: Tensor = batch.rewards + self.config.discount * batch.discounts * next_value
+        return target.detach()
 
     def q_error(self, critic: Tensor, batch: Batch, target: Tensor) -> tuple[Tensor, Metrics]:
         """`sum_i mean (Q_i(s, a) - target)^2` over the twin critics, [*members], and the means of both."""
@@ -239,10 +182,30 @@ class Agent:
         loss = (q - target.unsqueeze(-2)).square().mean(-1).sum(-1)
         return loss, {"critic/q": q.mean((-2, -1)), "critic/target": target.mean(-1)}
 
+    def imitation_loss(
+        self, actor: Tensor, batch: Batch, noise: Noise, progress: Tensor
+    ) -> tuple[Tensor, Metrics]:
+        """The actor's own loss on the data, mean over the batch; a consistency actor's target teaches it."""
+        state, teacher, config = batch.observations, None, self.config.actor
+        if isinstance(config, ActorConfig):
+
+            def network(x: Tensor, *times: Tensor) -> Tensor:
+                target = self.actor(self.state["actor_target"])
+                y: Tensor = target.predict(state, x, *times, drop=noise.get("drop"))
+                return y
+
+            teacher = config.function(network)
+        loss, metrics = self.actor(actor).loss(
+            state, batch.actions, teacher=teacher, progress=progress, noise=noise
+        )
+        means = {name: value.mean(-1) if value.ndim else value for name, value in metrics.items()}
+        return loss.mean(-1), {f"actor/{name}": value for name, value in means.items()}
+
     @property
     def progress(self) -> Tensor:
         """Fraction of the training that is done, in [0, 1]."""
-        return (self.state["step"] / self.config.updates).clamp(max=1.0)
+        done: Tensor = self.state["step"] / self.config.updates
+        return done.clamp(max=1.0)
 
     # The update.
 
@@ -269,7 +232,9 @@ class Agent:
         c, s = self.config, self.state
         if phase is None:
             phase = int(s["step"]) % self.cycle if self.cycle > 1 else 0
-        scale = 0.5 * (1.0 + torch.cos(math.pi * self.progress)) if c.lr_decay == "cosine" else 1.0
+        cosine = 0.5 * (1.0 + torch.cos(math.pi * self.progress))
+        before = {name: s[name].clone() for name, target in self.targets().items() if target.lagged}
+        pending: list[Callable[[], None]] = []
         metrics: Metrics = {}
         for name, loss_function, period in self.steps():
             if (phase + 1) % period:
@@ -278,13 +243,21 @@ class Agent:
             gradient, norm = clip_gradient(gradient, c.max_grad_norm)
             rate = self.settings[f"{name}_lr"]
             rate = rate.unsqueeze(-1) if isinstance(rate, Tensor) else rate
+            decays = c.lr_decay == "cosine" or (c.lr_decay == "actor_cosine" and name == "actor")
             taken = s["step"] + 1 if period == 1 else torch.floor((s["step"] + 1) / period)
-            adam(s[name], gradient, s[f"{name}_mean"], s[f"{name}_square"], taken, rate * scale)
+            moments = s[f"{name}_mean"], s[f"{name}_square"]
+            pending.append(
+                partial(adam, s[name], gradient, *moments, taken, rate * cosine if decays else rate)
+            )
+            if not self.simultaneous:
+                pending.pop()()
             metrics |= {f"{name}/loss": loss, f"{name}/grad_norm": norm, **more}
+        for step in pending:
+            step()
         s["step"].add_(1)
         for name, target in self.targets().items():
             due = (s["step"] % target.period == 0) & (s["step"] >= target.start)
-            s[f"{name}_target"].lerp_(s[name], torch.where(due, target.rate, 0.0))
+            s[f"{name}_target"].lerp_(before.get(name, s[name]), torch.where(due, target.rate, 0.0))
         return metrics
 
     # The outside.
@@ -297,6 +270,12 @@ class Agent:
         parts = self._alone[base].unflatten(weights)
         module.load_state_dict({k: v.clone() for k, v in parts.items()})
         return module.to(weights.device)
+
+    @property
+    def rule(self) -> tuple[int, float]:
+        """How it acts: the number of candidates, which is 1 without a critic, and the temperature."""
+        c = self.config
+        return (c.candidates, c.temperature) if isinstance(c, ActorCriticConfig) else (1, 1.0)
 
     def deployed(self, member: int = 0) -> tuple[Actor, TwinCritic | None]:
         """What acts after training: the online actor, and the target critic that ranks candidates."""
@@ -330,8 +309,8 @@ class Agent:
             lambda s: actor(weights["actor"]).sample(s, generator=generator),
             lambda s, a: self._alone["critic"](weights["critic_target"]).q(s, a),
             state,
-            candidates=self.config.candidates if candidates is None else candidates,
-            temperature=self.config.temperature,
+            candidates=self.rule[0] if candidates is None else candidates,
+            temperature=self.rule[1],
             generator=generator,
         )
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from cpql.actors import ActorConfig
 from cpql.agents.agent import Metrics
-from cpql.agents.consistency_agent import ConsistencyAgent, ConsistencyAgentConfig
+from cpql.agents.generative_agent import GenerativeAgent, GenerativeAgentConfig
 from cpql.data.transitions import Batch
 from cpql.noise import Noise
 from cpql.settings import Count
@@ -25,7 +25,7 @@ __all__ = ["ConsistencyAC", "ConsistencyACConfig"]
 
 
 @dataclass(frozen=True)
-class ConsistencyACConfig(ConsistencyAgentConfig):
+class ConsistencyACConfig(GenerativeAgentConfig):
     """Settings of Consistency-AC; the published code's own are `agent=consistency_ac_published`.
 
     Attributes:
@@ -48,7 +48,7 @@ class ConsistencyACConfig(ConsistencyAgentConfig):
     curriculum_restarts: Count = 1
 
 
-class ConsistencyAC(ConsistencyAgent):
+class ConsistencyAC(GenerativeAgent):
     """Consistency-AC (Ding and Jin 2023, Algorithm 1)."""
 
     config_class = ConsistencyACConfig

@@ -19,7 +19,7 @@ from pydantic import Field
 from torch import Tensor
 
 from cpql.agents.agent import Metrics
-from cpql.agents.consistency_agent import ConsistencyAgent, ConsistencyAgentConfig
+from cpql.agents.generative_agent import GenerativeAgent, GenerativeAgentConfig
 from cpql.data.transitions import Batch
 from cpql.noise import Noise
 
@@ -27,7 +27,7 @@ __all__ = ["CPQL", "CPQLConfig"]
 
 
 @dataclass(frozen=True)
-class CPQLConfig(ConsistencyAgentConfig):
+class CPQLConfig(GenerativeAgentConfig):
     """Settings of CPQL; the published code's own are `agent=cpql_published`.
 
     Attributes:
@@ -46,7 +46,7 @@ class CPQLConfig(ConsistencyAgentConfig):
     expectile_q: Literal["target", "online"] = "target"
 
 
-class CPQL(ConsistencyAgent):
+class CPQL(GenerativeAgent):
     """CPQL (Chen et al. 2024, Algorithm 1), or CPIQL with `critic="expectile"`."""
 
     config_class = CPQLConfig

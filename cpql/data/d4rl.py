@@ -1,8 +1,9 @@
-"""D4RL's datasets: HDF5 files in its layout, their cache folder and the hosts to download them from.
+"""D4RL's datasets: files in its layout, their cache folder and the hosts to download them from.
 
-The layout is a flat file of observations [N, S], actions [N, A], rewards [N], terminals [N], timeouts [N]
-and, since v2, next_observations [N, S]. Anything else in it (`infos/*`, `metadata/*`) is ignored. What
-cpql itself collects is kept in the same layout, and carries an attribute that says so.
+The layout is a flat HDF5 file of observations [N, S], actions [N, A], rewards [N], terminals [N], timeouts
+[N] and, since v2, next_observations [N, S]. Anything else in it (`infos/*`, `metadata/*`) is ignored. What
+cpql itself collects is kept in the same layout, and carries an attribute that says so. An NPZ file with the
+same keys, as `numpy.savez` writes it, will do as well; arrays of Python objects are pickles and never read.
 """
 
 from __future__ import annotations
@@ -11,9 +12,10 @@ import contextlib
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+import zipfile
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Unpack
+from typing import Any, Literal, NamedTuple, Unpack
 
 import h5py  # type: ignore[import-untyped]
 import numpy as np
@@ -21,34 +23,32 @@ from numpy.typing import NDArray
 
 from cpql.data.download import fetch, verify_recorded
 from cpql.data.request import AnotherDatasetError, Request, Source
+from cpql.data.rows import KEYS
 from cpql.data.transitions import Provenance, Reading, Transitions
-from cpql.errors import DataError
+from cpql.errors import DataError, did_you_mean
 from cpql.io import aside, sha256_of, user_folder
 
 __all__ = [
     "D4RL",
+    "ENDINGS",
     "KEYS",
     "ORIGIN",
+    "Form",
     "Origin",
-    "array_of",
     "cache_folder",
-    "check_file",
-    "check_fit",
     "filename",
-    "is_bomb",
-    "object_of",
-    "opened",
+    "form",
     "origin",
-    "origin_of",
-    "read",
-    "write",
 ]
+__all__ += ["array_of", "npz", "object_of", "origin_of", "read", "refuse_bomb", "write"]
 
 # D4RL's own host, tried last because it has no https, and a copy of its files without its folders.
 HOST = "http://rail.eecs.berkeley.edu/datasets/offline_rl/"
 MIRROR = "https://huggingface.co/datasets/imone/D4RL/resolve/main/"
-KEYS = ("observations", "actions", "rewards", "terminals", "timeouts", "next_observations")
 ORIGIN = "cpql_origin"
+Form = Literal["hdf5", "npz", "minari"]
+ENDINGS: dict[str, Form] = {".hdf5": "hdf5", ".h5": "hdf5", ".npz": "npz"}
+"""The form of a file by its ending."""
 # Sources that a file may name, each also with " + online" after it.
 ORIGINS = ("embedded", "minari", "regenerated", "stable-baselines3")
 # How wide D4RL's observations and actions are, by the first word of a dataset's id.
@@ -83,7 +83,7 @@ class D4RL(Source):
     def locate(self, request: Request) -> Path | None:
         """See `Source`."""
         entry = request.about("d4rl")
-        file = cache_folder() / _path(entry).rpartition("/")[2] if entry else None
+        file = cache_folder() / Path(_path(entry)).name if entry else None
         # Unlike `Path.exists`, this doesn't raise where the folder can't be read.
         return file if file and os.path.exists(file) else None
 
@@ -93,10 +93,9 @@ class D4RL(Source):
         if not entry:
             raise DataError(f"{request.task.name}: D4RL has no counterpart: expected dataset.id to name one")
         _ = request.spec  # raises before the download if the environment can't be made
-        path = _path(entry)
-        name, folders = path.rpartition("/")[2], os.environ.get("CPQL_D4RL_MIRROR", "").split()
-        last = "/".join(path.split("/")[-2:])
-        own = [f"{folder.rstrip('/')}/{place}" for folder in folders for place in (last, name)]
+        path, folders = _path(entry), os.environ.get("CPQL_D4RL_MIRROR", "").split()
+        *_, within, name = path.split("/")
+        own = [f"{folder.rstrip('/')}/{end}" for folder in folders for end in (f"{within}/{name}", name)]
         return fetch(
             [*own, MIRROR + name, HOST + path],
             cache_folder() / name,
@@ -143,40 +142,46 @@ def check_fit(path: Path, id: str, rows: int | None = None) -> None:
         AnotherDatasetError: it can't be.
         DataError: it isn't in D4RL's layout, or is damaged.
     """
-    with opened(path) as (arrays, origin):
-        if origin is not None:
-            raise AnotherDatasetError(
-                f"{path.name}: carries '{ORIGIN}', as cpql's own files do: expected D4RL's {id}"
-            )
-        widths = WIDTHS.get(id.partition("-")[0], (None, None))
+    widths = WIDTHS.get(id.partition("-")[0], (None, None))
+    with _opened(path) as (arrays, origin):
+        found = f"carries '{ORIGIN}', as cpql's own files do: expected" if origin else ""
         for key, width in zip(("observations", "actions"), widths, strict=True):
-            if key not in arrays:
-                raise AnotherDatasetError(f"{path.name}: no '{key}': expected D4RL's {id}")
-            found = list(arrays[key].shape or ())
-            if len(found) != 2 or rows not in (None, found[0]) or width not in (None, found[1]):
+            shape = list(arrays[key].shape or ()) if key in arrays else []
+            if not found and (
+                len(shape) != 2 or rows not in (None, shape[0]) or width not in (None, shape[1])
+            ):
                 expected = ", ".join("any" if size is None else str(size) for size in (rows, width))
-                raise AnotherDatasetError(
-                    f"{path.name}: '{key}' has shape {found}: expected [{expected}] of D4RL's {id}"
-                )
+                found = f"'{key}' has shape {shape}: expected [{expected}] of"
+    if found:
+        raise AnotherDatasetError(f"{path.name}: {found} D4RL's {id}")
 
 
 def read(
     path: str | os.PathLike[str], id: str, *, source: str = "file", **reading: Unpack[Reading]
 ) -> Transitions:
-    """Read and check any HDF5 file in D4RL's layout, as dataset `id`.
+    """Read and check any file in D4RL's layout, HDF5 or NPZ, as dataset `id`.
 
     The origin in a file that cpql wrote overrides `source` and `id`, so that such a file can't pass for
     D4RL's under another name.
 
     Raises:
-        DataError: the file is missing, empty, truncated, not HDF5 or doesn't hold valid transitions.
+        DataError: the file is missing, empty, truncated, in no such form or doesn't hold valid transitions.
     """
     path = Path(path)
-    with opened(path) as (arrays, origin):
-        about = origin or Origin(source, id, {})
+    with _opened(path) as (arrays, text):
+        about = Origin(source, id, {}) if text is None else origin(text, path.name)
         return Transitions.from_dict(
             arrays, **about._asdict(), file=path.name, sha256=sha256_of(path), **reading
         )
+
+
+def form(path: str | os.PathLike[str]) -> Form:
+    """The form of a dataset: a folder is Minari's; a file's form follows from its ending, or its content."""
+    path = Path(path)
+    if path.is_dir():
+        return "minari"
+    by_content: Form = "npz" if path.is_file() and zipfile.is_zipfile(path) else "hdf5"
+    return ENDINGS.get(path.suffix.lower(), by_content)
 
 
 class Origin(NamedTuple):
@@ -187,8 +192,8 @@ class Origin(NamedTuple):
     details: dict[str, Any]
 
 
-def origin(text: str, where: str) -> Origin:
-    """Read what `origin_of` wrote; `where` names the file and the place in it in an error.
+def origin(text: str, name: str) -> Origin:
+    """Read what `origin_of` wrote; `name` is the file's, for an error.
 
     Anyone can write an origin. So one may claim that data are cpql's own or Minari's, never that they are
     D4RL's: any other claim is read as "file".
@@ -200,30 +205,24 @@ def origin(text: str, where: str) -> Origin:
         found = json.loads(text)
         source, id, details = str(found["source"]), str(found["id"]), dict(found["details"])
     except (ValueError, TypeError, KeyError, RecursionError) as error:
-        raise DataError(f"{where} '{ORIGIN}' is damaged: expected what cpql wrote") from error
+        raise DataError(f"{name}: '{ORIGIN}' is damaged: expected what cpql wrote") from error
     return Origin(source if source.removesuffix(" + online") in ORIGINS else "file", id, details)
 
 
-def origin_of(provenance: Provenance) -> str | None:
-    """The origin to write into a file, as JSON: of data from cpql or Minari; None for any other data.
+def origin_of(provenance: Provenance) -> dict[str, str]:
+    """`ORIGIN` to write into a file, as JSON: of data from cpql or Minari; nothing for any other data.
 
     A copy of D4RL's data gets none: anyone could have changed it, so that it isn't D4RL's any more.
     """
     if provenance.source in ("d4rl", "file", "dict"):
-        return None
-    return json.dumps({"source": provenance.source, "id": provenance.id, "details": provenance.details})
-
-
-def check_file(path: Path, expected: str) -> None:
-    """Raise a DataError, which says what is expected, unless there is a file."""
-    if not path.is_file():
-        found = "not a file" if os.path.lexists(path) else "no such file"
-        raise DataError(f"{path.name}: {found} in {path.absolute().parent}: expected {expected}")
+        return {}
+    about = Origin(provenance.source, provenance.id, provenance.details)
+    return {ORIGIN: json.dumps(about._asdict())}
 
 
 @contextlib.contextmanager
-def opened(path: Path) -> Iterator[tuple[dict[str, h5py.Dataset], Origin | None]]:
-    """Open a file in D4RL's layout: its arrays, not read yet, and the origin if cpql wrote the file.
+def _opened(path: Path) -> Iterator[tuple[dict[str, Any], str | None]]:
+    """The arrays of a file in D4RL's layout, HDF5's not read yet, and the origin if cpql wrote the file.
 
     Links to other files, and arrays that declare far more bytes than are stored, are refused before anything
     is read.
@@ -232,7 +231,14 @@ def opened(path: Path) -> Iterator[tuple[dict[str, h5py.Dataset], Origin | None]
         DataError: it isn't such a file, or reading it inside the block fails.
     """
     name = path.name
-    check_file(path, "HDF5 in D4RL's layout")
+    if not path.is_file():
+        found = "not a file" if os.path.lexists(path) else "no such file"
+        raise DataError(f"{name}: {found} in {path.absolute().parent}: expected one in D4RL's layout")
+    if form(path) == "npz":
+        arrays = npz(path, "D4RL's", KEYS)
+        text = arrays.pop(ORIGIN, None)
+        yield arrays, None if text is None else str(text)
+        return
     try:
         with h5py.File(path, "r") as file:
             links = file.id.links
@@ -240,27 +246,45 @@ def opened(path: Path) -> Iterator[tuple[dict[str, h5py.Dataset], Origin | None]
             if not arrays:
                 found = ", ".join(file) or "nothing"
                 raise DataError(f"{name}: none of D4RL's arrays, only {found}: expected {', '.join(KEYS)}")
-            for key, array in arrays.items():
-                stored = array.id.get_storage_size()
-                if len(array.shape or ()) > 1 and is_bomb(array.nbytes, stored):
-                    raise DataError(
-                        f"{name}: '{key}' declares {array.nbytes / 2**30:,.1f} GiB and holds "
-                        f"{stored / 2**20:,.1f} MiB: expected an array that is written"
-                    )
-            text = file.attrs.get(ORIGIN)
-            yield arrays, None if text is None else origin(text, f"{name}: the attribute")
+            refuse_bomb(name, sum(array.nbytes for array in arrays.values()), path)
+            yield arrays, file.attrs.get(ORIGIN)
     except (OSError, RuntimeError, KeyError) as error:
         reason = " ".join(str(error).split())
         raise DataError(f"{name}: damaged, can't be read ({reason}): expected whole HDF5") from error
 
 
-def object_of(file: Any, path: str, name: str) -> Any:
-    """What a path in an HDF5 file leads to, by hard links alone: then it is in this file.
+def npz(path: Path, whose: str, known: Sequence[str]) -> dict[str, Any]:
+    """The arrays of an NPZ file with no keys but known ones and `ORIGIN`; whole: it can't be read in parts.
+
+    Raises:
+        DataError: it isn't such a file, or is damaged; says `whose` keys are expected.
+    """
+    arrays, name, key = {}, path.name, "the archive"
+    try:
+        with zipfile.ZipFile(path) as archive:
+            keys = {each.removesuffix(".npy"): archive.getinfo(each) for each in archive.namelist()}
+            keys = {each: info for each, info in keys.items() if not each.startswith(("infos/", "metadata/"))}
+            for each in keys.keys() - {*known, ORIGIN}:
+                raise DataError(f"{name}: {each!r} is none of {whose} keys: {did_you_mean(each, known)}")
+            refuse_bomb(name, sum(info.file_size for info in keys.values()), path)
+            for key, info in keys.items():
+                with archive.open(info) as file:
+                    arrays[key] = np.lib.format.read_array(file, allow_pickle=False)
+    except DataError:
+        raise
+    except Exception as error:  # zipfile, zlib and numpy raise errors of every kind on damaged bytes
+        reason = " ".join(str(error).split())
+        raise DataError(f"{name}: damaged, '{key}' can't be read ({reason}): expected whole NPZ") from error
+    return arrays
+
+
+def object_of(group: Any, path: str, name: str) -> Any:
+    """What a path in an HDF5 group leads to, by hard links alone: then it is in this file.
 
     With h5py's low-level interface: with the other, looking at a short array takes longer than reading it.
-    `file` is the file's low-level id, `name` its name for errors.
+    `group` is a low-level id, `name` the file's name for errors.
     """
-    found = file
+    found = group
     for key in path.encode().split(b"/"):
         if not isinstance(found, h5py.h5g.GroupID) or not found.links.exists(key):
             raise DataError(f"{name}: no '{path}': expected an array")
@@ -270,9 +294,9 @@ def object_of(file: Any, path: str, name: str) -> Any:
     return found
 
 
-def array_of(file: Any, path: str, name: str) -> Any:
+def array_of(group: Any, path: str, name: str) -> Any:
     """An array of numbers that are in this file, not read yet; see `object_of`."""
-    array, found = object_of(file, path, name), ""
+    array, found = object_of(group, path, name), ""
     if not isinstance(array, h5py.h5d.DatasetID):
         found = "is a group"
     elif (made := array.get_create_plist()).get_layout() == h5py.h5d.VIRTUAL or made.get_external_count():
@@ -284,9 +308,14 @@ def array_of(file: Any, path: str, name: str) -> Any:
     return array
 
 
-def is_bomb(declared: int, stored: int) -> bool:
-    """Whether `declared` bytes are far more than `stored` bytes can hold, compressed."""
-    return declared > UNSUSPICIOUS_BYTES and declared > MOST_EXPANSION * stored
+def refuse_bomb(name: str, declared: int, path: Path) -> None:
+    """Raise a DataError if arrays of `declared` bytes are far more than a file can hold, compressed."""
+    size = path.stat().st_size
+    if declared > max(UNSUSPICIOUS_BYTES, MOST_EXPANSION * size):
+        raise DataError(
+            f"{name}: declares {declared / 2**30:,.1f} GiB in a file of {size / 2**20:,.2f} MiB: expected at "
+            f"most {MOST_EXPANSION} times as much"
+        )
 
 
 def write(
@@ -294,16 +323,21 @@ def write(
 ) -> None:
     """Write arrays by D4RL's keys, whole or not at all; the folder is made, a file of that name replaced.
 
-    Attributes are text or numbers; `ORIGIN` is what `origin_of` gives.
+    The ending says the form, HDF5 or NPZ. Attributes are text or numbers, such as `origin_of` gives.
 
     Raises:
         DataError: it can't be written.
     """
     path = Path(path)
     try:
-        with aside(path) as temporary, h5py.File(temporary, "w") as file:
-            for key in sorted(arrays):  # the same arrays give the same bytes, and SHA-256
-                file.create_dataset(key, data=np.asarray(arrays[key]), track_times=False)
-            file.attrs.update(attributes)
+        with aside(path) as temporary:
+            if ENDINGS.get(path.suffix.lower()) == "npz":
+                with temporary.open("wb") as stream:  # to a name numpy would add an ending
+                    np.savez(stream, allow_pickle=False, **arrays, **attributes)
+                return
+            with h5py.File(temporary, "w") as file:
+                for key in sorted(arrays):  # the same arrays give the same bytes, and SHA-256
+                    file.create_dataset(key, data=np.asarray(arrays[key]), track_times=False)
+                file.attrs.update(attributes)
     except OSError as error:
         raise DataError(f"{path.name}: can't be written in {path.absolute().parent} ({error})") from error

@@ -24,8 +24,8 @@ import gymnasium
 import numpy as np
 from gymnasium.spaces import Box
 
-from cpql.data.d4rl import ORIGIN, origin_of
-from cpql.data.minari_files import ARRAYS, METADATA, NAME, TaskOptions, Where, metadata, read
+from cpql.data.d4rl import origin_of
+from cpql.data.minari_files import ARRAYS, METADATA, NAME, TaskOptions, Where, data_folder, metadata, read
 from cpql.data.request import Request, Source
 from cpql.data.transitions import Transitions
 from cpql.environments import make_environment
@@ -33,7 +33,7 @@ from cpql.errors import DataError
 from cpql.io import aside, user_folder
 from cpql.tasks import Task
 
-__all__ = ["ARRAYS", "ID", "Minari", "find", "metadata", "read", "root", "task", "write"]
+__all__ = ["ARRAYS", "ID", "Minari", "data_folder", "find", "metadata", "read", "root", "task", "write"]
 
 ID = re.compile(NAME, re.ASCII)
 # The oldest version with this layout, so that every later one reads what is written here.
@@ -204,8 +204,7 @@ def write(
         spec = _spec(task.id, task.env_options, width)
         options = TaskOptions(task.observation, task.reset_options)
         about["cpql_task"] = json.dumps(dataclasses.asdict(options))
-    if (text := origin_of(transitions.provenance)) is not None:
-        about[ORIGIN] = text
+    about |= origin_of(transitions.provenance)
     spaces = Box(-math.inf, math.inf, observations.shape[1:]), Box(-1.0, 1.0, (width,))
     episodes = (
         EpisodeBuffer(

@@ -32,14 +32,14 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import AfterValidator, Field, Json, TypeAdapter, ValidationError
 
-from cpql.data.d4rl import Origin, array_of, is_bomb, object_of, origin
+from cpql.data.d4rl import Origin, array_of, object_of, origin, refuse_bomb
 from cpql.data.transitions import TimeLimits, Transitions
 from cpql.environments import action_bounds, make_environment
 from cpql.errors import ConfigError, DataError
 from cpql.io import sha256_of
 from cpql.tasks import Task, check_options
 
-__all__ = ["ARRAYS", "METADATA", "NAME", "Metadata", "TaskOptions", "metadata", "read"]
+__all__ = ["ARRAYS", "METADATA", "NAME", "Metadata", "TaskOptions", "data_folder", "metadata", "read"]
 
 ARRAYS, METADATA = "main_data.hdf5", "metadata.json"
 # Minari's own rule: (namespace/)name-vN, with a namespace of at least two characters.
@@ -129,13 +129,25 @@ class Metadata:
         return self.eval_env_spec or self.env_spec
 
 
+def data_folder(where: Where) -> Path:
+    """The folder of a dataset's files: `where`, or the `data` folder in it.
+
+    Raises:
+        DataError: there is no dataset.
+    """
+    for folder in (Path(where), Path(where) / "data"):
+        if os.path.isfile(folder / METADATA):
+            return folder
+    raise DataError(f"{where}: no {METADATA} in it or in its data folder: expected a Minari dataset's folder")
+
+
 def metadata(where: Where) -> Metadata:
     """Read and check the `metadata.json` in a dataset's folder, or in the `data` folder in that.
 
     Raises:
         DataError: there is no such dataset, or its `metadata.json` is damaged.
     """
-    path = _data_folder(where) / METADATA
+    path = data_folder(where) / METADATA
     name = "/".join(path.parts[-3:])
     try:
         if (size := path.stat().st_size) > MOST_METADATA_BYTES:
@@ -153,13 +165,6 @@ def metadata(where: Where) -> Metadata:
     return found
 
 
-def _data_folder(where: Where) -> Path:
-    for folder in (Path(where), Path(where) / "data"):
-        if os.path.isfile(folder / METADATA):
-            return folder
-    raise DataError(f"{where}: no {METADATA} in it or in its data folder: expected a Minari dataset's folder")
-
-
 def read(where: Where, task: Task | None = None, *, time_limits: TimeLimits = "keep") -> Transitions:
     """Read and check the dataset in a folder, or in the `data` folder in it.
 
@@ -171,21 +176,33 @@ def read(where: Where, task: Task | None = None, *, time_limits: TimeLimits = "k
             or has actions or observations that aren't vectors of numbers.
         ConfigError: it has no action space, and its environment can't be made.
     """
-    about, folder = metadata(where), _data_folder(where)
+    about, folder = metadata(where), data_folder(where)
     path, name = folder / ARRAYS, "/".join((*folder.parts[-2:], ARRAYS))
     try:
         with h5py.File(path, "r") as file:
-            arrays = _arrays(file.id, name, about, task.observation if task else (), path.stat().st_size)
+            arrays = _arrays(file.id, path, name, about, task.observation if task else ())
         sha256 = sha256_of(path)
     except (OSError, RuntimeError, KeyError, TypeError, ValueError) as error:
         raise DataError(
             f"{name}: damaged, can't be read ({' '.join(str(error).split())}): expected whole HDF5; "
             f"`minari download --force {about.dataset_id}` downloads a dataset again"
         ) from error
-    low, high = _bounds(about, arrays["actions"].shape[1])
-    known = Origin("minari", about.dataset_id, {"environment": about.environment and about.environment.id})
+    space, environment = about.action_space, about.environment
+    if space is not None:
+        low, high = np.array(space.low, np.float32), np.array(space.high, np.float32)
+        if not low.shape == high.shape == arrays["actions"].shape[1:]:
+            raise DataError(
+                f"{about.dataset_id}: 'action_space' in {METADATA} has {len(low)} lower and {len(high)} "
+                f"upper bounds: expected {arrays['actions'].shape[1]}, as many as actions have numbers"
+            )
+    elif environment is not None:  # as in Minari
+        with contextlib.closing(make_environment(environment.id, **environment.options)) as made:
+            low, high = action_bounds(made)
+    else:
+        raise DataError(f"{about.dataset_id}: neither 'action_space' nor 'env_spec' in {METADATA}")
+    known = Origin("minari", about.dataset_id, {"environment": environment and environment.id})
     if about.cpql_origin is not None:
-        known = origin(about.cpql_origin, f"{folder.parent.name}/data/{METADATA}:")
+        known = origin(about.cpql_origin, f"{folder.parent.name}/data/{METADATA}")
     return Transitions.from_dict(
         arrays,
         **known._asdict(),
@@ -197,86 +214,66 @@ def read(where: Where, task: Task | None = None, *, time_limits: TimeLimits = "k
     )
 
 
-def _bounds(about: Metadata, width: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """The actions' bounds [A]; as in Minari, the environment's if the dataset has no action space."""
-    space, environment = about.action_space, about.environment
-    if space is None:
-        if environment is None:
-            raise DataError(f"{about.dataset_id}: neither 'action_space' nor 'env_spec' in {METADATA}")
-        with contextlib.closing(make_environment(environment.id, **environment.options)) as made:
-            return action_bounds(made)
-    if not len(space.low) == len(space.high) == width:
-        raise DataError(
-            f"{about.dataset_id}: 'action_space' in {METADATA} has {len(space.low)} lower and "
-            f"{len(space.high)} upper bounds: expected {width}, as many as actions have numbers"
-        )
-    return np.array(space.low, np.float32), np.array(space.high, np.float32)
-
-
 def _arrays(
-    file: Any, name: str, about: Metadata, observation: Sequence[str], size: int
+    file: Any, path: Path, name: str, about: Metadata, observation: Sequence[str]
 ) -> dict[str, NDArray[np.float32]]:
     """All episodes, one after another, in arrays of the size that the metadata declare."""
-    steps, paths = about.total_steps, [f"observations/{key}" for key in observation]
-    first = object_of(file, "episode_0/observations", name)
-    if isinstance(first, h5py.h5d.DatasetID):
-        paths = ["observations"]
-    elif not paths or not all(key.encode() in first for key in observation):
-        keys = ", ".join(repr(key.decode(errors="replace")) for key in itertools.islice(first, 20))
-        raise DataError(
-            f"{name}: 'observations' is a dict of {keys}: expected a task whose `observation` names some of "
-            f"them, found {list(observation)}"
-        )
-    widths: dict[str, int] = {}
-    for path in (*paths, "actions"):
-        shape = list(array_of(file, f"episode_0/{path}", name).shape or ())
+    first, where, keys = object_of(file, "episode_0", name), f"{name}: episode_0", ["observations"]
+    tables = object_of(first, "observations", where)
+    if isinstance(tables, h5py.h5g.GroupID):
+        keys = [f"observations/{key}" for key in observation]
+        if not keys or not all(key.encode() in tables for key in observation):
+            found = ", ".join(repr(key.decode(errors="replace")) for key in itertools.islice(tables, 20))
+            raise DataError(
+                f"{name}: 'observations' is a dict of {found}: expected a task whose `observation` names "
+                f"some of them, found {list(observation)}"
+            )
+    widths = []
+    for key in (*keys, "actions"):
+        shape = list(array_of(first, key, where).shape or ())
         if len(shape) != 2 or not shape[1]:
-            raise DataError(f"{name}: 'episode_0/{path}' has shape {shape}: expected a vector a step")
-        widths[path] = shape[1]
-    width = widths.pop("actions")
-    ends = [0, *itertools.accumulate(widths.values())]
-    declared = 4 * steps * (ends[-1] + width + 1)
-    if is_bomb(declared, size):
-        raise DataError(
-            f"{name}: {steps:,} steps declared, {declared / 2**30:,.1f} GiB, in a file of "
-            f"{size / 2**20:,.2f} MiB: expected arrays that are written"
-        )
+            raise DataError(f"{where}: '{key}' has shape {shape}: expected a vector a step")
+        widths.append(shape[1])
+    steps, width, ends = about.total_steps, widths.pop(), [0, *itertools.accumulate(widths)]
+    refuse_bomb(name, 4 * steps * (ends[-1] + width + 1), path)
     observations, next_observations = np.empty((2, steps, ends[-1]), np.float32)
-    columns = {key: np.empty((steps, width) if key == "actions" else steps, np.float32) for key in PATHS}
-    start = 0
+    columns = {name: np.empty(steps, np.float32) for name in PATHS.values()}
+    columns["actions"] = np.empty((steps, width), np.float32)
+    stop = 0
     for number in range(about.total_episodes):
-        episode = f"episode_{number}"
-        shape = list(array_of(file, f"{episode}/rewards", name).shape or ())
-        stop = start + (shape[0] if len(shape) == 1 else 0)
+        where, start = f"{name}: episode_{number}", stop
+        episode = object_of(file, f"episode_{number}", name)
+        arrays = {key: array_of(episode, key, where) for key in (*columns, *keys)}
+        shape = list(arrays["rewards"].shape or ())
+        stop += shape[0] if len(shape) == 1 else 0
         if not start < stop <= steps:
             raise DataError(
-                f"{name}: '{episode}/rewards' has shape {shape} after {start:,} steps: expected at "
-                f"least 1, and {steps:,} in all, as {METADATA} says"
+                f"{where}: 'rewards' has shape {shape} after {start:,} steps: expected at least 1, and "
+                f"{steps:,} in all, as {METADATA} says"
             )
         with np.errstate(over="ignore"):  # from_dict reports infinity, with its row
             for key, column in columns.items():
                 expected = (stop - start, *column.shape[1:])
-                column[start:stop] = _values(file, f"{episode}/{PATHS[key]}", name, expected)
-            for path, (left, right) in zip(paths, itertools.pairwise(ends), strict=True):
-                table = _values(file, f"{episode}/{path}", name, (stop - start + 1, right - left))
+                column[start:stop] = _values(arrays[key], f"{where}: '{key}'", expected)
+            for key, (left, right) in zip(keys, itertools.pairwise(ends), strict=True):
+                table = _values(arrays[key], f"{where}: '{key}'", (stop - start + 1, right - left))
                 observations[start:stop, left:right] = table[:-1]
                 next_observations[start:stop, left:right] = table[1:]
-        start = stop
         if number in about.cpql_cut_episodes:
-            columns["timeouts"][start - 1] = 0
-    if start != steps or f"episode_{about.total_episodes}".encode() in file:
+            columns["truncations"][stop - 1] = 0
+    if stop != steps or f"episode_{about.total_episodes}".encode() in file:
         raise DataError(
-            f"{name}: {len(file):,} episodes, {start:,} steps read: expected {about.total_episodes:,} and "
+            f"{name}: {len(file):,} episodes, {stop:,} steps read: expected {about.total_episodes:,} and "
             f"{steps:,}, as {METADATA} says"
         )
+    columns = {key: columns[name] for key, name in PATHS.items()}
     return {"observations": observations, "next_observations": next_observations} | columns
 
 
-def _values(file: Any, path: str, name: str, shape: tuple[int, ...]) -> NDArray[Any]:
-    array = array_of(file, path, name)
+def _values(array: Any, where: str, shape: tuple[int, ...]) -> NDArray[Any]:
     if array.shape != shape:
         found = list(array.shape or ())
-        raise DataError(f"{name}: '{path}' has shape {found}: expected {list(shape)}, as its rewards need")
+        raise DataError(f"{where} has shape {found}: expected {list(shape)}, as its rewards need")
     values = np.empty(shape, array.dtype)
     array.read(h5py.h5s.ALL, h5py.h5s.ALL, values)
     return values

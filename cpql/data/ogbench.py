@@ -16,8 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cpql.data import files
-from cpql.data.d4rl import ORIGIN, Origin, origin
+from cpql.data.d4rl import ORIGIN, Origin, npz, origin
 from cpql.data.download import fetch, verify_recorded
 from cpql.data.request import AnotherDatasetError, Request, Source
 from cpql.data.transitions import Transitions
@@ -33,7 +32,7 @@ HOST = "https://rail.eecs.berkeley.edu/datasets/ogbench/"
 MIRROR = "https://huggingface.co/datasets/zhouzypaul/ogbench_datasets/resolve/main/"
 STATE: tuple[str, ...] = ("qpos", "button_states")
 NEEDED = ("observations", "actions", "terminals", "qpos")
-KEYS = (*NEEDED, "qvel", "button_states", ORIGIN)
+KEYS = (*NEEDED, "qvel", "button_states")
 
 
 class OGBench(Source):
@@ -103,7 +102,7 @@ def read(path: Path, request: Request) -> Transitions:
 
 def _arrays(path: Path) -> tuple[dict[str, NDArray[Any]], Origin | None]:
     """The arrays of a file in OGBench's layout, and its origin if cpql wrote it."""
-    arrays = files.npz(path, "OGBench's", KEYS)
+    arrays = npz(path, "OGBench's", KEYS)
     for key in NEEDED:
         if key not in arrays:
             raise DataError(f"{path.name}: no '{key}': expected a file in OGBench's layout")
@@ -119,7 +118,7 @@ def _arrays(path: Path) -> tuple[dict[str, NDArray[Any]], Origin | None]:
     if not (shape[0] and arrays["terminals"][-1]):
         raise DataError(f"{path.name}: its last trajectory has no end: expected a terminal in the last row")
     text = arrays.pop(ORIGIN, None)
-    return arrays, None if text is None else origin(str(text), f"{path.name}:")
+    return arrays, None if text is None else origin(str(text), path.name)
 
 
 def _check(path: Path, id: str) -> None:

@@ -105,12 +105,7 @@ def recipe(id: str) -> Recipe:
 
 
 def collect(
-    task: Task,
-    behaviour: None,
-    episodes: int,
-    seed: np.random.SeedSequence,
-    recipe: tuple[str, str, int],
-    path: str,
+    task: Task, episodes: int, seed: np.random.SeedSequence, recipe: Recipe, path: Path
 ) -> dict[str, NDArray[Any]]:
     """Collect whole episodes into a file; see `cpql.data.workers.in_workers`.
 
@@ -118,24 +113,22 @@ def collect(
 
     Args:
         task: only names the environment in errors.
-        behaviour: none.
         episodes: how many.
         seed: of all of them.
-        recipe: a `Recipe`.
+        recipe: how.
         path: the file, in safetensors' format: the arrays of `DTYPES`, [episodes * rows, ...].
 
     Returns:
         Nothing, as the file has it all.
     """
-    setting = Recipe(*recipe)
-    run = _maze(setting) if setting.environment.startswith("pointmaze") else _manipulation(setting)
+    run = _maze(recipe) if recipe.environment.startswith("pointmaze") else _manipulation(recipe)
     columns: Columns = defaultdict(list)
     for child in seed.spawn(episodes):
         np.random.seed(child.generate_state(8))
         for key, values in run(np.random.default_rng(child)).items():
             columns[key] += values
     arrays: dict[str, NDArray[Any]] = {key: np.array(values, DTYPES[key]) for key, values in columns.items()}
-    with aside(Path(path)) as temporary:
+    with aside(path) as temporary:
         safetensors.numpy.save_file(arrays, temporary)
     return {}
 

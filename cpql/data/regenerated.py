@@ -160,7 +160,7 @@ def regenerate(
             clear_leftovers(parts)
             seeds = np.random.SeedSequence(plan.seed).spawn(len(chunks))
             missing = [k for k, chunk in enumerate(chunks) if not chunk.exists()]
-            calls = [(plan.task, None, counts[k], seeds[k], plan.recipe, str(chunks[k])) for k in missing]
+            calls = [(plan.task, counts[k], seeds[k], plan.recipe, chunks[k]) for k in missing]
 
             def report(done: Sequence[int]) -> None:
                 if progress is not None:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cpql.data.transitions import Batch, draw_rows, join, split
+from cpql.data.transitions import Batch, Rows, join
 
 __all__ = ["ReplayBuffer"]
 
 
-class ReplayBuffer:
+class ReplayBuffer(Rows):
     """A ring of transitions, in the layout of `Transitions.table`: [capacity, S + A + S + 2].
 
     Args:
@@ -49,14 +49,6 @@ class ReplayBuffer:
         places = torch.arange(self.added, self.added + len(rows)) % len(self.table)
         self.table[places.to(self.table.device)] = rows
         self.added += len(rows)
-
-    def rows(self, count: int, generator: torch.Generator) -> Tensor:
-        """Draw rows of the table uniformly, with replacement, [count, ...]."""
-        return draw_rows(self.table, len(self), count, generator)
-
-    def sample(self, batch_size: int, generator: torch.Generator) -> Batch:
-        """Draw transitions uniformly, with replacement."""
-        return split(self.rows(batch_size, generator), self.state_dim, self.action_dim)
 
     def state_dict(self) -> dict[str, Tensor]:
         """The transitions, and how many have been added."""

@@ -13,46 +13,48 @@ from numpy.typing import ArrayLike, NDArray
 
 from cpql.errors import DataError
 
-__all__ = [
-    "checked",
-    "compacted",
-    "find_limits",
-    "find_seams",
-    "read_blocks",
-    "read_flags",
-    "return_statistics",
-    "returns_and_lengths",
-    "row_blocks",
-    "scale_actions",
-]
+KEYS = {
+    "observations": "NS",
+    "actions": "NA",
+    "rewards": "N",
+    "terminals": "N",
+    "timeouts": "N",
+    "next_observations": "NS",
+}
+"""D4RL's keys and the axes of their arrays: N rows, S and A wide."""
 
-TABLES = ("observations", "actions", "next_observations")
+OPTIONAL = ("timeouts", "next_observations")
 # Actions that left [-1, 1] by rounding are clipped; beyond this they are in other units.
 ACTION_TOLERANCE = 1e-3
 BLOCK_BYTES = 1 << 20
 
 
-def checked(mapping: Mapping[str, Any], key: str, where: str) -> Any:
-    """One key of a mapping as an array of numbers, not read yet: [rows, width], [rows] or [rows, 1]."""
-    if key not in mapping:
-        found = ", ".join(sorted(map(str, mapping))) or "nothing"
-        raise DataError(
-            f"{where}: no '{key}', only {found}: expected observations, actions, rewards, terminals"
-        )
-    value = mapping[key]
-    if not (hasattr(value, "shape") and isinstance(getattr(value, "dtype", None), np.dtype)):
-        try:
-            value = np.asarray(value)
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise DataError(f"{where}: '{key}' isn't an array ({error}): expected numbers") from error
-    if value.dtype.kind not in "biuf":
-        raise DataError(f"{where}: '{key}' holds {value.dtype}: expected numbers")
-    shape = tuple(value.shape or ())
-    fits = len(shape) == 2 and shape[1] > 0 if key in TABLES else len(shape) > 0 and shape[1:] in ((), (1,))
-    if not fits:
-        expected = "[rows, width]" if key in TABLES else "[rows] or [rows, 1]"
-        raise DataError(f"{where}: '{key}' has shape {list(shape)}: expected {expected}")
-    return value
+def checked(mapping: Mapping[str, Any], where: str) -> tuple[dict[str, Any], dict[str, int]]:
+    """A mapping's arrays of numbers by `KEYS`, not read yet, and the sizes of their axes."""
+    arrays: dict[str, Any] = {}
+    sizes: dict[str, int] = {}
+    for key, axes in KEYS.items():
+        if key in OPTIONAL and key not in mapping:
+            continue
+        if key not in mapping:
+            found = ", ".join(sorted(map(str, mapping))) or "nothing"
+            raise DataError(f"{where}: no '{key}', only {found}: expected one besides")
+        value = mapping[key]
+        if not isinstance(getattr(value, "dtype", None), np.dtype):
+            try:
+                value = np.asarray(value)
+            except (TypeError, ValueError, RuntimeError) as error:
+                raise DataError(f"{where}: '{key}' isn't an array ({error}): expected numbers") from error
+        if value.dtype.kind not in "biuf":
+            raise DataError(f"{where}: '{key}' holds {value.dtype}: expected numbers")
+        shape = list(value.shape or ())
+        axis_sizes = shape[:1] if axes == "N" and shape[1:] == [1] else shape
+        pairs = zip(axes, axis_sizes, strict=False)
+        if len(axes) != len(axis_sizes) or not all(0 < n == sizes.setdefault(axis, n) for axis, n in pairs):
+            expected = ", ".join(str(sizes.get(axis, axis)) for axis in axes)
+            raise DataError(f"{where}: '{key}' has shape {shape}: expected [{expected}]")
+        arrays[key] = value
+    return arrays, sizes
 
 
 def row_blocks(rows: int, width: int, chunk: int = 1) -> Iterator[slice]:
@@ -91,15 +93,12 @@ def read_flags(array: Any, key: str, where: str) -> NDArray[np.bool_]:
 
 def scale_actions(actions: NDArray[np.float32], low: ArrayLike, high: ArrayLike, where: str) -> None:
     """Scale actions from their bounds to [-1, 1], in place."""
-    width = actions.shape[1]
     below, above = np.asarray(low, np.float32), np.asarray(high, np.float32)
-    for bound in (below, above):
-        if bound.shape not in ((), (width,)):
-            raise DataError(f"{where}: 'actions' is {width} wide: expected {bound.size}, as their bounds are")
-    if not (np.isfinite([*below.flat, *above.flat]).all() and (below < above).all()):
-        raise DataError(
-            f"{where}: actions between {low!r} and {high!r}: expected finite bounds, lower below upper"
-        )
+    if not {below.shape, above.shape} <= {(), actions.shape[1:]}:
+        width, found = actions.shape[1], max(below.size, above.size)
+        raise DataError(f"{where}: 'actions' is {width} wide: expected {found}, as their bounds are")
+    if not (np.isfinite(above - below).all() and (below < above).all()):
+        raise DataError(f"{where}: actions in [{low!r}, {high!r}]: expected finite bounds, lower below upper")
     unit = bool((below == -1).all() and (above == 1).all())
     for part in row_blocks(*actions.shape):
         block = actions[part]

@@ -16,19 +16,33 @@ from torch import Tensor
 from cpql.data.transitions import Batch, Transitions, join
 from cpql.errors import ConfigError, DataError
 
-__all__ = ["REWARD_RULES", "RewardRule", "n_step", "normalise_observations", "reward", "reward_rule"]
+__all__ = [
+    "REWARD_RULES",
+    "RewardRule",
+    "n_step",
+    "next_actions",
+    "normalise_observations",
+    "reward",
+    "reward_rule",
+]
 
-RewardRule = Literal["none", "normalize", "antmaze", "cql_antmaze", "iql_antmaze", "iql_locomotion"]
+RewardRule = Literal[
+    "none", "normalize", "antmaze", "cql_antmaze", "iql_antmaze", "rebrac_antmaze", "iql_locomotion"
+]
 
-REWARD_RULES: dict[str, str] = {
-    "none": "r",
-    "normalize": "(r - mean r) / std r, over all transitions",
-    "antmaze": "2 (r - 0.25)",
-    "cql_antmaze": "4 (r - 0.5)",
-    "iql_antmaze": "r - 1",
-    "iql_locomotion": "1000 r / (highest return - lowest return), over complete episodes",
+REWARD_RULES: dict[str, tuple[float, float] | None] = {
+    "none": (0.0, 1.0),
+    "normalize": None,  # (r - mean r) / std r, over all transitions
+    "antmaze": (0.25, 2.0),
+    "cql_antmaze": (0.5, 4.0),
+    "iql_antmaze": (1.0, 1.0),
+    "rebrac_antmaze": (0.0, 100.0),
+    "iql_locomotion": None,  # 1000 r / (highest return - lowest return), over complete episodes
 }
-"""The rules by name, as Diffusion-QL's, Consistency-AC's and CPQL's codes name them (`reward_tune`)."""
+"""The rules by name, as Diffusion-QL's, Consistency-AC's and CPQL's codes name them (`reward_tune`).
+
+A rule (shift, scale) makes scale (r - shift) of a reward r; None depends on the data.
+"""
 
 # Added to standard deviations, so that a constant number isn't divided by zero (as in TD3+BC).
 EPSILON = 1e-3
@@ -50,6 +64,9 @@ def reward_rule(data: Transitions, rule: str) -> Callable[[Tensor], Tensor]:
         DataError: the rule needs rewards or returns that differ, and they don't.
     """
     p = data.provenance
+    if rule not in REWARD_RULES:
+        raise ConfigError(f"reward={rule!r} is no rule: expected one of {', '.join(REWARD_RULES)}")
+    shift, scale = REWARD_RULES[rule] or (0.0, 1.0)
     if rule == "normalize":
         mean, std = data.rewards.mean(), data.rewards.std(correction=0)
         if not std > 0:
@@ -65,16 +82,7 @@ def reward_rule(data: Transitions, rule: str) -> Callable[[Tensor], Tensor]:
                 "reward=iql_locomotion expects two with different returns"
             )
         scale = 1000.0 / (high - low)
-        return lambda r: r * scale
-    rules: dict[str, Callable[[Tensor], Tensor]] = {
-        "none": lambda r: r,
-        "antmaze": lambda r: 2.0 * (r - 0.25),
-        "cql_antmaze": lambda r: 4.0 * (r - 0.5),
-        "iql_antmaze": lambda r: r - 1.0,
-    }
-    if rule not in rules:
-        raise ConfigError(f"reward={rule!r} is no rule: expected one of {', '.join(REWARD_RULES)}")
-    return rules[rule]
+    return lambda r: (r - shift) * scale
 
 
 def reward(data: Transitions, rule: str) -> Transitions:
@@ -97,6 +105,16 @@ def normalise_observations(data: Transitions) -> Transitions:
     changed = {key: (getattr(columns, key) - mean) / std for key in ("observations", "next_observations")}
     batch = columns._replace(**changed)
     return _replaced(data, {"normalise_observations": True}, batch, normalisation=(mean, std))
+
+
+def next_actions(data: Transitions) -> Transitions:
+    """Add the data's action at each next observation, for critics that stay close to it (ReBRAC).
+
+    At the end of an episode it isn't known, and NaN.
+    """
+    actions = data.actions.roll(-1, 0)
+    actions[data.ends] = torch.nan
+    return dataclasses.replace(data, table=join(data.columns._replace(next_actions=actions)))
 
 
 def n_step(data: Transitions, n: int, discount: float) -> Transitions:
@@ -140,5 +158,6 @@ def n_step(data: Transitions, n: int, discount: float) -> Transitions:
         rewards=rewards,
         next_observations=columns.next_observations[last],
         discounts=powers * columns.discounts[last],
+        next_actions=None if columns.next_actions is None else columns.next_actions[last],
     )
     return _replaced(data, {"n_step": n}, batch, terminated=data.terminated[last])

@@ -37,24 +37,12 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from cpql.data.rows import (
-    checked,
-    compacted,
-    find_limits,
-    find_seams,
-    read_blocks,
-    read_flags,
-    return_statistics,
-    scale_actions,
-)
+from cpql.data import rows
 from cpql.errors import DataError
 
-__all__ = ["Batch", "Provenance", "Reading", "TimeLimits", "Transitions", "draw_rows", "join", "split"]
+__all__ = ["Batch", "Provenance", "Reading", "Rows", "TimeLimits", "Transitions", "join", "split"]
 
 TimeLimits = Literal["keep", "drop"]
-
-REQUIRED = ("observations", "actions", "rewards", "terminals")
-OPTIONAL = ("timeouts", "next_observations")
 
 
 class Reading(TypedDict, total=False):
@@ -77,7 +65,8 @@ class Batch(NamedTuple):
     """Transitions drawn for one update, float32; the leading axes are members, then the batch B.
 
     `discounts` is the weight of the next state's value, besides the agent's gamma: 0 where the task ended,
-    else 1, or `gamma^(m - 1)` where the rewards are those of m steps.
+    else 1, or `gamma^(m - 1)` where the rewards are those of m steps. `next_actions` are the data's actions
+    at the next observations, NaN where they aren't known; see `cpql.data.transforms.next_actions`.
     """
 
     observations: Tensor  # [..., B, S]
@@ -85,25 +74,58 @@ class Batch(NamedTuple):
     rewards: Tensor  # [..., B]
     next_observations: Tensor  # [..., B, S]
     discounts: Tensor  # [..., B]
+    next_actions: Tensor | None = None  # [..., B, A]
 
 
 def split(rows: Tensor, state_dim: int, action_dim: int) -> Batch:
-    """The columns of rows [..., S + A + S + 2], in the order of `Transitions.table`: views."""
-    parts = torch.split(rows, [state_dim, action_dim, state_dim, 2], -1)
+    """The columns of rows [..., S + A + S + 2 (+ A)], in the order of `Transitions.table`: views."""
+    widths = [state_dim, action_dim, state_dim, 2]
+    *parts, more = torch.split(rows, [*widths, rows.shape[-1] - sum(widths)], -1)
     observations, actions, next_observations, scalars = parts
-    return Batch(observations, actions, scalars[..., 0], next_observations, scalars[..., 1])
+    next_actions = more if more.shape[-1] else None
+    return Batch(observations, actions, scalars[..., 0], next_observations, scalars[..., 1], next_actions)
 
 
 def join(batch: Batch) -> Tensor:
-    """Rows [..., S + A + S + 2] of a batch: the inverse of `split`."""
+    """Rows [..., S + A + S + 2 (+ A)] of a batch: the inverse of `split`."""
     scalars = torch.stack([batch.rewards, batch.discounts], -1)
-    return torch.cat([batch.observations, batch.actions, batch.next_observations, scalars], -1)
+    more = [] if batch.next_actions is None else [batch.next_actions]
+    return torch.cat([batch.observations, batch.actions, batch.next_observations, scalars, *more], -1)
 
 
-def draw_rows(table: Tensor, length: int, count: int, generator: torch.Generator) -> Tensor:
-    """Draw rows uniformly, with replacement, from the first `length` of a table: [count, ...]."""
-    drawn = torch.randint(length, (count,), generator=generator, device=table.device)
-    return table.index_select(0, drawn)
+class Rows:
+    """Transitions to draw from: what a dataset and a replay buffer have in common.
+
+    Attributes:
+        table: [..., S + A + S + 2] float32: observations, actions, next observations, rewards, discounts; the
+            first `len` rows are drawn from.
+        state_dim: S, the width of an observation.
+        action_dim: A, the width of an action.
+    """
+
+    table: Tensor
+    state_dim: int
+    action_dim: int
+
+    def __len__(self) -> int:
+        """N, the number of transitions."""
+        return len(self.table)
+
+    def rows(self, count: int, generator: torch.Generator) -> Tensor:
+        """Draw rows of the table uniformly, with replacement, [count, ...]."""
+        drawn = torch.randint(len(self), (count,), generator=generator, device=self.table.device)
+        return self.table.index_select(0, drawn)
+
+    def sample(self, batch_size: int, generator: torch.Generator | Sequence[torch.Generator]) -> Batch:
+        """Draw a batch [B, ...] uniformly, with replacement, with a generator on the data's device.
+
+        From several generators each member of a group draws its own batch: [members, B, ...].
+        """
+        if isinstance(generator, torch.Generator):
+            drawn = self.rows(batch_size, generator)
+        else:
+            drawn = torch.stack([self.rows(batch_size, one) for one in generator])
+        return split(drawn, self.state_dim, self.action_dim)
 
 
 @dataclass(frozen=True)
@@ -149,19 +171,18 @@ class Provenance:
         text = f"{self.id or 'dataset'} ({source}): {self.transitions:,} transitions"
         text += f", {self.episodes:,} complete episode{'' if self.episodes == 1 else 's'}"
         if self.return_mean is not None:
-            text += (
-                f", return {self.return_mean:,.1f} ± {self.return_std:,.1f}"
-                f" ({self.return_min:,.1f} to {self.return_max:,.1f}), mean length {self.length_mean:,.0f}"
-            )
+            text += f", return {self.return_mean:,.1f} ± {self.return_std:,.1f} ({self.return_min:,.1f} to "
+            text += f"{self.return_max:,.1f}), mean length {self.length_mean:,.0f}"
         return text
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Transitions:
+class Transitions(Rows):
     """A dataset of N transitions on one device. Build it with `from_dict`, which checks.
 
     Attributes:
-        table: [N, S + A + S + 2] float32: observations, actions, next observations, rewards, discounts.
+        table: [N, S + A + S + 2] float32: observations, actions, next observations, rewards, discounts; and
+            next actions, A wide, where `cpql.data.transforms.next_actions` has added them.
         state_dim: S, the width of an observation.
         action_dim: A, the width of an action.
         terminated: [N] bool, where the task ended and bootstrapping stops.
@@ -210,10 +231,6 @@ class Transitions:
         """The device of all tensors."""
         return self.table.device
 
-    def __len__(self) -> int:
-        """N, the number of transitions."""
-        return len(self.table)
-
     def __repr__(self) -> str:
         """The provenance, not the numbers."""
         return f"Transitions({self.provenance.line()})"
@@ -226,21 +243,6 @@ class Transitions:
         flags = {name: getattr(self, name).to(device) for name in ("terminated", "truncated", "ends")}
         return dataclasses.replace(self, table=table, **flags)
 
-    def rows(self, count: int, generator: torch.Generator) -> Tensor:
-        """Draw rows of the table uniformly, with replacement, [count, ...]."""
-        return draw_rows(self.table, len(self), count, generator)
-
-    def sample(self, batch_size: int, generator: torch.Generator | Sequence[torch.Generator]) -> Batch:
-        """Draw a batch [B, ...] uniformly, with replacement, with a generator on the data's device.
-
-        From several generators each member of a group draws its own batch: [members, B, ...].
-        """
-        if isinstance(generator, torch.Generator):
-            rows = self.rows(batch_size, generator)
-        else:
-            rows = torch.stack([self.rows(batch_size, one) for one in generator])
-        return split(rows, self.state_dim, self.action_dim)
-
     def validate_for(self, state_dim: int, action_dim: int) -> None:
         """Raise a DataError unless observations and actions are as wide as an environment's."""
         for key, expected in (("observations", state_dim), ("actions", action_dim)):
@@ -252,7 +254,7 @@ class Transitions:
     def to_dict(self) -> dict[str, NDArray[Any]]:
         """D4RL's six arrays, as numpy, which `from_dict` takes; an episode that was cut ends with no flag."""
         columns = self.columns._asdict() | {"terminals": self.terminated, "timeouts": self.truncated}
-        return {key: columns[key].cpu().numpy() for key in (*REQUIRED, *OPTIONAL)}
+        return {key: columns[key].cpu().numpy() for key in rows.KEYS}
 
     @classmethod
     def from_dict(
@@ -283,66 +285,51 @@ class Transitions:
         where = file or id or source
         if time_limits not in ("keep", "drop"):
             raise DataError(f"{where}: time_limits={time_limits!r}: expected 'keep' or 'drop'")
-        arrays = {key: checked(mapping, key, where) for key in REQUIRED}
-        arrays |= {key: checked(mapping, key, where) for key in OPTIONAL if key in mapping}
-        rows, states = arrays["observations"].shape
-        width = arrays["actions"].shape[1]
-        for key, array in arrays.items():
-            if array.shape[0] != rows:
-                raise DataError(
-                    f"{where}: '{key}' has {array.shape[0]} rows: expected {rows}, as 'observations' has"
-                )
-        if rows == 0:
-            raise DataError(f"{where}: 'observations' has 0 rows: expected at least one transition")
-        given = arrays.get("next_observations")
-        if given is not None and given.shape[1] != states:
-            found = given.shape[1]
-            raise DataError(f"{where}: 'next_observations' is {found} wide: expected {states}")
-        terminals = read_flags(arrays["terminals"], "terminals", where)
-        timeouts = read_flags(arrays["timeouts"], "timeouts", where) if "timeouts" in arrays else None
+        arrays, sizes = rows.checked(mapping, where)
+        count, states, width = sizes["N"], sizes["S"], sizes["A"]
+        given = "next_observations" in arrays
+        terminals = rows.read_flags(arrays["terminals"], "terminals", where)
+        timeouts = rows.read_flags(arrays["timeouts"], "timeouts", where) if "timeouts" in arrays else None
 
-        try:
-            table = np.empty((rows, 2 * states + width + 2), np.float32)
-        except MemoryError as error:
-            raise DataError(f"{where}: {rows:,} transitions don't fit into memory ({error})") from error
+        table = np.empty((count, 2 * states + width + 2), np.float32)
         observations, actions, next_observations, scalars = np.split(
             table, np.cumsum([states, width, states]), axis=1
         )
         columns = {"observations": observations, "actions": actions, "rewards": scalars[:, :1]}
-        if given is not None:
+        if given:
             columns["next_observations"] = next_observations
         for key, column in columns.items():
-            for part, block in read_blocks(arrays[key], key, where):
+            for part, block in rows.read_blocks(arrays[key], key, where):
                 column[part] = block
-        scale_actions(actions, action_low, action_high, where)
+        rows.scale_actions(actions, action_low, action_high, where)
 
-        seams = np.zeros(rows, np.bool_)
-        if given is not None:
-            seams[:-1] = find_seams(next_observations, observations)
-        truncated = find_limits(terminals | seams, episode_limit) if timeouts is None else timeouts
+        seams = np.zeros(count, np.bool_)
+        if given:
+            seams[:-1] = rows.find_seams(next_observations, observations)
+        truncated = rows.find_limits(terminals | seams, episode_limit) if timeouts is None else timeouts
         terminated = terminals & ~truncated
         ends = terminals | truncated | seams
         complete = ends.copy() if timeouts is None else terminals | truncated
-        keep = np.ones(rows, np.bool_)
-        if given is None:
+        keep = np.ones(count, np.bool_)
+        if not given:
             next_observations[:-1] = observations[1:]
             next_observations[terminated] = observations[terminated]
             keep[-1] = terminated[-1]
-        if given is None or time_limits == "drop":
+        if not given or time_limits == "drop":
             keep &= ~truncated
         ends[-1] = True
         # Before any row is dropped: an episode's return includes its last reward.
-        statistics = return_statistics(scalars[:, 0], ends, complete)
+        statistics = rows.return_statistics(scalars[:, 0], ends, complete)
         scalars[:, 1] = ~terminated
         if not keep.all():
             if not keep.any():
                 raise DataError(
-                    f"{where}: no row has a next one in its episode: expected 'next_observations'"
-                    if given is None
-                    else f"{where}: every row is at a time limit, and time_limits=drop leaves none"
+                    f"{where}: every row is at a time limit, and time_limits=drop leaves none"
+                    if given
+                    else f"{where}: no row has a next one in its episode: expected 'next_observations'"
                 )
             ends[:-1] |= ~keep[1:]
-            table = compacted(table, keep)
+            table = rows.compacted(table, keep)
             terminated, truncated, ends = terminated[keep], truncated[keep], ends[keep]
         return cls(
             torch.from_numpy(table),

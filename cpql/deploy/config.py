@@ -10,7 +10,7 @@ from pydantic import Field
 from cpql.actors import AnyActorConfig
 from cpql.deploy.folded import LARGEST
 from cpql.errors import ConfigError
-from cpql.networks import Activation
+from cpql.networks import Activation, Norm
 from cpql.settings import Candidates, NonNegative, Width
 from cpql.tasks import Task
 
@@ -31,7 +31,7 @@ class PolicyConfig:
         action_high: its upper bounds [A], above the lower ones.
         actor: the actor's config, whose `kind` names its class in `cpql.actors.ACTORS`.
         critic_hidden: widths of the critic's hidden layers; empty where the policy has no critic.
-        critic_layer_norm: whether the critic has LayerNorm.
+        critic_layer_norm: whether and where the critic has LayerNorm, see `cpql.networks.Norm`.
         candidates: how many actions compete by value when acting; 1 is the actor alone.
         temperature: of that choice; 0 takes the best.
         task: the task that the policy was trained for.
@@ -50,7 +50,7 @@ class PolicyConfig:
     action_high: tuple[Bounded, ...]
     actor: AnyActorConfig
     critic_hidden: Annotated[tuple[Width, ...], Field(max_length=64)]
-    critic_layer_norm: bool
+    critic_layer_norm: Norm
     candidates: Candidates
     temperature: NonNegative
     task: Task

@@ -61,7 +61,7 @@ def export(
 
     All arrays are float32, and the batch size B is free. `observation` [B, S] is as the environment gives it,
     `action` [B, A] in the environment's bounds, `noise` standard normal (or zeros, for a deterministic
-    action): [steps, B, A], with C candidates [steps, B, C, A]. Candidates and a temperature above 0 take
+    action): [draws, B, A], with C candidates [draws, B, C, A]. Candidates and a temperature above 0 take
     `uniform` [B, C] in [0, 1) too (or 0.5, which takes the best). A deterministic actor has neither.
 
     Before the file is put in place, its actions on 10,000 random states (divided by the candidates) are

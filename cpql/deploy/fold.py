@@ -13,7 +13,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cpql.actors import Actor, ConsistencyActor, DeterministicActor
+from cpql.actors import (
+    Actor,
+    ConsistencyActor,
+    DeterministicActor,
+    DiffusionActor,
+    FlowActor,
+    GaussianActor,
+    OneStepActor,
+)
 from cpql.critics import TwinCritic
 from cpql.deploy.config import PolicyConfig
 from cpql.deploy.folded import FoldedPolicy
@@ -36,7 +44,8 @@ def fold(actor: Actor, critic: TwinCritic | None, config: PolicyConfig) -> Folde
     if critic is not None and actor.draws:
         arrays |= _critic(critic, 0, config) | _critic(critic, 1, config)
     activations = {"actor": head.pop("activation"), "critic": config.critic_activation}
-    rule = {"candidates": 1, "temperature": 0.0, "description": {}}
+    rule = {"candidates": 1, "temperature": 0.0, "description": {}, "draws": actor.draws}
+    rule["norm_after"] = config.critic_layer_norm == "after"
     return FoldedPolicy(arrays, {**rule, "activations": activations, **head})
 
 
@@ -58,15 +67,57 @@ def _consistency(actor: ConsistencyActor, config: PolicyConfig) -> tuple[Arrays,
     return arrays, {"steps": steps, "inside": inside, "tanh": tanh, "activation": "mish"}
 
 
-def _deterministic(actor: DeterministicActor, config: PolicyConfig) -> tuple[Arrays, dict[str, Any]]:
+def _one_action(
+    actor: DeterministicActor | GaussianActor, config: PolicyConfig
+) -> tuple[Arrays, dict[str, Any]]:
     first, arrays = _layers(actor.mlp, "actor")
     arrays["actor.state_weight"], arrays["actor.state_bias"] = _first(*first, config)
     return arrays, {"steps": [], "inside": False, "tanh": False, "activation": actor.config.activation}
 
 
+def _diffusion(actor: DiffusionActor, config: PolicyConfig) -> tuple[Arrays, dict[str, Any]]:
+    (first, bias), arrays = _layers(actor.mlp, "actor")
+    widths = [actor.action_dim, actor.config.time_width, actor.state_dim]
+    x_part, time_part, state_part = torch.split(first, widths, -1)
+    arrays["actor.state_weight"], arrays["actor.state_bias"] = _first(state_part, bias, config)
+    steps, spread, blend = [], 1.0, (0.0, 1.0)
+    for k, (a, b, c, d, s) in enumerate(actor.coefficients()):
+        time = torch.tensor(actor.steps - 1.0 - k, device=next(actor.parameters()).device)
+        arrays[f"actor.steps.{k}.weight"] = _array(x_part.T)
+        arrays[f"actor.steps.{k}.bias"] = _array(time_part @ actor.embed(time).double().cpu())
+        steps.append([spread, a, -b, *blend])
+        spread, blend = s, (d, c)
+    return arrays, {"steps": steps, "inside": True, "tanh": False, "activation": "mish"}
+
+
+def _flow(actor: FlowActor, config: PolicyConfig) -> tuple[Arrays, dict[str, Any]]:
+    (first, bias), arrays = _layers(actor.mlp, "actor")
+    x_part, time_part, state_part = torch.split(first, [actor.action_dim, 1, actor.state_dim], -1)
+    arrays["actor.state_weight"], arrays["actor.state_bias"] = _first(state_part, bias, config)
+    for k in range(actor.steps):
+        arrays[f"actor.steps.{k}.weight"] = _array(x_part.T)
+        arrays[f"actor.steps.{k}.bias"] = _array(time_part[:, 0] * (k / actor.steps))
+    steps = [[float(k == 0), 1.0, 1.0 / actor.steps] for k in range(actor.steps)]
+    return arrays, {"steps": steps, "inside": False, "tanh": False, "activation": actor.config.activation}
+
+
+def _one_step(actor: OneStepActor, config: PolicyConfig) -> tuple[Arrays, dict[str, Any]]:
+    (first, bias), arrays = _layers(actor.mlp, "actor")
+    z_part, state_part = torch.split(first, [actor.action_dim, actor.state_dim], -1)
+    arrays["actor.state_weight"], arrays["actor.state_bias"] = _first(state_part, bias, config)
+    arrays["actor.steps.0.weight"] = _array(z_part.T)
+    arrays["actor.steps.0.bias"] = _array(torch.zeros_like(bias))
+    activation = actor.config.activation
+    return arrays, {"steps": [[1.0, 0.0, 1.0]], "inside": False, "tanh": False, "activation": activation}
+
+
 FOLDS: Mapping[str, Callable[[Any, PolicyConfig], tuple[Arrays, dict[str, Any]]]] = {
     "consistency": _consistency,
-    "deterministic": _deterministic,
+    "deterministic": _one_action,
+    "diffusion": _diffusion,
+    "flow": _flow,
+    "gaussian": _one_action,
+    "one_step": _one_step,
 }
 """By kind of actor: its arrays and what its `head` has, see `FoldedPolicy`."""
 

@@ -10,11 +10,13 @@ At a fixed noise level the time embedding is a constant, which folds into the fi
 normalisation of observations fold into its weights. An action of a consistency actor is then
 
     h = observation W_s + b                                        once
-    x = c_skip x + c_out MLP(x W_x + h + b_t)                      for each sampling level t, x noised to t
-    action = low + (clip(x, -1, 1) + 1) / 2 (high - low)
+    y = c_skip x + c_out MLP(x W_x + h + b_t)                      for each sampling level t, x noised to t
+    action = low + (clip(y, -1, 1) + 1) / 2 (high - low)
 
-and one of a deterministic actor has x = tanh(MLP(h)). In the critics, too, the state's part of the first
-layer is computed once for all candidates. Noise is an input, so that actions are the same everywhere.
+and the next x is y with noise. A flow takes steps of the same form without more noise, a diffusion's next x
+is a mixture of x and y with noise, and an actor without noise has y = tanh(MLP(h)). In the critics, too, the
+state's part of the first layer is computed once for all candidates. Noise is an input, so that actions are
+the same everywhere.
 """
 
 from __future__ import annotations
@@ -35,7 +37,7 @@ import numpy as np
 
 __all__ = ["FoldedPolicy", "load"]
 
-FORMAT = 2  # 1 had neither deterministic actors nor activations other than Mish
+FORMAT = 3  # 1 and 2 had fewer actors and activations, and LayerNorm before activations only
 # Limits of `load`: a file may come from a stranger, and it states its own sizes.
 MOST_DIRECTORY_BYTES, MOST_HEAD_BYTES, MOST_CANDIDATES = 1 << 20, 4 << 20, 10_000
 NAMES = re.compile(
@@ -59,11 +61,13 @@ class FoldedPolicy:
             `actor.low` [A] are the lower bounds of actions, `actor.span` [A] the upper minus the lower ones.
             `critic.K.state_weight`, `.action_weight` [A, H], `.bias` and `.layers` are the twin critics.
         head: everything else. `steps` lists spread (the standard deviation of the noise), c_skip and c_out of
-            each sampling step, and is empty for a deterministic actor. `inside` clamps after every step, not
-            only after the last. `tanh` adds the noise before a tanh, see `cpql.consistency.perturb`.
-            `activations` of `actor` and `critic` are `mish` or `relu`. With more than 1 of `candidates`, one
-            is chosen with probability softmax(min(Q1, Q2) / `temperature`), or the best for temperature 0.
-            `description` is metadata on the policy's origin.
+            each sampling step, where x and y are mixed for the next one also the weights of both (else 0 and
+            1), and is empty for an actor without noise. The first `draws` steps take a noise of their own.
+            `inside` clamps after every step, not only after the last. `norm_after` puts the critics'
+            LayerNorm after the activation. `tanh` adds the noise before a tanh, see
+            `cpql.consistency.perturb`. `activations` of `actor` and `critic` are `mish`, `relu` or `gelu`.
+            With more than 1 of `candidates`, one is chosen with probability softmax(min(Q1, Q2) /
+            `temperature`), or the best for temperature 0. `description` is metadata on the policy's origin.
     """
 
     arrays: dict[str, Any]
@@ -85,12 +89,12 @@ class FoldedPolicy:
     def shapes(self, *batch: Any) -> dict[str, tuple[Any, ...]]:
         """Shapes of the arguments besides observations [*batch, S], by name.
 
-        `noise` is standard normal, [steps, *batch, A], or [steps, *batch, C, A] with C candidates; a
-        deterministic actor has none. Candidates and a temperature take `uniform`, in [0, 1), [*batch, C].
+        `noise` is standard normal, [draws, *batch, A], or [draws, *batch, C, A] with C candidates; an actor
+        without noise has none. Candidates and a temperature take `uniform`, in [0, 1), [*batch, C].
         """
-        steps, candidates = len(self.head["steps"]), self.head["candidates"]
+        draws, candidates = self.head["draws"], self.head["candidates"]
         rows = (*batch, candidates) if candidates > 1 else batch
-        noise = {"noise": (steps, *rows, len(self.arrays["actor.low"]))} if steps else {}
+        noise = {"noise": (draws, *rows, len(self.arrays["actor.low"]))} if draws else {}
         return noise | ({"uniform": rows} if candidates > 1 and self.head["temperature"] > 0 else {})
 
     def draw(self, generator: np.random.Generator, *batch: int) -> dict[str, Any]:
@@ -136,19 +140,24 @@ class FoldedPolicy:
         if not steps:
             return self._mlp(shared, "actor", xp)
         x: Any = None
+        y: Any = None
         for k in steps:
-            spread, c_skip, c_out = self.head["steps"][k]
-            z = spread * noise[k]
-            if self.head["inside"] and x is not None:
-                x = x.clip(-1.0, 1.0)
-            if self.head["tanh"]:
-                x = xp.tanh(z if x is None else xp.arctanh(x.clip(-0.999, 0.999)) + z)
+            spread, c_skip, c_out, *mixed = self.head["steps"][k]
+            if self.head["inside"] and y is not None:
+                y = y.clip(-1.0, 1.0)
+            if mixed and y is not None:
+                y = mixed[0] * x + mixed[1] * y
+            if k < self.head["draws"]:
+                z = spread * noise[k]
             else:
-                x = z if x is None else x + z
+                z = 0.0 if y is not None else noise[0]  # the latter in `check`, which tries steps alone
+            if self.head["tanh"]:
+                x = xp.tanh(z if y is None else xp.arctanh(y.clip(-0.999, 0.999)) + z)
+            else:
+                x = z if y is None else y + z
             own = shared + self.arrays[f"actor.steps.{k}.bias"]
-            y = self._mlp(x @ self.arrays[f"actor.steps.{k}.weight"] + own, "actor", xp)
-            x = c_skip * x + c_out * y
-        return x
+            y = c_skip * x + c_out * self._mlp(x @ self.arrays[f"actor.steps.{k}.weight"] + own, "actor", xp)
+        return y
 
     def value(self, observation: Any, action: Any, k: int, xp: ModuleType = np) -> Any:
         """The values [..., C] of critic `k` for observations [..., 1, S] and actions [..., C, A]."""
@@ -159,14 +168,19 @@ class FoldedPolicy:
     def _mlp(self, first: Any, network: str, xp: ModuleType) -> Any:
         """The later layers of a network, applied to the first one's output."""
         activation = ACTIVATIONS[self.head["activations"][network.partition(".")[0]]]
+        after = self.head["norm_after"]
         rows = first if xp is np else first.reshape(-1, first.shape[-1])
         for k in itertools.count():
             name = f"{network}.layers.{k}"
             if f"{name}.weight" not in self.arrays:
                 break
-            if (norm := self.arrays.get(f"{name}.norm_weight")) is not None:
+            norm = self.arrays.get(f"{name}.norm_weight")
+            if after:
+                rows = activation(rows, xp)
+            if norm is not None:
                 rows = _layer_norm(rows, norm, self.arrays[f"{name}.norm_bias"], xp)
-            rows = activation(rows, xp)
+            if not after:
+                rows = activation(rows, xp)
             weight, bias = self.arrays[f"{name}.weight"], self.arrays[f"{name}.bias"]
             rows = rows @ weight + bias if xp is np else xp.addmm(bias, rows, weight)
         return rows.reshape(*first.shape[:-1], rows.shape[-1])
@@ -197,7 +211,7 @@ class FoldedPolicy:
         random, steps = np.random.default_rng(0), range(len(self.head["steps"]))
         states, width = len(self.arrays["actor.state_weight"]), len(self.arrays["actor.low"])
         observation = 10.0 * random.standard_normal((4, states), np.float32)
-        noise = 10.0 * random.standard_normal((len(steps), 4, width), np.float32)
+        noise = 10.0 * random.standard_normal((self.head["draws"], 4, width), np.float32)
         with np.errstate(all="ignore"):
             few = self.with_rule(min(self.head["candidates"], 2), 0.0)
             if few(observation, **few.draw(random, 4)).shape != (4, width):
@@ -262,14 +276,17 @@ def _read(file: BinaryIO) -> dict[str, Any]:
 
 def _head(text: Any) -> dict[str, Any]:
     """Everything but the arrays, checked."""
-    head: dict[str, Any] = {"activations": {"actor": "mish", "critic": "mish"}} | json.loads(str(text))
+    head: dict[str, Any] = {"activations": {"actor": "mish", "critic": "mish"}, "norm_after": False}
+    head |= json.loads(str(text))
+    head.setdefault("draws", len(head["steps"]))
     version, candidates, temperature = head.pop("format"), head["candidates"], head["temperature"]
     for key, valid, expected in (
-        ("format", version in (1, FORMAT), f"1 or {FORMAT}"),
+        ("format", version in range(1, FORMAT + 1), f"1 to {FORMAT}"),
+        ("draws", head["draws"] in range(len(head["steps"]) + 1), "at most a draw for each step"),
         ("candidates", type(candidates) is int and 1 <= candidates <= MOST_CANDIDATES, "1 to 10,000"),
         ("temperature", _finite(temperature) and temperature >= 0, "0 or more"),
         ("steps", all(_finite(each) for step in head["steps"] for each in step), "finite numbers"),
-        *((key, type(head[key]) is bool, "true or false") for key in ("inside", "tanh")),
+        *((key, type(head[key]) is bool, "true or false") for key in ("inside", "tanh", "norm_after")),
         ("description", type(head["description"]) is dict, "an object"),
     ):
         if not valid:
@@ -306,4 +323,11 @@ def _relu(x: Any, xp: ModuleType) -> Any:
     return x.clip(min=0.0)
 
 
-ACTIVATIONS = {"mish": _mish, "relu": _relu}
+def _gelu(x: Any, xp: ModuleType) -> Any:
+    """Its tanh approximation."""
+    if xp is not np:
+        return xp.nn.functional.gelu(x, approximate="tanh")
+    return 0.5 * x * (1.0 + np.tanh(np.float32(math.sqrt(2.0 / math.pi)) * (x + np.float32(0.044715) * x**3)))
+
+
+ACTIVATIONS = {"mish": _mish, "relu": _relu, "gelu": _gelu}

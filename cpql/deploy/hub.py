@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+import textwrap
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -15,6 +16,7 @@ import yaml
 from pydantic_core import from_json
 
 from cpql.deploy.config import PolicyConfig
+from cpql.deploy.summary import summary
 from cpql.errors import CheckpointError, ConfigError
 
 __all__ = [
@@ -116,7 +118,7 @@ action, _ = policy.predict(observation)  # in the environment's bounds
 
 ## Where it comes from
 
-{provenance}
+{origin}
 
 ## Files
 
@@ -134,98 +136,60 @@ def card(config: PolicyConfig, steps: int, result: Mapping[str, Any] | None, nam
         name: by which the example loads the policy, `owner/name` or a folder.
 
     Raises:
-        CheckpointError: the result lacks something, or the policy's provenance is damaged.
+        CheckpointError: the result lacks something.
     """
     task, origin, kind = config.task, config.origin, config.actor.kind
     agent, data = str(origin.get("agent", "unknown")), origin.get("data")
-    online = isinstance(data, Mapping) and data.get("source") == "online"
-    offline = [] if online else ["offline-reinforcement-learning"]
+    source = str(data.get("source")) if isinstance(data, Mapping) else "unknown"
+    offline = [] if source == "online" else ["offline-reinforcement-learning"]
     tags = ["reinforcement-learning", *offline, f"{kind}-policy", agent, task.name]
     tags += [task.id] if task.id else []
     head: dict[str, Any] = {"library_name": "cpql", "pipeline_tag": "reinforcement-learning", "tags": tags}
-    evaluation, files, what = "Not evaluated: there is no result of this very checkpoint.", "", "origin"
-    try:
-        provenance = _table(_provenance(config, steps))
-        if result is not None and result.get("return_mean") is not None:
-            what = "result"
-            rows, entry = _evaluation(result)
-            head["model-index"] = [{"name": f"{agent}-{task.name}", "results": [entry]}]
-            evaluation, files = _table(rows), "`result.json` has the return of every episode.\n"
-    except (KeyError, TypeError, ValueError, AttributeError) as error:  # JSON of another form
-        raise CheckpointError(
-            f"the policy's {what} is damaged, or of another version of cpql: {one_line(error)}"
-        ) from error
-    front = yaml.safe_dump(head, sort_keys=False, allow_unicode=True)
-    about = {"agent": agent, "task": task.name, "kind": kind, "name": name}
-    return CARD.format(front=front, **about, evaluation=evaluation, provenance=provenance) + files
+    acting = {"candidates": config.candidates, "temperature": config.temperature, "sampling steps": steps}
+    about = {"objective": getattr(config.actor, "objective", "none"), **acting, **origin}
+    if source.startswith("embedded"):
+        about["note"] = "self-collected data, not D4RL; scores on it belong in no table with D4RL scores"
+    evaluation = "Not evaluated: there is no result of this very checkpoint."
+    files = ""
+    if result is not None and result.get("return_mean") is not None:
+        try:
+            evaluation = _block(summary(result)) + _block(
+                _yaml({key: result[key] for key in ("seed", "versions")})
+            )
+            head["model-index"] = [{"name": f"{agent}-{task.name}", "results": [_entry(result)]}]
+        except (KeyError, TypeError, ValueError, AttributeError) as error:  # JSON of another form
+            raise CheckpointError(
+                f"the policy's result is damaged, or of another version of cpql: {one_line(error)}"
+            ) from error
+        files = "`result.json` has the return of every episode.\n"
+    texts = {"front": _yaml(head), "evaluation": evaluation, "origin": _block(_yaml(about))}
+    return CARD.format(agent=agent, task=task.name, kind=kind, name=name, **texts) + files
 
 
-def _evaluation(result: Mapping[str, Any]) -> tuple[dict[str, str], dict[str, Any]]:
-    """A result as the rows of a table, and as the Hub's index has it."""
-    mean, std, (low, high) = result["return_mean"], result["return_std"], result["return_interval"]
-    rows = {
-        "return": f"{mean:,.1f} ± {std:,.1f} over {result['episodes']} episodes, "
-        f"95% interval of the mean {low:,.1f} to {high:,.1f}"
-    }
-    metrics = [("mean_reward", "mean_reward", f"{mean:.2f} +/- {std:.2f}")]
+def _yaml(content: Mapping[str, Any]) -> str:
+    return yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=1_000)
+
+
+def _block(text: str) -> str:
+    """A block of code, which no text ends."""
+    return textwrap.indent(text.rstrip() + "\n", "    ", lambda _: True)
+
+
+def _entry(result: Mapping[str, Any]) -> dict[str, Any]:
+    """A result as the Hub's index has it."""
+    metrics = [("mean_reward", "mean_reward", f"{result['return_mean']:.2f} +/- {result['return_std']:.2f}")]
     if result.get("score") is not None:
-        references, (low, high) = result["references"], result["score_interval"]
-        of, zero, hundred = (references[key] for key in ("of", "random", "expert"))
-        score, value = (
-            f"{result['score']:.1f}, 95% interval {low:.1f} to {high:.1f}",
-            round(result["score"], 2),
-        )
+        of, value = result["references"]["of"], round(result["score"], 2)
         if result.get("measure") == "success":
-            rows[f"successes in percent ({of})"] = score
             metrics.append(("success_rate", f"{of} successes in percent", value))
         else:
-            rows[f"score ({of}-normalised)"] = f"{score} (0 is {zero:,.1f}, 100 is {hundred:,.1f})"
             metrics.append(("normalized_score", f"{of}-normalised score", value))
-    environment = str(result["environment"])
-    versions = result["versions"].items()
-    rows |= {
-        "environment": environment,
-        "acting": str(result["rule"]),
-        "seed of the evaluation": str(result["seed"]),
-        "evaluated with": ", ".join(map(" ".join, versions)),
-        "note": str(result.get("note") or ""),
-    }
-    keys = ("type", "name", "value", "verified")
-    return rows, {
+    keys, environment = ("type", "name", "value", "verified"), str(result["environment"])
+    return {
         "task": {"type": "reinforcement-learning", "name": "reinforcement-learning"},
         "dataset": {"name": environment, "type": environment},
         "metrics": [dict(zip(keys, (*metric, False), strict=True)) for metric in metrics],
     }
-
-
-def _provenance(config: PolicyConfig, steps: int) -> dict[str, str]:
-    origin, rule = config.origin, "the actor alone"
-    if config.candidates > 1:
-        rule = f"{config.candidates} candidates ranked by Q, temperature {config.temperature:g}"
-    rows = {
-        "agent": str(origin.get("agent", "unknown")),
-        "objective": getattr(config.actor, "objective", ""),
-        "acts by": f"{rule}, {steps} step{'s' if steps > 1 else ''}",
-        "gradient steps": f"{origin['step']:,}" if "step" in origin else "unknown",
-        "training seed": str(origin.get("seed", "unknown")),
-        "trained with": ", ".join(map(" ".join, origin.get("versions", {}).items())) or "unknown",
-        "data": "unknown",
-    }
-    if data := origin.get("data"):
-        rows["data"] = f"{data['source']} {data['id']}, {data['transitions']:,} transitions"
-        if data["source"].startswith("embedded"):
-            rows["note"] = "collected by cpql itself, not D4RL's: its scores belong in no table with D4RL's"
-        if data["source"] == "regenerated":
-            rows["note"] = "made again with OGBench's own oracles, so not the rows of its published file"
-        if data.get("return_mean") is not None:
-            rows["the data's return"] = f"{data['return_mean']:,.1f} ± {data['return_std']:,.1f}"
-        rows["the data's SHA-256"] = str(data["sha256"])
-    return rows
-
-
-def _table(rows: Mapping[str, str]) -> str:
-    escaped = ((name, " ".join(value.replace("|", "\\|").split())) for name, value in rows.items() if value)
-    return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in escaped)])
 
 
 def download(name: str) -> Path:

@@ -90,7 +90,7 @@ def go_back(folder: Path, step: int) -> None:
         (folder / "last").unlink(missing_ok=True)
     for later in saved_steps(folder):
         if later > step:
-            _discard(folder / _name(later))
+            _discard(folder, later)
 
 
 def prune(folder: Path, keep: int, spare: Collection[int] = ()) -> None:
@@ -99,12 +99,15 @@ def prune(folder: Path, keep: int, spare: Collection[int] = ()) -> None:
     A checkpoint that the user has put something into, such as an evaluation or an export, stays.
     """
     for step in saved_steps(folder)[:-keep] if keep else ():
-        old = folder / _name(step)
-        if step not in spare and {path.name for path in old.iterdir()} <= {"policy", "training"}:
-            _discard(old)
+        if step not in spare and {path.name for path in (folder / _name(step)).iterdir()} <= {
+            "policy",
+            "training",
+        }:
+            _discard(folder, step)
 
 
-def _discard(path: Path) -> None:
+def _discard(folder: Path, step: int) -> None:
+    path = folder / _name(step)
     holder = aside_of(path)
     path.replace(holder / path.name)  # whole or gone, even if this is where the process is killed
     shutil.rmtree(holder)
@@ -125,18 +128,16 @@ def load_training(folder: Path, step: int) -> tuple[dict[str, Tensor], dict[str,
     path = folder / _name(step) / "training"
     try:
         state = json.loads((path / "state.json").read_text())
-        if state["step"] != step:
-            raise ValueError(f"state.json says step {state['step']}, expected {step}")
-        found = sha256_of(path / "state.safetensors")
-        expected = state.get("sha256", found)  # older checkpoints have none
-        if found != expected:
-            raise ValueError(f"state.safetensors has SHA-256 {found[:12]}..., expected {expected[:12]}...")
+        digest = sha256_of(path / "state.safetensors")
+        found = (state["step"], state.get("sha256", digest))  # older checkpoints have no sha256
+        if found != (step, digest):
+            raise ValueError(f"state.json: expected step {step} and SHA-256 {digest}, found {found}")
         return load_file(path / "state.safetensors"), state
     except Exception as error:
         raise CheckpointError(f"{path}: no readable training state: {one_line(error)}") from error
 
 
-def find_training(path: Path) -> tuple[Path, int]:
+def find_training(path: str | Path) -> tuple[Path, int]:
     """The arguments of `load_training` for a run (its last checkpoint) or a checkpoint.
 
     Raises:

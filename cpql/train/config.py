@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, Literal
 
@@ -10,9 +10,10 @@ from pydantic import Field
 
 from cpql.agents import AGENTS, Agent, AgentConfig
 from cpql.data.sources import check_source
+from cpql.data.transforms import RewardRule
 from cpql.errors import ConfigError, did_you_mean
 from cpql.settings import Candidates, Count, Fraction, Natural, Positive, Seed, Threads, build
-from cpql.tasks import Task
+from cpql.tasks import Task, load_task, task_names, with_own_references
 from cpql.train.logging import LOGGERS
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "TrainConfig",
     "agent_config",
     "group_agent_config",
+    "train_config",
 ]
 
 # What members of one program may differ in, besides the agent's settings in its `by_member`.
@@ -53,7 +55,7 @@ class DatasetConfig:
     id: str | None = None
     size: Count = 1_000_000
     seed: Seed = 0
-    reward: Literal["none", "normalize", "antmaze", "cql_antmaze", "iql_antmaze", "iql_locomotion"] = "none"
+    reward: RewardRule = "none"
     normalise_observations: bool = False
     n_step: Annotated[int, Field(ge=1, le=1_000)] = 1
     time_limits: Literal["keep", "drop"] = "keep"
@@ -176,6 +178,17 @@ class TrainConfig:
             raise ConfigError(
                 f"logger={self.logger} does not exist: {did_you_mean(self.logger, ('csv', *LOGGERS))}"
             )
+
+
+def train_config(values: Mapping[str, Any], where: str) -> TrainConfig:
+    """A run's settings from nested plain values, see `cpql.settings.build`.
+
+    A task whose environment isn't its own any more has no references, see `cpql.tasks.with_own_references`.
+    """
+    config = build(TrainConfig, values, where)
+    if config.env.name not in task_names():
+        return config
+    return replace(config, env=with_own_references(config.env, load_task(config.env.name)))
 
 
 def agent_config(config: TrainConfig) -> tuple[type[Agent], AgentConfig]:

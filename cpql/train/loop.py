@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,9 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from cpql.agents import AGENTS
 from cpql.data.embedded import cache_folder
+from cpql.deploy.summary import summary
 from cpql.device import choose_device
 from cpql.errors import ActingError, CheckpointError, ConfigError, Interrupted
 from cpql.train.config import TrainConfig, group_agent_config
@@ -22,7 +25,7 @@ from cpql.train.runs import Run, claimed
 from cpql.train.signals import stop_signals
 from cpql.train.sources import load_source
 
-__all__ = ["train_group"]
+__all__ = ["group_summary", "train_group"]
 
 
 def loop(members: Members, update: Update, stopped: Callable[[], bool]) -> None:
@@ -39,7 +42,9 @@ def loop(members: Members, update: Update, stopped: Callable[[], bool]) -> None:
             if first or members.config.checkpoint:
                 members.evaluate(stopped)
         while members.step < budget.updates and not stopped():
-            batch, noise = members.inputs()
+            agent, generators = members.agent, members.generators
+            batch = members.source.batch(agent, generators)
+            noise = agent.draw(generators if agent.members else generators[0])
             members.means.add(update(batch, noise, members.phase))
             members.step += 1
             if members.due(budget.log_every):
@@ -54,9 +59,7 @@ def loop(members: Members, update: Update, stopped: Callable[[], bool]) -> None:
         raise Interrupted(f"{done}; {members.where()}")
 
 
-def train_group(
-    configs: Sequence[tuple[TrainConfig, dict[str, Any]]], console: Console
-) -> list[dict[str, Any]]:
+def train_group(configs: Sequence[TrainConfig], console: Console) -> list[dict[str, Any]]:
     """Train one run, or several as the members of one program.
 
     Member k is, up to rounding, the run of its configuration alone, and its folder is an ordinary run's:
@@ -64,8 +67,7 @@ def train_group(
     others continue.
 
     Args:
-        configs: the configuration of each run, and the same as plain values, which the run's `config.yaml`
-            keeps. They may differ in seed, folder and the agent's settings in its `by_member`.
+        configs: of each run. They may differ in seed, folder and the agent's settings in its `by_member`.
         console: for progress and warnings.
 
     Returns:
@@ -75,13 +77,13 @@ def train_group(
         Interrupted: the user stopped it; everything is saved.
         CpqlError: anything else the user can fix; also, after the others are finished, that one diverged.
     """
-    config = configs[0][0]
+    config = configs[0]
     if config.threads:
         torch.set_num_threads(config.threads)
     with ExitStack() as stack:
-        for own, _ in configs:
+        for own in configs:
             stack.enter_context(claimed(Path(own.run_dir)))
-        runs = [Run(own, resolved) for own, resolved in configs]
+        runs = [Run(own) for own in configs]
         if all(run.finished for run in runs):
             return [run.result() for run in runs]
         if config.resume and not any(run.begun for run in runs):
@@ -98,15 +100,13 @@ def _load(runs: Sequence[Run], console: Console) -> Members:
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high" if config.precision == "tf32" else "highest")
     kind, settings = group_agent_config([run.config for run in runs])
-    for run in runs:
-        run.check_length(settings.schedule)
     if config.checkpoint and settings.lr_decay == "cosine":
         raise ConfigError(
             f"agent.lr_decay=cosine: checkpoint={config.checkpoint} is at its end, where the rates are 0: "
             "expected agent.lr_decay=none"
         )
     seeds = [run.config.seed for run in runs]
-    task, source = load_source(config, seeds, device, console, settings.discount)
+    task, source = load_source(config, seeds, device, console, settings)
     agent = kind(
         source.state_dim,
         source.action_dim,
@@ -125,7 +125,7 @@ def _load(runs: Sequence[Run], console: Console) -> Members:
 
 def _run_to_end(members: Members) -> list[dict[str, Any]]:
     """Compile the update, train what is left, and write the results."""
-    config, console, source = members.config, members.console, members.source
+    config, console = members.config, members.console
     if config.compile:
         say(console, "compiling the update: a minute or two, seconds where it was compiled before")
     cache = cache_folder() / "programs"
@@ -139,7 +139,7 @@ def _run_to_end(members: Members) -> list[dict[str, Any]]:
             stack.enter_context(torch.compiler.set_stance("fail_on_recompile"))
         try:
             for run in members.runs:
-                run.begin(members.step, made.how, lambda: source.provenance)
+                run.begin(members.step, made.how, members.source)
             loop(members, made.update, stack.enter_context(stop_signals()))
             results = [run.finish(members.step) for _, run in members.active()]
         except ActingError as error:
@@ -153,3 +153,23 @@ def _run_to_end(members: Members) -> list[dict[str, Any]]:
     if members.diverged:
         raise next(iter(members.diverged.values()))
     return results
+
+
+def group_summary(results: Sequence[Mapping[str, Any]], configs: Sequence[TrainConfig]) -> str:
+    """The results of several runs, with the mean over the seeds of each setting."""
+    texts, values = [], dict[str, list[float]]()
+    for result, config in zip(results, configs, strict=True):
+        where = f"all in {config.run_dir}: learning_curve.png, metrics.csv, result.json, checkpoints/last"
+        texts += [summary(result), where]
+        given = (name for name in AGENTS[config.agent["name"]].by_member if name in config.agent)
+        setting = ", ".join(f"agent.{name}={config.agent[name]}" for name in given)
+        if result["evaluated"]:
+            score = result["score"]
+            values.setdefault(setting, []).append(result["return_mean"] if score is None else score)
+    of = "return" if results[0].get("score") is None else "score"
+    for setting, seeds in values.items():
+        if len(seeds) > 1:
+            under = f" with {setting}" if len(values) > 1 else ""
+            mean, spread = statistics.fmean(seeds), statistics.stdev(seeds)
+            texts.append(f"{of} of {len(seeds)} seeds{under}: {mean:,.1f} ± {spread:,.1f} (between seeds)")
+    return "\n".join(texts)

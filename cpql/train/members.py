@@ -7,7 +7,6 @@ import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -41,9 +40,7 @@ class Means:
     """Means of metrics over an interval, kept on the device; `members` is the agent's."""
 
     def __init__(self, members: tuple[int, ...]) -> None:
-        self.members = members
-        self.sums: dict[str, Tensor] = {}
-        self.counts: dict[str, int] = {}
+        self.members, self.sums, self.counts = members, dict[str, Tensor](), dict[str, int]()
 
     def add(self, metrics: Mapping[str, Tensor]) -> None:
         """Count one update's metrics; not every update has them all."""
@@ -123,20 +120,14 @@ class Members:
     def where(self) -> str:
         """Say what is saved, and how to continue."""
         folders = ", ".join(str(run.folder) for run in self.runs)
-        if not self.saved:
-            return f"nothing was saved yet in {folders}"
-        return (
+        saved = (
             f"saved up to update {self.saved:,} in {folders}; continue with the same command and resume=true"
         )
+        return saved if self.saved else f"nothing was saved yet in {folders}"
 
     def due(self, every: int) -> bool:
         """Whether an event that occurs every so many updates, and at the end, is due; 0 is never."""
         return self.step == self.config.budget.updates or (every > 0 and self.step % every == 0)
-
-    def inputs(self) -> tuple[Any, dict[str, Tensor]]:
-        """The batch and the noise of the next update."""
-        batch = self.source.batch(self.agent, self.generators)
-        return batch, self.agent.draw(self.generators if self.agent.members else self.generators[0])
 
     def log(self, seconds: float, updates: int) -> str:
         """Write the interval's means, and return them in short, averaged over the members."""
@@ -187,11 +178,11 @@ class Members:
             action_low=self.bounds[0],
             action_high=self.bounds[1],
             actor=c.actor,
-            critic_hidden=c.critic_hidden if critic is not None else (),
-            critic_layer_norm=c.critic_layer_norm,
-            critic_activation=c.critic_activation,
-            candidates=c.candidates,
-            temperature=c.temperature,
+            critic_hidden=() if critic is None else c.critic_hidden,
+            critic_layer_norm=critic is not None and c.critic_layer_norm,
+            critic_activation="mish" if critic is None else c.critic_activation,
+            candidates=agent.rule[0],
+            temperature=agent.rule[1],
             task=self.config.env,
             origin={
                 "agent": run.configuration or agent.name,
@@ -230,13 +221,9 @@ class Members:
             if not all(bool(tensor.isfinite().all()) for tensor in state.values()):
                 self._diverge(k, run, "a weight isn't finite")
                 continue
-            parts = {
-                "agent.": state,
-                "means.": self.means.state_dict(k),
-                "source.": self.source.state_dict(k),
-            }
-            tensors = {"generator": self.generators[k].get_state()}
-            tensors |= {prefix + name: x for prefix, part in parts.items() for name, x in part.items()}
+            parts = {"agent": state, "means": self.means.state_dict(k), "source": self.source.state_dict(k)}
+            tensors = {f"{part}.{name}": x for part, named in parts.items() for name, x in named.items()}
+            tensors["generator"] = self.generators[k].get_state()
             run.save(self.step, self.policy(k), tensors)
         self.saved = self.step
 
@@ -246,21 +233,19 @@ class Members:
         if common == [0] and any(max(run.steps()) > run.config.budget.save_every for run in self.runs):
             where = ", ".join(f"{run.folder} at {max(run.steps()):,}" for run in self.runs)
             raise CheckpointError(f"no checkpoint that all members have ({where}): resume them one by one")
-        damage: CheckpointError | None = None
         for step in steps:
             try:
                 read = [load_training(run.checkpoints, step) for run in self.runs]
             except CheckpointError as error:
-                damage = error
+                if step == steps[-1]:
+                    raise
                 say(self.console, f"warning: {error}; trying the checkpoint before it", "yellow")
-                continue
-            self._load(step, read)
-            return step
-        if damage is not None:
-            raise damage
+            else:
+                self._load(step, read)
+                return step
         for k, run in enumerate(self.runs):
             if run.config.checkpoint:
-                tensors, _ = load_training(*find_training(Path(run.config.checkpoint)))
+                tensors, _ = load_training(*find_training(run.config.checkpoint))
                 try:
                     self.agent.load_state_dict(_named("agent.", tensors), k)
                 except ValueError as error:
@@ -269,7 +254,7 @@ class Members:
 
     def _load(self, step: int, read: Sequence[tuple[dict[str, Tensor], dict[str, Any]]]) -> None:
         """Continue from a checkpoint's tensors and state, by member."""
-        means: list[dict[str, Tensor]] = []
+        means = []
         for k, (run, (tensors, state)) in enumerate(zip(self.runs, read, strict=True)):
             try:
                 then, now = state["data_sha256"], self.source.provenance.sha256
@@ -282,11 +267,11 @@ class Members:
                 self.generators[k].set_state(tensors["generator"])
             except (ValueError, KeyError) as error:
                 raise CheckpointError(f"{run.checkpoints}, step {step}: {error}") from error
-            means.append(_named("means.", tensors))
+            own = _named("means.", tensors)
             if "means_count" in tensors:  # older checkpoints have sums alone, and one count for all
-                sums = means[k].items()
-                means[k] = {f"sum.{name}": total for name, total in sums}
-                means[k] |= {f"count.{name}": tensors["means_count"] for name, _ in sums}
+                counts = {f"count.{name}": tensors["means_count"] for name in own}
+                own = counts | {f"sum.{name}": total for name, total in own.items()}
+            means.append(own)
         self.means.load_state_dicts(means, self.source.device)
 
 

@@ -1,10 +1,9 @@
-"""Learning while acting: each update's batch comes from a buffer that the agent fills meanwhile."""
+"""Acting while learning: a member's environments, and the buffer that it fills meanwhile."""
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping
 from statistics import fmean
 
 import numpy as np
@@ -14,12 +13,11 @@ from torch import Tensor
 
 from cpql.agents import Agent
 from cpql.data.replay import ReplayBuffer
-from cpql.data.transitions import Batch, Provenance, Transitions, split
 from cpql.environments import action_bounds, make_task_environment, widths
 from cpql.tasks import Task
 from cpql.train.config import OnlineConfig
 
-__all__ = ["Experience", "Explorer"]
+__all__ = ["Explorer"]
 
 # Episodes over which the return that training shows is a mean.
 RECENT = 10
@@ -125,6 +123,15 @@ class Explorer:
         mean, std = (tensor.cpu() for tensor in self.normalisation)
         return (state - mean) / std
 
+    def metrics(self) -> dict[str, float]:
+        """Steps and episodes so far, and the mean return of the last ones."""
+        return {
+            "online/steps": self.steps,
+            "online/episodes": self.episodes,
+            "online/return": fmean(self.recent) if self.recent else float("nan"),
+            "online/epsilon": self.epsilon,
+        }
+
     def state_dict(self) -> dict[str, Tensor]:
         """What exploring is resumed from, in new episodes: environments can't be saved."""
         state = {
@@ -146,73 +153,3 @@ class Explorer:
         if self.config.save_buffer:
             self.buffer.load_state_dict({name: state[f"buffer.{name}"] for name in ("table", "added")})
         self._begin(int(torch.randint(2**31, (), generator=self.coins)))
-
-
-class Experience:
-    """A source for the training loop: its members' own experience, mixed with a dataset where there is one.
-
-    Args:
-        task: where to act.
-        config: how to act.
-        seeds: one for each member.
-        device: of buffers and batches.
-        offline: the dataset that gives `config.offline_fraction` of each batch.
-        reward: what training makes of rewards, as already in `offline`.
-    """
-
-    def __init__(
-        self,
-        task: Task,
-        config: OnlineConfig,
-        seeds: Sequence[int],
-        device: torch.device,
-        offline: Transitions | None = None,
-        reward: Callable[[Tensor], Tensor] = lambda r: r,
-    ) -> None:
-        self.task, self.config, self.device, self.offline = task, config, device, offline
-        self.normalisation = None if offline is None else offline.normalisation
-        self.explorers = [Explorer(task, config, seed, device, reward, self.normalisation) for seed in seeds]
-        buffer = self.explorers[0].buffer
-        self.state_dim, self.action_dim = buffer.state_dim, buffer.action_dim
-
-    @property
-    def provenance(self) -> Provenance:
-        """The environment and the steps so far, added to the dataset's provenance if there is one."""
-        steps = self.explorers[0].steps
-        acted = {"environment": self.task.id, "steps": steps}
-        if self.offline is not None:
-            p = self.offline.provenance
-            return replace(p, source=f"{p.source} + online", details=p.details | {"online": acted})
-        nothing = (None,) * 5
-        return Provenance("online", str(self.task.id), None, None, steps, 0, *nothing, acted)
-
-    def batch(self, agent: Agent, generators: Sequence[torch.Generator]) -> Batch:
-        """Let every member act, and draw a batch for each from what it has seen."""
-        size = agent.config.batch_size
-        old = round(self.config.offline_fraction * size) if self.offline is not None else 0
-        each = []
-        for k, (explorer, generator) in enumerate(zip(self.explorers, generators, strict=True)):
-            explorer.explore(agent, k, generator)
-            rows = [explorer.buffer.rows(size - old, generator)]
-            if self.offline is not None:
-                rows.append(self.offline.rows(old, generator))
-            each.append(torch.cat(rows))
-        return split(torch.stack(each) if agent.members else each[0], self.state_dim, self.action_dim)
-
-    def metrics(self, member: int) -> dict[str, float]:
-        """Steps and episodes so far, and the mean return of the last ones."""
-        explorer = self.explorers[member]
-        return {
-            "online/steps": explorer.steps,
-            "online/episodes": explorer.episodes,
-            "online/return": fmean(explorer.recent) if explorer.recent else float("nan"),
-            "online/epsilon": explorer.epsilon,
-        }
-
-    def state_dict(self, member: int) -> dict[str, Tensor]:
-        """A member's `Explorer.state_dict`."""
-        return self.explorers[member].state_dict()
-
-    def load_state_dict(self, state: Mapping[str, Tensor], member: int) -> None:
-        """Take over what `state_dict` gave of a member."""
-        self.explorers[member].load_state_dict(state)

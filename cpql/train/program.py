@@ -11,7 +11,6 @@ import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -79,20 +78,13 @@ def record(
     agent: Agent, compiled: Update, batch: Batch, noise: dict[str, Tensor], say: Callable[[str], None]
 ) -> Program:
     """Record a compiled update as CUDA graphs, one a phase; if that fails, say why and use it without."""
-    graphs = [CudaGraph(agent, partial(_phase, compiled, phase)) for phase in range(agent.cycle)]
     try:
-        with _unchanged(agent):
-            for graph in graphs:
-                graph(batch, noise)
+        graphs = [CudaGraph(agent, compiled, phase, batch, noise) for phase in range(agent.cycle)]
     except Exception as error:  # of the driver, the libraries or the compiler
         reason = _first_line(error)
         say(f"warning: no CUDA graph, so the compiled update is launched piece by piece: {reason}")
         return Program(compiled, f"compiled, no CUDA graph: {reason}", True)
     return Program(lambda batch, noise, phase: graphs[phase](batch, noise), "compiled, CUDA graph", True)
-
-
-def _phase(update: Update, phase: int, batch: Batch, noise: dict[str, Tensor]) -> dict[str, Tensor]:
-    return update(batch, noise, phase)
 
 
 @contextmanager
@@ -109,7 +101,7 @@ def _unchanged(agent: Agent) -> Iterator[None]:
 def zeros(agent: Agent) -> tuple[Batch, dict[str, Tensor]]:
     """A batch of zeros, laid out in memory as batches are, and some noise."""
     device, c = agent.state["step"].device, agent.config
-    width = 2 * agent.state_dim + agent.action_dim + 2
+    width = 2 * agent.state_dim + agent.action_dim * (1 + c.next_actions) + 2
     rows = torch.zeros(*agent.members, c.batch_size, width, device=device)
     generators = [torch.Generator(device) for _ in range(*agent.members or (1,))]
     noise = agent.draw(generators if agent.members else generators[0])
@@ -155,7 +147,7 @@ def _reason(error: BaseException) -> str:
 
 
 class CudaGraph:
-    """One phase of an update, recorded as a CUDA graph when first called, and replayed from then on.
+    """One phase of an update, recorded as a CUDA graph that every call replays.
 
     Even compiled, an update is about a hundred launches, each of which takes the CPU longer than the GPU; a
     graph is a single launch. It is possible because an update uses only tensors that stay in place: the
@@ -166,32 +158,28 @@ class CudaGraph:
 
     WARM_UP = 3  # updates before recording, as CUDA graphs require: libraries allocate their workspaces
 
-    def __init__(self, agent: Agent, update: Callable[[Batch, dict[str, Tensor]], dict[str, Tensor]]) -> None:
-        self.agent, self.update = agent, update
-        self.graph: torch.cuda.CUDAGraph | None = None
-
-    def __call__(self, batch: Batch, noise: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Update once."""
-        if self.graph is None:
-            self.graph = self._record(batch, noise)
-        for kept, given in zip(self.batch, batch, strict=True):
-            kept.copy_(given)
-        for name, kept in self.noise.items():
-            kept.copy_(noise[name])
-        self.graph.replay()
-        return self.metrics
-
-    def _record(self, batch: Batch, noise: dict[str, Tensor]) -> torch.cuda.CUDAGraph:
-        self.batch = Batch(*(tensor.clone() for tensor in batch))
+    def __init__(
+        self, agent: Agent, update: Update, phase: int, batch: Batch, noise: dict[str, Tensor]
+    ) -> None:
+        self.batch = Batch._make(None if tensor is None else tensor.clone() for tensor in batch)
         self.noise = {name: tensor.clone() for name, tensor in noise.items()}
-        with _unchanged(self.agent):
+        with _unchanged(agent):
             apart = torch.cuda.Stream()  # type: ignore[no-untyped-call]
             apart.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(apart):
                 for _ in range(self.WARM_UP):
-                    self.update(self.batch, self.noise)
+                    update(self.batch, self.noise, phase)
             torch.cuda.current_stream().wait_stream(apart)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                self.metrics = self.update(self.batch, self.noise)
-        return graph
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):
+                self.metrics = update(self.batch, self.noise, phase)
+
+    def __call__(self, batch: Batch, noise: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Update once."""
+        for kept, given in zip(self.batch, batch, strict=True):
+            if kept is not None and given is not None:
+                kept.copy_(given)
+        for name, kept in self.noise.items():
+            kept.copy_(noise[name])
+        self.graph.replay()
+        return self.metrics

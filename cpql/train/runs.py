@@ -14,7 +14,7 @@ runs/hopper-medium/cpql/full/seed0/
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -23,24 +23,23 @@ from typing import Any
 import yaml
 from torch import Tensor
 
-from cpql.agents import AGENTS
-from cpql.data.transitions import Provenance
 from cpql.deploy.policy import Policy
-from cpql.errors import CheckpointError, ConfigError, brief
+from cpql.errors import CheckpointError, brief
 from cpql.io import clear_leftovers, flush, held, versions, write_text
 from cpql.migration import upgrade
-from cpql.settings import build
+from cpql.settings import flat
 from cpql.tasks import Task
 from cpql.train.checkpoint import go_back, prune, save_checkpoint, saved_steps
-from cpql.train.config import DatasetConfig, OnlineConfig, TrainConfig
+from cpql.train.config import TrainConfig, agent_config, train_config
 from cpql.train.curve import learning_curve
 from cpql.train.evaluation import evaluate
 from cpql.train.logging import LOGGERS, CSVTable, Logger
+from cpql.train.sources import Source
 
 __all__ = ["Run", "claimed"]
 
-# What a resumed run may change, since it doesn't affect training; `check_length` checks the budget's length.
-FREE = {"budget", "configuration", "device", "threads", "compile", "logger", "resume", "traceback", "run_dir"}
+# What a resumed run may change, since it doesn't affect training; of the budget, the length may matter.
+FREE = ("budget", "configuration", "device", "threads", "compile", "logger", "resume", "traceback", "run_dir")
 
 
 @contextmanager
@@ -52,20 +51,17 @@ def claimed(folder: Path) -> Iterator[None]:
     Raises:
         CheckpointError: another process works on it, or it can't be written to.
     """
+    another = "name another folder by run_dir=..."
 
     def busy(holder: str) -> None:
-        raise CheckpointError(
-            f"{folder} is in use by {holder}: wait for its end, or name another folder by run_dir=..."
-        )
+        raise CheckpointError(f"{folder} is in use by {holder}: wait for its end, or {another}")
 
     with ExitStack() as stack:
         try:
             stack.enter_context(held(folder / ".lock", busy))
         except OSError as error:
             reason = error.strerror or error
-            raise CheckpointError(
-                f"{folder}: can't be written to ({reason}): name another folder by run_dir=..."
-            ) from error
+            raise CheckpointError(f"{folder}: can't be written to ({reason}): {another}") from error
         for place in (folder, folder / "checkpoints", folder / "evaluations"):
             clear_leftovers(place)
         yield
@@ -74,71 +70,52 @@ def claimed(folder: Path) -> Iterator[None]:
 class Run:
     """One seed's run: created once, never overwritten, resumed only with the settings it was started with.
 
-    Args:
-        config: of the run.
-        resolved: the configuration as plain values, which `config.yaml` keeps.
-
     Raises:
-        CheckpointError: the folder holds a run that isn't to be resumed, or has other settings.
+        CheckpointError: the folder holds a run that isn't to be resumed, or that has other settings, was
+            longer, or can't be continued to another length.
     """
 
-    def __init__(self, config: TrainConfig, resolved: dict[str, Any]) -> None:
+    def __init__(self, config: TrainConfig) -> None:
         self.config, self.folder = config, Path(config.run_dir)
         self.config_file, self.result_file = self.folder / "config.yaml", self.folder / "result.json"
         self.checkpoints = self.folder / "checkpoints"
-        self.length = config.budget.updates  # that it was started with
+        self.settings = asdict(config)
         self.begun = self.config_file.exists()
-        if not self.begun and saved_steps(self.checkpoints):
+        if self.begun:
+            if not config.resume:
+                raise CheckpointError(
+                    f"{self.folder} already holds a run: continue it with resume=true, or name another "
+                    f"folder by run_dir={self.folder}-2"
+                )
+            self._compare()
+        elif saved_steps(self.checkpoints):
             raise CheckpointError(
                 f"{self.folder} holds checkpoints and no config.yaml: name another folder by run_dir=..."
             )
-        if self.begun and not config.resume:
-            raise CheckpointError(
-                f"{self.folder} already holds a run: continue it with resume=true, or name another folder "
-                f"by run_dir={self.folder}-2"
-            )
-        if self.begun:
-            resolved, now = self._read_config(), resolved  # the file's own stays as it was written
-            then = upgrade(resolved)
-            for key in sorted((then.keys() | now.keys()) - FREE):
-                self._compare(key, _whole(key, then.get(key)), _whole(key, now.get(key)))
-            self.length = resolved["budget"]["updates"]
-        self.resolved = resolved | {"budget": asdict(config.budget)}
 
-    def _read_config(self) -> dict[str, Any]:
-        try:
-            content = yaml.safe_load(self.config_file.read_text())
-            int(content["budget"]["updates"])
-            return dict(content)
-        except (OSError, ValueError, TypeError, KeyError, RecursionError, yaml.YAMLError) as error:
+    def _compare(self) -> None:
+        """Take over the settings of the file as they were written, and refuse others."""
+        self.settings = _read(self.config_file, yaml.safe_load, "the run's configuration", "budget.updates")
+        before = train_config(upgrade(self.settings), str(self.config_file))
+        then, now = _complete(before), _complete(train_config(asdict(self.config), "configuration"))
+        for key in sorted(then.keys() | now.keys()):
+            if then.get(key) != now.get(key):
+                raise CheckpointError(
+                    f"{self.config_file}: the run was started with {key}={then.get(key)}, not "
+                    f"{now.get(key)}; resume it with the same settings"
+                )
+        length, new, done = before.budget.updates, self.config.budget.updates, max(self.steps())
+        schedule = agent_config(self.config)[1].schedule
+        if length != new and schedule is not None:
             raise CheckpointError(
-                f"{self.config_file}: damaged ({brief(error)}): expected the run's configuration"
-            ) from error
-
-    def _compare(self, key: str, then: Any, now: Any) -> None:
-        """Refuse other settings than the run was started with."""
-        if isinstance(then, dict) and isinstance(now, dict):
-            for inner in sorted(then.keys() | now.keys()):
-                self._compare(f"{key}.{inner}", then.get(inner), now.get(inner))
-        elif then != now:
-            raise CheckpointError(
-                f"{self.config_file}: the run was started with {key}={then}, not {now}; resume it with the "
-                "same settings"
-            )
-
-    def check_length(self, schedule: str | None) -> None:
-        """Refuse a new length if `schedule`, a setting of the agent, depends on it, or if it is exceeded."""
-        now, done = self.config.budget.updates, max(self.steps())
-        if self.length != now and schedule is not None:
-            raise CheckpointError(
-                f"{self.config_file}: the run was started with budget.updates={self.length}, not {now}, and "
+                f"{self.config_file}: the run was started with budget.updates={length}, not {new}, and "
                 f"{schedule} depends on it: resume it with the same, or start a new run"
             )
-        if done > now:
+        if done > new:
             raise CheckpointError(
-                f"{self.folder} has {done} updates already: expected budget.updates of as many or more, "
-                f"found {now}"
+                f"{self.folder} has {done} updates: expected budget.updates of as many or more, found {new}"
             )
+        self.settings["budget"] = asdict(self.config.budget)
 
     @property
     def finished(self) -> bool:
@@ -147,11 +124,13 @@ class Run:
 
     def result(self) -> dict[str, Any]:
         """The result of a finished run."""
-        return _read(self.result_file)
+        return _read(self.result_file, json.loads, WRITTEN, "step")
 
     def evaluations(self) -> list[dict[str, Any]]:
         """All evaluations so far, in order."""
-        return [_read(file, "return_mean") for _, file in self._evaluation_files()]
+        return [
+            _read(file, json.loads, WRITTEN, "step", "return_mean") for _, file in self._evaluation_files()
+        ]
 
     def _evaluation_files(self) -> list[tuple[int, Path]]:
         files = (self.folder / "evaluations").glob("step_*.json")
@@ -170,22 +149,22 @@ class Run:
         """The steps that the run can be resumed from; 0 is the beginning."""
         return {0, *saved_steps(self.checkpoints)} if self.begun else {0}
 
-    def start_logger(self, step: int, task: Task, agent: str) -> None:
+    def start_logger(self, step: int, task: Task, algorithm: str) -> None:
         """Start the logger besides CSV. It comes before anything is written, since it may fail."""
-        self.task, self.algorithm = task, agent
-        self.agent = self.config.configuration or agent
+        self.task, self.algorithm = task, algorithm
+        self.agent = self.config.configuration or algorithm
         name = f"{task.name}-{self.agent}-{self.folder.name}"
         self.logger: Logger | None = None
         if self.config.logger in LOGGERS:
-            self.logger = LOGGERS[self.config.logger](self.folder, name, self.resolved, step)
+            self.logger = LOGGERS[self.config.logger](self.folder, name, self.settings, step)
 
-    def begin(self, step: int, program: str, data: Callable[[], Provenance]) -> None:
+    def begin(self, step: int, program: str, source: Source) -> None:
         """Write the configuration and open the tables; whatever was written after `step` is dropped.
 
-        Results name `program`, how updates are computed, and the provenance that `data` gives at the time.
+        Results name `program`, how updates are computed, and the source's provenance at the time.
         """
-        self.program, self.data = program, data
-        write_text(self.config_file, yaml.safe_dump(self.resolved, sort_keys=False))
+        self.program, self.source = program, source
+        write_text(self.config_file, yaml.safe_dump(self.settings, sort_keys=False))
         self.begun = True
         if self.result_file.exists() and self.result()["step"] > step:
             self.result_file.unlink()
@@ -221,7 +200,6 @@ class Run:
         if self.task.id is not None and not file.exists():
             seed, limit = self.config.seed + 100, self.config.budget.episode_limit
             found = evaluate(policy, self.task, episodes, seed=seed, episode_limit=limit, stopped=stopped)
-            file.parent.mkdir(exist_ok=True)
             _write(file, {"step": step, **self.provenance(), **found.to_dict()})
             if self.logger is not None:
                 score = {} if found.score is None else {"evaluation/score": found.score}
@@ -231,7 +209,7 @@ class Run:
 
     def provenance(self) -> dict[str, Any]:
         """Where a result comes from, for every result file."""
-        data = self.data()
+        data = self.source.provenance
         behaviour = data.return_mean
         return {
             "task": self.task.name,
@@ -248,7 +226,8 @@ class Run:
         """Write a checkpoint that training can be resumed from, after the metrics that lead to it."""
         if self.metrics.path.exists():
             flush(self.metrics.path)
-        save_checkpoint(self.checkpoints, step, policy, tensors, {"data_sha256": self.data().sha256})
+        data = {"data_sha256": self.source.provenance.sha256}
+        save_checkpoint(self.checkpoints, step, policy, tensors, data)
 
     def prune(self) -> None:
         """Drop all checkpoints except the newest and the best."""
@@ -257,11 +236,11 @@ class Run:
 
     def finish(self, step: int) -> dict[str, Any]:
         """Write the result: the last checkpoint's evaluation, with the best one's score beside it."""
-        best = self._best()
-        result: dict[str, Any] = {"checkpoint": "last", "evaluated": best is not None}
-        if best is not None:
+        result: dict[str, Any] = {"checkpoint": "last", "evaluated": False}
+        if best := self._best():
+            result["evaluated"] = True
             result["best_evaluation"] = {k: best[k] for k in ("step", "score", "return_mean", "episodes")}
-            kept = best["step"] in self.steps() - {0}
+            kept = best["step"] in saved_steps(self.checkpoints)
             result["best_evaluation"]["checkpoint"] = f"step_{best['step']:08d}" if kept else None
             result |= self.evaluations()[-1]
         else:
@@ -270,32 +249,28 @@ class Run:
         return result
 
 
+WRITTEN = "what a run wrote; remove it to continue"
+
+
 def _write(path: Path, content: dict[str, Any]) -> None:
     write_text(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
 
 
-def _read(path: Path, *numbers: str) -> dict[str, Any]:
-    """Read a result or an evaluation, which has a step and these numbers."""
+def _read(path: Path, parse: Callable[[str], Any], expected: str, *numbers: str) -> dict[str, Any]:
+    """Read a file of nested values that has these numbers, by their dotted names."""
     try:
-        content = json.loads(path.read_text())
-        for name in ("step", *numbers):
-            float(content[name])
-        return dict(content)
-    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
-        raise CheckpointError(
-            f"{path}: damaged ({brief(error)}): expected what a run wrote; remove it to continue"
-        ) from error
+        content = dict(parse(path.read_text()))
+        values = flat(content)
+        for name in numbers:
+            float(values[name])
+        return content
+    except (OSError, ValueError, TypeError, KeyError, RecursionError, yaml.YAMLError) as error:
+        raise CheckpointError(f"{path}: damaged ({brief(error)}): expected {expected}") from error
 
 
-def _whole(key: str, settings: Any) -> Any:
-    """A group of settings with all defaults, so that settings added since compare as their defaults."""
-    if not isinstance(settings, dict):
-        return settings
-    kinds: dict[str, type[Any]] = {"env": Task, "dataset": DatasetConfig, "online": OnlineConfig}
-    rest = dict(settings)
-    if key == "agent" and rest.get("name") in AGENTS:
-        kinds[key] = AGENTS[rest.pop("name")].config_class
-    try:
-        return settings | asdict(build(kinds[key], rest, key))
-    except (KeyError, ConfigError):  # unknown to this version: compared as it is
-        return settings
+def _complete(config: TrainConfig) -> Mapping[str, Any]:
+    """All settings that training depends on, by dotted name; what a file lacks is at its default."""
+    settings = {key: value for key, value in asdict(config).items() if key not in FREE}
+    agent = asdict(agent_config(config)[1])
+    del agent["updates"]
+    return flat({**settings, "agent": {"name": config.agent["name"], **agent}})

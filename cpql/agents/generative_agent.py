@@ -1,31 +1,32 @@
-"""What the actor-critic agents with a consistency actor share: imitation, and a Q-loss through samples."""
+"""What the actor-critic agents with a generative actor share: imitation, and a Q-loss through samples."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from cpql.actors import ActorConfig, ConsistencyActor
-from cpql.agents.agent import Agent, AgentConfig, Metrics, Step
+from cpql.actors import Actor, ActorConfig, ConsistencyActor
+from cpql.agents.agent import Agent, Metrics, Step
+from cpql.agents.config import ActorCriticConfig
 from cpql.data.transitions import Batch
 from cpql.noise import Draw, Noise
 from cpql.optimisation import FlatModule
 from cpql.settings import Natural, NonNegative
 
-__all__ = ["ConsistencyAgent", "ConsistencyAgentConfig"]
+__all__ = ["GenerativeAgent", "GenerativeAgentConfig"]
 
 
 @dataclass(frozen=True)
-class ConsistencyAgentConfig(AgentConfig):
-    """Settings that all agents with a consistency actor and twin critics share.
+class GenerativeAgentConfig(ActorCriticConfig):
+    """Settings that all agents with a generative actor and twin critics share.
 
     Attributes:
-        actor: the consistency actor.
+        actor: the generative actor.
         alpha: weight of the actor's imitation loss; at 0 it isn't computed.
         eta: weight of the policy's Q-loss.
         eta_warmup: gradient steps over which that weight rises from 0, linearly. A young critic's values look
@@ -38,7 +39,7 @@ class ConsistencyAgentConfig(AgentConfig):
         max_q_backup: 0 or the number of next actions over which each target critic's maximum is taken.
     """
 
-    actor: ActorConfig = field(default_factory=ActorConfig)
+    actor: Any = field(default_factory=ActorConfig)
     alpha: NonNegative = 1.0
     eta: NonNegative | tuple[NonNegative, ...] = 1.0
     eta_warmup: Natural = 0
@@ -46,24 +47,21 @@ class ConsistencyAgentConfig(AgentConfig):
     backup_actor: Literal["target", "online"] = "target"
     max_q_backup: Annotated[int, Field(ge=0, le=1_000)] = 0
 
-    @property
-    def schedule(self) -> str | None:
-        """The setting whose course depends on `updates`, if there is one."""
-        if self.actor.row.scheduled and super().schedule is None:
-            return f"agent.actor.objective={self.actor.objective}"
-        return super().schedule
 
-
-class ConsistencyAgent(Agent):
-    """A twin critic, and a consistency actor that imitates the data and climbs the critic.
+class GenerativeAgent(Agent):
+    """A twin critic, and a generative actor that imitates the data and climbs the critic.
 
     A subclass writes `critic_loss` and `actor_loss`. The gradient of the Q-loss flows through all sampling
     steps of the actor.
+
+    Attributes:
+        actor_class: the actor, whose imitation loss takes the noise `z` and `u`.
     """
 
-    config: ConsistencyAgentConfig
+    config: GenerativeAgentConfig
     by_member: ClassVar[tuple[str, ...]] = ("actor_lr", "critic_lr", "eta")
-    actor: FlatModule[ConsistencyActor]
+    actor_class: ClassVar[type[Actor]] = ConsistencyActor
+    actor: FlatModule[Any]
 
     def critic_loss(self, critic: Tensor, batch: Batch, noise: Noise) -> tuple[Tensor, Metrics]:
         """The critic's loss [*members], as a function of its flat weights."""
@@ -79,8 +77,8 @@ class ConsistencyAgent(Agent):
         return False
 
     def networks(self, members: tuple[int, ...]) -> dict[str, nn.Module]:
-        """A consistency actor and twin critics."""
-        actor = self.new_actor(ConsistencyActor, members)
+        """The actor and twin critics."""
+        actor = self.new_actor(self.actor_class, members)
         return {"actor": actor, "critic": self.new_critic(members, self.has_value)}
 
     def steps(self) -> Sequence[Step]:
@@ -108,7 +106,12 @@ class ConsistencyAgent(Agent):
 
     def sample(self, actor: Tensor, state: Tensor, noise: Tensor) -> Tensor:
         """Actions of the actor with some weights; noise [*members, steps, B, A]."""
-        return self.actor(actor).sample(state, noise=noise.movedim(-3, 0))
+        action: Tensor = self.actor(actor).sample(state, noise=noise.movedim(-3, 0))
+        return action
+
+    def policy_action(self, actor: Tensor, batch: Batch, noise: Noise) -> Tensor:
+        """The action that the Q-loss values, [*members, B, A]: a sample at the batch's states."""
+        return self.sample(actor, batch.observations, noise["action"])
 
     @torch.no_grad()
     def next_q(self, batch: Batch, noise: Noise) -> Tensor:
@@ -135,7 +138,7 @@ class ConsistencyAgent(Agent):
         critic at the policy's actions, as Diffusion-QL does; CPQL's paper writes Q on the data. With
         `q_loss="min"` it is `-mean min_i Q_i(s, pi(s))`.
         """
-        action = self.sample(actor, batch.observations, noise["action"])
+        action = self.policy_action(actor, batch, noise)
         q = self.critic(self.state["critic"]).q(batch.observations, action)
         metrics = {"actor/q": q.mean((-2, -1))}
         if self.config.q_loss == "min":
@@ -143,26 +146,6 @@ class ConsistencyAgent(Agent):
         first, (q_1, q_2) = (noise["coin"] == 0).unsqueeze(-1), q.unbind(-2)
         q_i, q_j = torch.where(first, q_1, q_2), torch.where(first, q_2, q_1)
         return -q_i.mean(-1) / q_j.abs().mean(-1).detach(), metrics
-
-    def imitation_loss(
-        self, actor: Tensor, batch: Batch, noise: Noise, progress: Tensor
-    ) -> tuple[Tensor, Metrics]:
-        """The actor's objective on the data, with the target actor as its teacher; mean over the batch."""
-        state = batch.observations
-
-        def network(x: Tensor, *times: Tensor) -> Tensor:
-            teacher = self.actor(self.state["actor_target"])
-            return teacher.predict(state, x, *times, drop=noise.get("drop"))
-
-        loss, metrics = self.actor(actor).loss(
-            state,
-            batch.actions,
-            teacher=self.config.actor.function(network),
-            progress=progress,
-            noise=noise,
-        )
-        means = {name: value.mean(-1) if value.ndim else value for name, value in metrics.items()}
-        return loss.mean(-1), {f"actor/{name}": value for name, value in means.items()}
 
     def weighted_loss(
         self, actor: Tensor, batch: Batch, noise: Noise, progress: Tensor
