@@ -6,8 +6,11 @@ import contextlib
 import importlib
 import io
 import math
+import os
 import re
 import sys
+import tempfile
+import types
 import warnings
 from collections.abc import Iterator
 from dataclasses import replace
@@ -105,11 +108,13 @@ def make_environment(id: str, /, **options: Any) -> gymnasium.Env[Any, Any]:
     try:
         with warnings.catch_warnings(), _without_advice_on_models():
             warnings.filterwarnings("ignore", ".*The environment .* is out of date")
-            if id.startswith(OGBENCH):
+            spec = gymnasium.registry.get(id)
+            if str(getattr(spec, "entry_point", "")).startswith("ogbench."):
                 # OGBench's bounds are wider than its actions, and it looks for a screen, which isn't needed.
                 warnings.filterwarnings("ignore", ".*precision lowered by casting")
                 warnings.filterwarnings("ignore", module="glfw")
-                return OwnRandomness(gymnasium.make(id, **options))
+                with _without_leftovers():
+                    return OwnRandomness(gymnasium.make(id, **options))
             return gymnasium.make(id, **options)
     except gymnasium.error.UnregisteredEnv as error:
         raise ConfigError(
@@ -155,6 +160,27 @@ def _without_advice_on_models() -> Iterator[None]:
         yield
     finally:
         mujoco.set_mju_user_warning(before)
+
+
+@contextlib.contextmanager
+def _without_leftovers() -> Iterator[None]:
+    """Close and remove the file that each of OGBench's mazes leaves open: soon there would be too many."""
+    maze: Any = importlib.import_module("ogbench.locomaze.maze")
+    made = []
+
+    def mkstemp(**options: Any) -> tuple[int, str]:
+        handle, path = tempfile.mkstemp(**options)
+        os.close(handle)
+        made.append(path)
+        return handle, path
+
+    maze.tempfile = types.SimpleNamespace(mkstemp=mkstemp)
+    try:
+        yield
+    finally:
+        maze.tempfile = tempfile
+        for path in made:
+            os.unlink(path)
 
 
 class OwnRandomness(gymnasium.Wrapper[Any, Any, Any, Any]):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import http.server
+import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -335,7 +336,9 @@ def test_a_dataset_and_its_validation_file_are_downloaded(folder: Path, mirror: 
     _, validation = cpql.data.load(task, source="ogbench", id="pointmaze-medium-navigate-v0-val", size=1)
     assert validation.provenance.file == "pointmaze-medium-navigate-v0-val.npz"
     (mirror / "pointmaze-large-stitch-v0.npz").write_bytes(b"no archive")
-    with pytest.raises(DataError, match=r"pointmaze-large-stitch-v0.npz can't be downloaded.*expected whole NPZ"):
+    with pytest.raises(
+        DataError, match=r"pointmaze-large-stitch-v0.npz can't be downloaded.*expected whole NPZ"
+    ):
         cpql.data.load(load_task("pointmaze-large-stitch"), source="ogbench", size=1)
 
 
@@ -357,6 +360,14 @@ def test_a_seed_determines_an_episode_and_nothing_else(name: str) -> None:
         return seen
 
     assert np.array_equal(episode(0), episode(1))
+
+
+def test_an_environment_leaves_no_file_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    environment = make_task_environment(load_task("antmaze-large-navigate"))
+    environment.reset(seed=0)
+    assert not list(tmp_path.iterdir())
+    environment.close()
 
 
 def test_without_ogbench_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

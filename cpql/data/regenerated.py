@@ -106,11 +106,10 @@ class Regenerated(Source):
 
     def read(self, path: Path, request: Request) -> Transitions:
         """See `Source`."""
-        plan = prepare(request)
         data = ogbench.read(path, request)
-        found = data.provenance
-        if (found.source, found.id, found.details) != (SOURCE, plan.id, plan.details):
-            raise DataError(f"{path.name}: holds other data: expected {plan.id}, {SOURCE}: remove it")
+        found, id = data.provenance, prepare(request).id
+        if (found.source, found.id) != (SOURCE, id):
+            raise DataError(f"{path.name}: holds {found.id}, {found.source}: expected {id}, {SOURCE}")
         return data
 
 
