@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import math
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, replace
 from fnmatch import fnmatchcase
@@ -56,6 +55,7 @@ def register(**commands: Any) -> None:
         node = asdict(DatasetConfig(source=name))
         node |= {"size": "${budget.dataset_size}", "reward": "${published:reward,none}"}
         node["normalise_observations"] = "${published:normalise_observations,false}"
+        node["time_limits"] = "${published:time_limits,keep}"
         store.store(group="dataset", name=name, node=node)
     for name, agent in AGENTS.items():
         node = asdict(agent.config_class())
@@ -70,7 +70,7 @@ def register(**commands: Any) -> None:
         store.store(group="schema", name=name, package="_global_", node=asdict(config))
     resolvers: dict[str, Callable[..., Any]] = {
         "choices": lambda group: ", ".join(choices(group)),
-        "per_50k": lambda updates: max(1, math.ceil(updates / 50_000)),
+        "per_50k": lambda updates: updates / 50_000,
         "published": _published,
         "settings": _settings,
         "tasks": lambda: "\n         ".join(task_patterns()),

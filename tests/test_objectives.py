@@ -230,20 +230,22 @@ def test_ect_against_a_loop(progress: float, options: dict[str, Any], choices: d
     x0, z, u, _ = inputs()
     stages = options.get("stages", 8)
     stage = min(int(progress * stages), stages - 1)
-    expected, from_data = [], 0
+    expected, from_data, below = [], 0, 0
     for a, b, c, _ in rows():
         t = level_slowly(c, -1.1, options.get("std", 2.0))
         pull = 1 + options.get("k", 8.0) / (1 + math.exp(options.get("b", 1.0) * t))
         r = max(0.0, t * (1 - pull / options.get("q", 2.0) ** (stage + 1)))
-        low = max(r, 0.01)
-        wanted = edm_slowly(net_slowly, a + low * b, low) if r > 0 else a
         from_data += r == 0
+        if 0 < r < LEVELS.t_min:
+            below, r = below + 1, 0.0
+        wanted = edm_slowly(net_slowly, a + r * b, r) if r > 0 else a
         error = edm_slowly(net_slowly, a + t * b, t) - wanted
         value = size(error, choices.get("metric", "huber"), options.get("c", 0.00054 * math.sqrt(D)))
         expected.append(choices["scale"] * value if choices else value / (t - r))
     loss, _ = ect(function("edm"), refuse, x0, z, u, number(progress), LEVELS, **options, **choices)
     check(loss, expected)
     assert (from_data > 0) == (progress == 0.0 and not options)
+    assert (below > 0) == (progress == 0.3 and not options)  # r between 0 and t_min
 
 
 @pytest.mark.parametrize("solver", ["heun", "euler"])

@@ -129,6 +129,8 @@ def test_time_limits_bootstrap_and_only_the_end_of_the_task_does_not() -> None:
     starts = torch.cat([torch.tensor([True]), (beyond | limit)[:-1]])
     assert torch.equal(state[:, 1] == 0, starts)
     assert explorer.episodes == int((beyond | limit).sum())
+    stored = explored(400, time_limits="terminal").buffer.table[: len(buffer)]
+    assert torch.equal(stored[:, :-1], table[:, :-1]) and torch.equal(stored[:, -1] == 0, beyond | limit)
     lengths = next_state[beyond | limit, 1]
     returns = (lengths * (lengths + 1) / 2).tolist()
     assert list(explorer.recent) == returns[-10:]

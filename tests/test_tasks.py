@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from omegaconf import DictConfig, open_dict
 
 from cpql import configuration
-from cpql.agents import CPQLConfig
+from cpql.agents import CPQLConfig, TargetConfig
 from cpql.environments import make_environment
 from cpql.errors import ConfigError
 from cpql.tasks import Task, config_folder, expand, load_task, patterns, task_names, task_patterns
@@ -392,14 +392,14 @@ def test_every_task_with_every_agent(composed: Composed) -> None:
         (
             "cpql_online_published",
             {"alpha": 0.05, "q_loss": "min", "critic_layer_norm": False, "candidates": 50},
-            OnlineConfig(start_steps=10_000, candidates=50),
+            OnlineConfig(start_steps=10_000, candidates=50, time_limits="terminal"),
         ),
         (
             "consistency_ac_online_published",
-            {"alpha": 0.0, "actor_lr": 1e-5, "max_grad_norm": 5.0},
+            {"alpha": 0.0, "actor_lr": 1e-5, "max_grad_norm": 1.0, "q_normalisation": False},
             OnlineConfig(
-                start_steps=0, updates_per_step=0.25, candidates=50, epsilon=1.0, epsilon_end=0.01,
-                epsilon_steps=100_000, buffer_size=100_000
+                environments=2, start_steps=0, updates_per_step=0.125, candidates=50, epsilon=1.0,
+                epsilon_end=0.01, epsilon_steps=200_000, time_limits="terminal", buffer_size=100_000
             ),
         ),
     ],
@@ -409,8 +409,10 @@ def test_what_is_published_for_learning_online(
 ) -> None:
     configuration.register()
     with initialize_config_dir(str(config_folder()), version_base="1.3"):
-        config = built(compose("train", ["mode=online", "env=hopper", f"agent={agent}", "configuration=x"]))
-    assert config.online == online and config.env.id == "Hopper-v4" and config.budget.updates == 1_000_000
+        words = ["mode=online", "env=walker2d-medium", f"agent={agent}", "configuration=x"]
+        config = built(compose("train", words))
+    assert config.online == online and config.env.id == "Walker2d-v4"
+    assert config.budget.updates == (250_000 if online.environments == 2 else 1_000_000)
     _, found = agent_config(config)
     assert {key: getattr(found, key) for key in settings} == settings
 
@@ -482,7 +484,7 @@ def test_published_values_arrive(
         ("cpql_published", "pen-human", ()),
         ("cpql", "antmaze-umaze-v2", (2.24,)),
         ("cpiql", "antmaze-umaze-v0", (2.24,)),
-        ("cpql_published", "antmaze-umaze-v0", (80.0, 2.24, 0.002)),
+        ("cpql_published", "antmaze-umaze-v0", (80.0, 2.2404397589312026, 0.002)),
         ("consistency_ac", "hopper-medium", (0.8,)),
         ("consistency_ac", "ant-medium", (0.8,)),
         ("consistency_ac", "walker2d-medium-replay", (1.6, 0.8, 0.4, 0.2)),
@@ -501,8 +503,13 @@ def test_the_rest_of_a_published_agent(composed: Composed) -> None:
     assert settings.actor.objective_options == {"weight": "interval", "scale": 100.0, "s1": 149}
     assert getattr(settings, "curriculum_restarts") == 40  # noqa: B009
     assert settings.candidates == 50
+    assert settings.actor_target == TargetConfig(0.005, period=5, start=1001)
     _, settings = agent_config(composed("hopper-medium", "cpql"))
     assert settings.candidates == 1
+    limits = {agent: composed("hopper-medium", agent).dataset.time_limits for agent in AGENTS}
+    assert {agent for agent, rule in limits.items() if rule == "drop"} == {
+        agent for agent in AGENTS if agent.endswith("published")
+    }
 
 
 def test_what_is_said_on_the_command_line_wins() -> None:

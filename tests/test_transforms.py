@@ -46,8 +46,8 @@ def two_episodes() -> Transitions:
         ("iql_antmaze", [0, 1, 2, 9, 19]),
         # Returns are 6 and 30.
         ("iql_locomotion", [1000 / 24, 2000 / 24, 3000 / 24, 10_000 / 24, 20_000 / 24]),
-        # Mean 7.2, variance 50.96.
-        ("normalize", [(r - 7.2) / 50.96**0.5 for r in (1, 2, 3, 10, 20)]),
+        # Mean 7.2, variance 63.7: of a sample, as in the codes that the rule is from.
+        ("normalize", [(r - 7.2) / 63.7**0.5 for r in (1, 2, 3, 10, 20)]),
     ],
 )
 def test_reward_rules(rule: str, expected: list[float]) -> None:
@@ -59,6 +59,16 @@ def test_reward_rules(rule: str, expected: list[float]) -> None:
     assert torch.equal(changed.columns.discounts, data.columns.discounts)
     assert changed.provenance.return_max == 30
     assert changed.provenance.details.get("transforms") == (None if rule == "none" else {"reward": rule})
+
+
+def test_stretches_between_terminal_rows_ignore_time_limits_and_what_is_left_at_the_end() -> None:
+    data = made([1, 2, 3, 10, 20, 5, 1000], [0, 0, 1, 0, 0, 1, 0], [0, 0, 0, 0, 1, 0, 0])
+    changed = transforms.reward(data, "iql_locomotion_terminals")
+    np.testing.assert_allclose(changed.rewards, data.rewards * (1000 / 29), rtol=1e-6)  # 6 and 35
+    with pytest.raises(DataError, match=r"made: 1 terminal rows, returns from 6\.0 to 6\.0"):
+        transforms.reward(two_episodes(), "iql_locomotion_terminals")
+    with pytest.raises(DataError, match="made: 0 terminal rows, returns from None to None"):
+        transforms.reward(made([1, 2], [0, 0], [0, 1]), "iql_locomotion_terminals")
 
 
 def test_reward_rules_that_cannot_be_applied_say_why() -> None:

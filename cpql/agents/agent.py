@@ -159,8 +159,13 @@ class Agent:
         """An actor of a kind, by the config."""
         return kind(self.state_dim, self.action_dim, self.config.actor, members=members)
 
-    def new_critic(self, members: tuple[int, ...], value: bool = False) -> Critic:
-        """Twin critics by an `ActorCriticConfig`, with a value function if `value`."""
+    def new_critic(
+        self, members: tuple[int, ...], value: bool = False, value_layer_norm: bool = True
+    ) -> Critic:
+        """Twin critics by an `ActorCriticConfig`, with a value function if `value`.
+
+        `value_layer_norm=False` leaves out its LayerNorm where the critics have one.
+        """
         c = self.config
         options: dict[str, Any] = {
             "layer_norm": c.critic_layer_norm,
@@ -168,6 +173,7 @@ class Agent:
             "initial": c.critic_init,
         }
         twin = TwinCritic(self.state_dim, self.action_dim, c.critic_hidden, members=members, **options)
+        options["layer_norm"] = value_layer_norm and c.critic_layer_norm
         v = ValueFunction(self.state_dim, c.critic_hidden, members=members, **options) if value else None
         return Critic(twin, v)
 
@@ -256,7 +262,7 @@ class Agent:
             step()
         s["step"].add_(1)
         for name, target in self.targets().items():
-            due = (s["step"] % target.period == 0) & (s["step"] >= target.start)
+            due = ((s["step"] - target.start) % target.period == 0) & (s["step"] >= target.start)
             s[f"{name}_target"].lerp_(before.get(name, s[name]), torch.where(due, target.rate, 0.0))
         return metrics
 

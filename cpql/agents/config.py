@@ -21,8 +21,10 @@ class TargetConfig:
     Attributes:
         rate: fraction of the difference that an update of the target takes over.
         period: gradient steps between updates of the target.
-        start: gradient steps before the first one. Until then the target keeps its initial weights: the
-            official codes start at 1000, which for CPQL freezes the critic's target at random values.
+        start: the gradient step of the first update, from which on the period counts; 0 counts from the
+            beginning. Until then the target keeps its initial weights: in the official codes until step 1,001
+            (they count a step after testing for 1,000), which for CPQL freezes the critic's target at random
+            values.
         lagged: follow the online network as it was before the update, as ReBRAC's code does for its policy.
     """
 

@@ -19,7 +19,7 @@ from cpql.agents.agent import Metrics
 from cpql.agents.generative_agent import GenerativeAgent, GenerativeAgentConfig
 from cpql.data.transitions import Batch
 from cpql.noise import Noise
-from cpql.settings import Count
+from cpql.settings import Positive
 
 __all__ = ["ConsistencyAC", "ConsistencyACConfig"]
 
@@ -35,8 +35,8 @@ class ConsistencyACConfig(GenerativeAgentConfig):
             this weight.
         q_normalisation: divide the critic's targets by their standard deviation over the batch, as the
             published code does on some tasks: a moving target that also drops the scale of rewards.
-        curriculum_restarts: how often the N(k) curriculum runs in one training; 1 is the paper's, the
-            published code restarts it every 50,000 updates.
+        curriculum_restarts: how often the N(k) curriculum runs in one training, the last time perhaps in
+            part; 1 is the paper's, the published code restarts it every 50,000 updates.
     """
 
     actor: ActorConfig = field(
@@ -45,7 +45,7 @@ class ConsistencyACConfig(GenerativeAgentConfig):
         )
     )
     q_normalisation: bool = False
-    curriculum_restarts: Count = 1
+    curriculum_restarts: Positive = 1.0
 
 
 class ConsistencyAC(GenerativeAgent):
@@ -64,6 +64,9 @@ class ConsistencyAC(GenerativeAgent):
 
     def actor_loss(self, actor: Tensor, batch: Batch, noise: Noise) -> tuple[Tensor, Metrics]:
         """`alpha L_CT + eta L_Q`; the paper's alpha is 1, and 0 online."""
-        restarts = self.config.curriculum_restarts
-        progress = torch.remainder(self.progress * restarts, 1.0) if restarts > 1 else self.progress
+        c = self.config
+        if c.curriculum_restarts == 1:
+            return self.weighted_loss(actor, batch, noise, self.progress)
+        length = c.updates / c.curriculum_restarts
+        progress = torch.remainder(self.state["step"], length) / length
         return self.weighted_loss(actor, batch, noise, progress)

@@ -16,8 +16,9 @@ from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 
+from cpql.actors import ConsistencyActor
 from cpql.agents.agent import Metrics
 from cpql.agents.generative_agent import GenerativeAgent, GenerativeAgentConfig
 from cpql.data.transitions import Batch
@@ -37,6 +38,8 @@ class CPQLConfig(GenerativeAgentConfig):
         expectile: tau of CPIQL's value function.
         expectile_q: whose Q the value function follows: the `target` critic's, as IQL's and CPQL's papers
             have it, or the `online` critic's, as the published code has it (no target at all in CPIQL).
+        value_layer_norm: whether CPIQL's value function has the critics' LayerNorm too; the published code's
+            has none.
     """
 
     critic_layer_norm: bool = True
@@ -44,6 +47,7 @@ class CPQLConfig(GenerativeAgentConfig):
     critic: Literal["q", "expectile"] = "q"
     expectile: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.7
     expectile_q: Literal["target", "online"] = "target"
+    value_layer_norm: bool = True
 
 
 class CPQL(GenerativeAgent):
@@ -59,8 +63,13 @@ class CPQL(GenerativeAgent):
 
     @property
     def has_value(self) -> bool:
-        """CPIQL's critic has one."""
+        """Whether the critic has a value function V besides Q: CPIQL's has."""
         return self.config.critic == "expectile"
+
+    def networks(self, members: tuple[int, ...]) -> dict[str, nn.Module]:
+        """A consistency actor, twin critics and CPIQL's V."""
+        critic = self.new_critic(members, self.has_value, self.config.value_layer_norm)
+        return {"actor": self.new_actor(ConsistencyActor, members), "critic": critic}
 
     def critic_loss(self, critic: Tensor, batch: Batch, noise: Noise) -> tuple[Tensor, Metrics]:
         """Squared Bellman error of both critics, and CPIQL's expectile loss."""
@@ -74,7 +83,7 @@ class CPQL(GenerativeAgent):
         with torch.no_grad():
             q = judge.q(state, action).amin(-2).detach()
         advantage = q - online.v(state)
-        weight = torch.abs(self.config.expectile - (advantage < 0).float())
+        weight = torch.abs(self.config.expectile - (advantage < 0).to(advantage.dtype))
         v_loss = (weight * advantage.square()).mean(-1)
         q_mean = metrics["critic/q"]
         return q_loss + v_loss, {"critic/q": q_mean, "critic/v": next_v.mean(-1), "critic/v_loss": v_loss}

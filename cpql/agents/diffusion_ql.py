@@ -32,12 +32,12 @@ class DiffusionQLConfig(GenerativeAgentConfig):
 
     Attributes:
         actor: the diffusion actor.
-        actor_target: as published, from update 1,000 on every fifth update.
+        actor_target: as published, from update 1,001 on at every fifth update.
         policy_action: of the Q-loss: `sampled` in T steps, or `denoised` in one, as in EDP.
     """
 
     actor: DiffusionConfig = field(default_factory=DiffusionConfig)
-    actor_target: TargetConfig = field(default_factory=lambda: TargetConfig(0.005, period=5, start=1_000))
+    actor_target: TargetConfig = field(default_factory=lambda: TargetConfig(0.005, period=5, start=1_001))
     policy_action: Literal["sampled", "denoised"] = "sampled"
 
 

@@ -71,15 +71,10 @@ class GenerativeAgent(Agent):
         """The actor's loss [*members], as a function of its flat weights."""
         raise NotImplementedError
 
-    @property
-    def has_value(self) -> bool:
-        """Whether the critic has a value function V besides Q."""
-        return False
-
     def networks(self, members: tuple[int, ...]) -> dict[str, nn.Module]:
         """The actor and twin critics."""
         actor = self.new_actor(self.actor_class, members)
-        return {"actor": actor, "critic": self.new_critic(members, self.has_value)}
+        return {"actor": actor, "critic": self.new_critic(members)}
 
     def steps(self) -> Sequence[Step]:
         """The critic's, then the actor's with the new critic."""

@@ -179,7 +179,8 @@ def ect(
 
     `w d(f(x0 + t z, t), stop_gradient(f(x0 + r z, r)))`; where r is 0 the target is the data, so that
     training starts as a diffusion model's. Geng et al. 2024 (Consistency Models Made Easy), section 3, and
-    its official code.
+    its official code. Its f is defined down to 0; ours from t_min on, so an r below t_min is taken as 0, in
+    the target and in the weight.
 
     Args:
         f, teacher, x0, z, u, progress, levels, tanh: see the module's text; the teacher is not used.
@@ -191,7 +192,8 @@ def ect(
     """
     t = lognormal_level(u, levels, mean, std)
     r = t * easy_ratio(t, progress, stages, q, k, b)
-    low = r.clamp(min=levels.t_min)  # below it f isn't defined, and what it would give is all but the data
+    r = torch.where(r < levels.t_min, 0.0, r)
+    low = r.clamp(min=levels.t_min)  # what f is asked at where its answer isn't used
     with torch.no_grad():
         x_target = f(perturb(x0, low, z, tanh=tanh), low)
     x_target = torch.where((r > 0).unsqueeze(-1), x_target.detach(), x0)

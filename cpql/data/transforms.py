@@ -27,7 +27,14 @@ __all__ = [
 ]
 
 RewardRule = Literal[
-    "none", "normalize", "antmaze", "cql_antmaze", "iql_antmaze", "rebrac_antmaze", "iql_locomotion"
+    "none",
+    "normalize",
+    "antmaze",
+    "cql_antmaze",
+    "iql_antmaze",
+    "rebrac_antmaze",
+    "iql_locomotion",
+    "iql_locomotion_terminals",
 ]
 
 REWARD_RULES: dict[str, tuple[float, float] | None] = {
@@ -38,6 +45,7 @@ REWARD_RULES: dict[str, tuple[float, float] | None] = {
     "iql_antmaze": (1.0, 1.0),
     "rebrac_antmaze": (0.0, 100.0),
     "iql_locomotion": None,  # 1000 r / (highest return - lowest return), over complete episodes
+    "iql_locomotion_terminals": None,  # the same, over stretches from one terminal row to the next
 }
 """The rules by name, as Diffusion-QL's, Consistency-AC's and CPQL's codes name them (`reward_tune`).
 
@@ -68,18 +76,23 @@ def reward_rule(data: Transitions, rule: str) -> Callable[[Tensor], Tensor]:
         raise ConfigError(f"reward={rule!r} is no rule: expected one of {', '.join(REWARD_RULES)}")
     shift, scale = REWARD_RULES[rule] or (0.0, 1.0)
     if rule == "normalize":
-        mean, std = data.rewards.mean(), data.rewards.std(correction=0)
+        mean, std = data.rewards.mean(), data.rewards.std()
         if not std > 0:
             raise DataError(
                 f"{p.name}: all rewards are {data.rewards[0]:g}: reward=normalize expects some to differ"
             )
         return lambda r: (r - mean) / std
-    if rule == "iql_locomotion":
-        low, high = p.return_min, p.return_max
+    if rule in ("iql_locomotion", "iql_locomotion_terminals"):
+        what, count, low, high = "complete episodes", p.episodes, p.return_min, p.return_max
+        if rule == "iql_locomotion_terminals":
+            what, count = "terminal rows", int(data.terminated.sum())
+            stretch = data.terminated.cumsum(0) - data.terminated.int()
+            returns = torch.bincount(stretch, data.rewards.double(), count)[:count]
+            low, high = (float(returns.min()), float(returns.max())) if count else (None, None)
         if low is None or high is None or low == high:
             raise DataError(
-                f"{p.name}: {p.episodes} complete episodes, returns from {low} to {high}: "
-                "reward=iql_locomotion expects two with different returns"
+                f"{p.name}: {count} {what}, returns from {low} to {high}: "
+                f"reward={rule} expects two with different returns"
             )
         scale = 1000.0 / (high - low)
     return lambda r: (r - shift) * scale

@@ -107,6 +107,8 @@ class OnlineConfig:
         epsilon_end: final probability;
         epsilon_steps: environment steps in between.
         noise: standard deviation of Gaussian noise on the other actions, in [-1, 1] (TD3's exploration).
+        time_limits: with `bootstrap` the value of the state at a time limit counts, as the task would have
+            gone on; with `terminal` it doesn't, as in both published codes.
         buffer_size: transitions in the replay buffer; the oldest are dropped.
         save_buffer: whether checkpoints hold the buffer. Without it a resumed run fills a new one first.
         offline_fraction: fraction of each batch that comes from the dataset (`mode=finetune`).
@@ -121,6 +123,7 @@ class OnlineConfig:
     epsilon_end: Fraction = 0.0
     epsilon_steps: Natural = 0
     noise: Fraction = 0.0
+    time_limits: Literal["bootstrap", "terminal"] = "bootstrap"
     buffer_size: Count = 1_000_000
     save_buffer: bool = True
     offline_fraction: Fraction = 0.0

@@ -27,7 +27,7 @@ class Explorer:
     """One member's environments, the transitions it has seen in them, and how it explores.
 
     Time limits end an episode and bootstrap: only what the environment calls terminated stops it. (Both
-    official codes store them as terminals.)
+    official codes store them as terminals, `time_limits="terminal"`.)
 
     Args:
         task: where to act.
@@ -98,7 +98,7 @@ class Explorer:
             observation, reward, terminated, truncated, _ = environment.step(scaled[k])
             next_observations.append(observation)
             rewards.append(float(reward))
-            ended.append(terminated)
+            ended.append(terminated or (truncated and c.time_limits == "terminal"))
             self.returns[k] += float(reward)
             if terminated or truncated:
                 self.recent.append(self.returns[k])
