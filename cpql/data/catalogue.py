@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from cpql.data import embedded
+from cpql.data import embedded, regenerated
 from cpql.data.sources import SOURCES, Request
 from cpql.errors import DataError
 from cpql.tasks import Task
@@ -15,11 +15,13 @@ __all__ = ["WAYS", "entry", "on_disk", "ways", "where"]
 WAYS = {name: source.way for name, source in SOURCES.items() if source.way}
 """How to get a task's data from each source, in the order in which they are looked for."""
 
+COLLECTED = {"embedded": embedded.collected, "regenerated": regenerated.collected}
+
 
 def on_disk(task: Task, source: str) -> list[Path]:
     """A task's data from a source that are on this disk; of collected data any size, the newest first."""
-    if source == "embedded":
-        return embedded.collected(task)
+    if source in COLLECTED:
+        return COLLECTED[source](task)
     path = SOURCES[source].locate(Request(task))
     return [path] if path else []
 
@@ -50,7 +52,7 @@ def entry(task: Task) -> dict[str, Any]:
         "transitions": d4rl.get("rows"),
         "d4rl": d4rl.get("path", "").rpartition("/")[2],
         "minari": minari.get("id", ""),
-        "here": {"d4rl": first["d4rl"], "minari": first["minari"], "embedded": paths["embedded"]},
+        "here": first | {source: paths[source] for source in COLLECTED},
         "bytes": Path(first["d4rl"]).stat().st_size if first["d4rl"] else None,
         "collectable": collectable(task),
         "note": task.note,

@@ -25,15 +25,16 @@ import safetensors.numpy
 
 from cpql.data import ogbench
 from cpql.data.d4rl import ORIGIN
+from cpql.data.embedded import cache_folder
 from cpql.data.oracles import DTYPES, Recipe, collect, recipe
 from cpql.data.request import Request, Source
 from cpql.data.transitions import Transitions
 from cpql.data.workers import in_workers
 from cpql.errors import DataError
-from cpql.io import Progress, alone, aside, clear_leftovers, user_folder, versions
+from cpql.io import Progress, alone, aside, clear_leftovers, versions
 from cpql.tasks import Task
 
-__all__ = ["Plan", "Regenerated", "prepare", "regenerate"]
+__all__ = ["Plan", "Regenerated", "collected", "prepare", "regenerate"]
 
 SOURCE = "regenerated"
 # Raised when the same request would give other rows, so that old files aren't used for it.
@@ -80,10 +81,7 @@ class Plan(NamedTuple):
             :16
         ]
         size = self.episodes * (self.recipe.rows - 1)
-        return (
-            user_folder("CPQL_CACHE", "~/.cache/cpql")
-            / f"{self.id}-{SOURCE}-{size}-seed{self.seed}-{key}.npz"
-        )
+        return cache_folder() / f"{self.id}-{SOURCE}-{size}-seed{self.seed}-{key}.npz"
 
 
 class Regenerated(Source):
@@ -111,6 +109,14 @@ class Regenerated(Source):
         if (found.source, found.id) != (SOURCE, id):
             raise DataError(f"{path.name}: holds {found.id}, {found.source}: expected {id}, {SOURCE}")
         return data
+
+
+def collected(task: Task) -> list[Path]:
+    """The regenerated datasets of a task, of any size and seed, the newest first."""
+    if SOURCE not in task.datasets:
+        return []
+    found = cache_folder().glob(f"{task.datasets[SOURCE]['id']}-{SOURCE}-*.npz")
+    return sorted(found, key=lambda path: path.stat().st_mtime, reverse=True)
 
 
 def prepare(request: Request) -> Plan:
