@@ -8,6 +8,7 @@ extras = {
     "tensorboard": ["tensorboard>=2.15"],
     "robotics": ["gymnasium-robotics>=1.3"],
     "dmc": ["shimmy[dm-control]>=2.0", "mujoco>=3.17,<4"],
+    "ogbench": ["ogbench>=1.2.1", "dm_control>=1.0.50"],
     "export": ["onnx>=1.17", "onnxruntime>=1.20", "onnxscript>=0.3"],
     "hub": ["huggingface_hub>=1.0"],
     "behaviours": ["sbx-rl>=0.20"],
@@ -50,6 +51,7 @@ setup(
         "dev": [
             *extras["tensorboard"],
             *extras["robotics"],
+            *extras["ogbench"],
             *extras["export"],
             *extras["hub"],
             *extras["sb3"],

@@ -30,7 +30,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from cpql.data import conversion, embedded, files, inspection, minari
+from cpql.data import conversion, embedded, files, inspection, minari, regenerated
 from cpql.data.download import recorded, verify_recorded
 from cpql.data.sources import SOURCES, Request
 from cpql.data.transitions import Transitions
@@ -52,6 +52,7 @@ __all__ = ["main"]
 
 # How to get a task's data from each source, in the order in which they are looked for.
 WAYS = {name: source.way for name, source in SOURCES.items() if source.way}
+COLLECTED = {"embedded": embedded.collected, "regenerated": regenerated.collected}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -108,8 +109,8 @@ def _parser() -> argparse.ArgumentParser:
 
     add = command("download", download)
     add("names", nargs="+", metavar="NAME", help="a task's name; with --source minari also a Minari id")
-    sources = [source for source in WAYS if source != "embedded"]
-    add("--source", choices=sources, default="d4rl", help="where from (default: %(default)s)")
+    sources = [source for source in WAYS if source not in COLLECTED]
+    add("--source", choices=sources, help="where from (default: the first that has the task's data)")
 
     add = command("verify", verify)
     add("files", nargs="+", metavar="FILE", help="HDF5, NPZ, or a Minari folder")
@@ -171,7 +172,7 @@ def list_tasks(options: argparse.Namespace) -> None:
 def _row(task: Task) -> dict[str, Any]:
     """What is known of a task's data, as JSON-able values."""
     here: dict[str, Any] = {name: [str(path) for path in _on_disk(task, name)] for name in WAYS}
-    here |= {name: next(iter(paths), None) for name, paths in here.items() if name != "embedded"}
+    here |= {name: next(iter(paths), None) for name, paths in here.items() if name not in COLLECTED}
     d4rl, minari = (task.datasets.get(source, {}) for source in ("d4rl", "minari"))
     return {
         "name": task.name,
@@ -188,8 +189,8 @@ def _row(task: Task) -> dict[str, Any]:
 
 def _on_disk(task: Task, source: str) -> list[Path]:
     """A task's data from a source that are on this disk; of collected data any size, the newest first."""
-    if source == "embedded":
-        return embedded.collected(task)
+    if source in COLLECTED:
+        return COLLECTED[source](task)
     path = SOURCES[source].locate(Request(task))
     return [path] if path else []
 
@@ -223,7 +224,7 @@ def show(options: argparse.Namespace) -> None:
             what = f"{options.source} data" if options.source else "data"
             raise DataError(f"{name}: no {what} on this disk: {', '.join(ways)}")
         source, path = found[0]
-        data, task = _read("file" if source == "embedded" else source, path, task)
+        data, task = _read("file" if source in COLLECTED else source, path, task)
     described = inspection.Inspection(data)
     _print(inspection.describe(described, task))
     if options.png:
@@ -291,9 +292,10 @@ def download(options: argparse.Namespace) -> int:
     """Download the data of tasks.
 
     D4RL's files go to $D4RL_DATASET_DIR, else ~/.d4rl/datasets, and are looked for at $CPQL_D4RL_MIRROR
-    first; Minari's go to $MINARI_DATASETS_PATH, else ~/.minari/datasets. An interrupted download continues
-    where it stopped; data that are here are only checked. Proxies are those of http_proxy, https_proxy and
-    no_proxy.
+    first; OGBench's go to $OGBENCH_DATASET_DIR, else ~/.ogbench/data, and are looked for at
+    $CPQL_OGBENCH_MIRROR first; Minari's go to $MINARI_DATASETS_PATH, else ~/.minari/datasets. An interrupted
+    download continues where it stopped; data that are here are only checked. Proxies are those of http_proxy,
+    https_proxy and no_proxy.
     """
     console = Console(stderr=True, soft_wrap=True)
 
@@ -302,10 +304,11 @@ def download(options: argparse.Namespace) -> int:
             task = Task(name, None, datasets={"minari": {"id": name}})
         else:
             task = _with_data(name)
+        source = SOURCES[options.source or next(iter(task.datasets))]
         say = partial(console.print, markup=False, highlight=False)
         with progress_bars(console) as progress:
             request = Request(task, progress=progress, say=lambda line: say(printable(line)))
-            path = SOURCES[options.source].fetch(request)
+            path = source.fetch(request)
         assert isinstance(path, Path)
         if path.is_dir():
             minari.metadata(path)

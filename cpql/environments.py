@@ -6,8 +6,11 @@ import contextlib
 import importlib
 import io
 import math
+import os
 import re
 import sys
+import tempfile
+import types
 import warnings
 from collections.abc import Iterator
 from importlib.metadata import version
@@ -34,8 +37,14 @@ __all__ = [
 CONTROL = "dm_control/"
 ROBOTICS = ("AdroitHand", "AntMaze", "Fetch", "FrankaKitchen", "PointMaze")
 
+OGBENCH = ("pointmaze-", "antmaze-", "humanoidmaze-", "antsoccer-", "cube-", "scene-", "puzzle-")
+
 # Prefixes of ids, the module that registers them, and the extra of cpql that installs it.
-PACKAGES = ((ROBOTICS, "gymnasium_robotics", "robotics"), ((CONTROL,), "shimmy", "dmc"))
+PACKAGES = (
+    (ROBOTICS, "gymnasium_robotics", "robotics"),
+    ((CONTROL,), "shimmy", "dmc"),
+    (OGBENCH, "ogbench", "ogbench"),
+)
 
 # MuJoCo's versions that break environments: from 3.12 on, Gymnasium-Robotics' kitchen fails an assertion over
 # MuJoCo's enumerations; dm_control 1.0 asks mujoco 4 for what it no longer has.
@@ -114,6 +123,13 @@ def make_environment(id: str, /, **options: Any) -> gymnasium.Env[Any, Any]:
     try:
         with warnings.catch_warnings(), _without_advice_on_models():
             warnings.filterwarnings("ignore", ".*The environment .* is out of date")
+            spec = gymnasium.registry.get(id)
+            if str(getattr(spec, "entry_point", "")).startswith("ogbench."):
+                # OGBench's bounds are wider than its actions, and it looks for a screen, which isn't needed.
+                warnings.filterwarnings("ignore", ".*precision lowered by casting")
+                warnings.filterwarnings("ignore", module="glfw")
+                with _without_leftovers():
+                    return OwnRandomness(gymnasium.make(id, **options))
             return gymnasium.make(id, **options)
     except gymnasium.error.UnregisteredEnv as error:
         raise ConfigError(
@@ -139,6 +155,64 @@ def _without_advice_on_models() -> Iterator[None]:
         yield
     finally:
         mujoco.set_mju_user_warning(before)
+
+
+@contextlib.contextmanager
+def _without_leftovers() -> Iterator[None]:
+    """Close and remove the file that each of OGBench's mazes leaves open: soon there would be too many."""
+    maze: Any = importlib.import_module("ogbench.locomaze.maze")
+    made = []
+
+    def mkstemp(**options: Any) -> tuple[int, str]:
+        handle, path = tempfile.mkstemp(**options)
+        os.close(handle)
+        made.append(path)
+        return handle, path
+
+    maze.tempfile = types.SimpleNamespace(mkstemp=mkstemp)
+    try:
+        yield
+    finally:
+        maze.tempfile = tempfile
+        for path in made:
+            os.unlink(path)
+
+
+class OwnRandomness(gymnasium.Wrapper[Any, Any, Any, Any]):
+    """One of OGBench's environments, made reproducible: `reset` seeds all that it draws from.
+
+    OGBench draws from numpy's global generator, of which each environment has a state of its own here, and
+    from a space of actions that it makes anew, unseeded, each time.
+    """
+
+    def __init__(self, environment: gymnasium.Env[Any, Any]) -> None:
+        super().__init__(environment)
+        base = environment.unwrapped
+        base.__class__ = type(type(base).__name__, (type(base),), {"action_space": base.action_space})
+        self.state = np.random.RandomState().get_state()
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, Any]:
+        """Begin an episode."""
+        if seed is not None:
+            self.state = np.random.RandomState(seed).get_state()
+            self.env.unwrapped.action_space.seed(seed)
+        with self._own():
+            return self.env.reset(seed=seed, options=options)
+
+    def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
+        """Act once."""
+        with self._own():
+            return self.env.step(action)
+
+    @contextlib.contextmanager
+    def _own(self) -> Iterator[None]:
+        others = np.random.get_state()
+        np.random.set_state(self.state)
+        try:
+            yield
+        finally:
+            self.state = np.random.get_state()
+            np.random.set_state(others)
 
 
 class TaskEnvironment(gymnasium.Wrapper[Any, Any, Any, Any]):

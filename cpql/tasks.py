@@ -14,10 +14,10 @@ import typing
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from cpql.errors import ConfigError, did_you_mean
-from cpql.settings import build
+from cpql.settings import Count, build
 
 __all__ = [
     "Task",
@@ -58,8 +58,11 @@ class Task:
         env_options: keyword arguments of `gymnasium.make`.
         reset_options: the environment's `reset(options=...)`.
         episodes: of one evaluation in the papers.
+        at_once: how many of them run side by side: fewer where an environment takes much memory.
         note: a sentence where scores here can't be compared with D4RL's tables, and why.
         benchmark: whose references these are; scores of two benchmarks belong in no common table.
+        measure: what scores are made of: "return", by the references; or "success", the share of episodes, in
+            percent, whose last step had `success` in its info, as OGBench's are.
 
     Raises:
         ConfigError: a name that could be a path to elsewhere, an option that names a file, an entry of
@@ -75,8 +78,10 @@ class Task:
     env_options: dict[str, Any] = field(default_factory=dict)
     reset_options: dict[str, Any] = field(default_factory=dict)
     episodes: int = 10
+    at_once: Count = 50
     note: str = ""
     benchmark: str = "D4RL"
+    measure: Literal["return", "success"] = "return"
 
     def __post_init__(self) -> None:
         _check_name("name", self.name)

@@ -1,13 +1,16 @@
-"""Collect embedded datasets, and make the behaviours that they are collected with.
+"""Collect embedded datasets, regenerate OGBench's, and make the behaviours of the embedded ones.
 
     python scripts/collect.py dataset hopper-medium --size 1000000 --seed 0
     python scripts/collect.py dataset pen-human --policy random --size 20000 --out pen-random.hdf5
+    python scripts/collect.py regenerate cube-single-play --size 1000000 --seed 0
     python scripts/collect.py train Hopper-v4 --out runs/hopper_s0 --steps 1000000
     python scripts/collect.py card runs/hopper_s0 --out cpql/data/behaviours/hopper
 
 `dataset` does what training does by itself where D4RL's data can't be had, into a file of your own if you
 name one. With `--policy random` it takes uniform random actions in any task's environment, and the file is
 marked as such: data to try a task with (`train.py env=pen-human dataset.path=pen-random.hdf5`), not D4RL's.
+`regenerate` does what training does by itself with `dataset=regenerated`: it collects an OGBench dataset
+again, with OGBench's own oracles (pip install 'cpql[ogbench]'), and goes on where an earlier call stopped.
 `train` and `card` made the behaviours that cpql ships: SAC by sbx (pip install 'cpql[behaviours]') with a
 snapshot every 5,000 steps; the expert is the best one, medium the one at a third of the expert's return.
 """
@@ -56,6 +59,12 @@ def parser() -> argparse.ArgumentParser:
     add("--seed", type=int, default=0, help=f"same seed, same rows {default}")
     add("--policy", choices=("random",), help="act at random, not by the task's recipe; needs --out")
     add("--out", type=Path, help="HDF5 file in D4RL's layout (default: cpql's cache)")
+
+    add = command("regenerate", regenerate, "collect an OGBench dataset again, with OGBench's own oracles")
+    add("task", help="a task's name: cube-single-play")
+    add("--size", **whole(1_000_000), help=f"transitions, in whole episodes {default}")
+    add("--seed", type=int, default=0, help=f"same seed, same rows {default}")
+    add("--workers", type=positive, help="processes (default: one per core); rows don't depend on it")
 
     add = command("train", train, "train SAC with sbx, keeping snapshots; hours on a CPU")
     add("environment", help="a Gymnasium id: Hopper-v4")
@@ -119,6 +128,20 @@ def dataset(task: str, size: int, seed: int, policy: Any, out: Path | None) -> N
             out = embedded.cache_folder() / data.provenance.file
     print(data.provenance.line())
     print(f"in {out}")
+
+
+def regenerate(task: str, size: int, seed: int, workers: int | None) -> None:
+    """Collect an OGBench dataset again."""
+    from cpql.data import regenerated
+    from cpql.data.request import Request
+    from cpql.tasks import load_task
+
+    with progress_bars(ERRORS) as progress:
+        tell: dict[str, Any] = {"progress": progress, "say": lambda line: say(ERRORS, line)}
+        request = Request(load_task(task), size=size, seed=seed, **tell)
+        file = regenerated.regenerate(regenerated.prepare(request), workers=workers, **tell)
+    print(regenerated.Regenerated().read(file, request).provenance.line())
+    print(f"in {file}")
 
 
 def train(environment: str, out: Path, seed: int, steps: int, period: int) -> None:

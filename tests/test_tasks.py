@@ -138,7 +138,8 @@ def test_the_table_holds_every_task_once() -> None:
         "humanoid",
         "pendulum",
     ]  # without data
-    assert names == expected
+    # `test_ogbench.py` has the others.
+    assert [name for name in names if load_task(name).benchmark != "OGBench"] == expected
     for name in names:
         task = load_task(name)
         assert task.name == name
@@ -149,7 +150,7 @@ def test_the_table_holds_every_task_once() -> None:
 def test_ids_paths_and_references_are_the_d4rl_package_s() -> None:
     lines = (Path(__file__).parent / "d4rl_1.1_infos.txt").read_text().splitlines()[1:]
     infos = {id: (url, float(low), float(high)) for id, url, low, high in map(str.split, lines)}
-    tasks = [task for task in map(load_task, task_names()) if task.datasets]
+    tasks = [task for task in map(load_task, task_names()) if "d4rl" in task.datasets]
     entries = [(task.datasets["d4rl"], task) for task in tasks]
     assert {e["id"]: (e["path"], t.random_return, t.expert_return) for e, t in entries} == infos
 

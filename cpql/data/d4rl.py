@@ -13,7 +13,7 @@ import json
 import os
 import re
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Unpack
 
@@ -39,7 +39,7 @@ __all__ = [
     "form",
     "origin",
 ]
-__all__ += ["array_of", "object_of", "origin_of", "read", "refuse_bomb", "write"]
+__all__ += ["array_of", "npz", "object_of", "origin_of", "read", "refuse_bomb", "write"]
 
 # D4RL's own host, tried last because it has no https, and a copy of its files without its folders.
 HOST = "http://rail.eecs.berkeley.edu/datasets/offline_rl/"
@@ -49,7 +49,7 @@ Form = Literal["hdf5", "npz", "minari"]
 ENDINGS: dict[str, Form] = {".hdf5": "hdf5", ".h5": "hdf5", ".npz": "npz"}
 """The form of a file by its ending."""
 # Sources that a file may name, each also with " + online" after it.
-ORIGINS = ("embedded", "minari", "stable-baselines3")
+ORIGINS = ("embedded", "minari", "regenerated", "stable-baselines3")
 # How wide D4RL's observations and actions are, by the first word of a dataset's id.
 WIDTHS = {
     "hopper": (11, 3),
@@ -224,7 +224,7 @@ def _opened(path: Path, kind: Form) -> Iterator[tuple[dict[str, Any], str | None
         found = "not a file" if os.path.lexists(path) else "no such file"
         raise DataError(f"{name}: {found} in {path.absolute().parent}: expected one in D4RL's layout")
     if kind == "npz":
-        arrays = _npz(path)
+        arrays = npz(path, "D4RL's", tuple(KEYS))
         text = arrays.pop(ORIGIN, None)
         yield arrays, None if text is None else str(text)
         return
@@ -242,15 +242,19 @@ def _opened(path: Path, kind: Form) -> Iterator[tuple[dict[str, Any], str | None
         raise DataError(f"{name}: damaged, can't be read ({reason}): expected whole HDF5") from error
 
 
-def _npz(path: Path) -> dict[str, Any]:
-    """The arrays of an NPZ file that has no keys but D4RL's; whole, for its layout can't be read in parts."""
+def npz(path: Path, whose: str, known: Sequence[str]) -> dict[str, Any]:
+    """The arrays of an NPZ file with no keys but known ones and `ORIGIN`; whole: it can't be read in parts.
+
+    Raises:
+        DataError: it isn't such a file, or is damaged; says `whose` keys are expected.
+    """
     arrays, name, key = {}, path.name, "the archive"
     try:
         with zipfile.ZipFile(path) as archive:
             keys = {each.removesuffix(".npy"): archive.getinfo(each) for each in archive.namelist()}
             keys = {each: info for each, info in keys.items() if not each.startswith(("infos/", "metadata/"))}
-            for each in keys.keys() - {*KEYS, ORIGIN}:
-                raise DataError(f"{name}: {each!r} is none of D4RL's keys: {did_you_mean(each, KEYS)}")
+            for each in keys.keys() - {*known, ORIGIN}:
+                raise DataError(f"{name}: {each!r} is none of {whose} keys: {did_you_mean(each, known)}")
             refuse_bomb(name, sum(info.file_size for info in keys.values()), path)
             for key, info in keys.items():
                 with archive.open(info) as file:

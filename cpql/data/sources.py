@@ -11,6 +11,8 @@ from cpql.data.d4rl import D4RL
 from cpql.data.embedded import Embedded
 from cpql.data.files import File, without_foreign_references
 from cpql.data.minari import Minari
+from cpql.data.ogbench import OGBench
+from cpql.data.regenerated import Regenerated
 from cpql.data.request import AnotherDatasetError, Request, Source
 from cpql.data.transitions import Transitions
 from cpql.errors import ConfigError, DataError, did_you_mean
@@ -22,12 +24,14 @@ SOURCES: dict[str, Source] = {
     "d4rl": D4RL(),
     "embedded": Embedded(),
     "minari": Minari(),
+    "ogbench": OGBench(),
+    "regenerated": Regenerated(),
     "file": File(),
 }
 """Sources by name: `dataset=NAME` chooses one, and `dataset.path` the source `file`."""
 
-AUTO = ("d4rl", "embedded")
-"""The sources that `dataset=auto` tries, in this order."""
+AUTO = (("d4rl", "embedded"), ("ogbench", "regenerated"))
+"""The sources that `dataset=auto` tries, in this order: those whose first one has a dataset of the task."""
 
 
 def check_source(name: str) -> None:
@@ -41,11 +45,12 @@ def load(task: Task, *, source: str = "auto", **options: Any) -> tuple[Task, Tra
 
     Args:
         task: the task whose dataset it is.
-        source: a name in `SOURCES`, used strictly; "auto" tries D4RL, then embedded, with a warning that
-            gives the reason.
-        **options: the other fields of `Request`. A `path` overrides `source`; with an `id` "auto" tries D4RL
-            alone, as embedded data replace the task's own dataset only. `say` takes a warning if they do, and
-            one for each finding of `cpql.data.inspection` in data that cpql didn't collect itself.
+        source: a name in `SOURCES`, used strictly; "auto" tries D4RL, then embedded, or OGBench, then
+            regenerated, with a warning that gives the reason.
+        **options: the other fields of `Request`. A `path` overrides `source`; with an `id` "auto" tries the
+            first of the two alone, as the second replaces the task's own dataset only. `say` takes a warning
+            if it does, and one for each finding of `cpql.data.inspection` in data that cpql didn't collect
+            itself.
 
     Returns:
         The task of the data (a Minari dataset names its own environment and references), and the data, with
@@ -62,7 +67,8 @@ def load(task: Task, *, source: str = "auto", **options: Any) -> tuple[Task, Tra
             f"{task.name} has no dataset: expected mode=online, a task that has one, such as hopper-medium, "
             "or dataset.path=FILE"
         )
-    auto = AUTO if request.id is None else AUTO[:1]
+    both = next((pair for pair in AUTO if pair[0] in task.datasets), AUTO[0])
+    auto = both if request.id is None else both[:1]
     names = ("file",) if request.path else auto if source == "auto" else (source,)
     request, data = _first(names, request)
     if request.spec is not None:

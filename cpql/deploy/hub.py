@@ -169,8 +169,11 @@ def _entry(result: Mapping[str, Any]) -> dict[str, Any]:
     """A result as the Hub's index has it."""
     metrics = [("mean_reward", "mean_reward", f"{result['return_mean']:.2f} +/- {result['return_std']:.2f}")]
     if result.get("score") is not None:
-        name = f"{result['references']['of']}-normalised score"
-        metrics.append(("normalized_score", name, round(result["score"], 2)))
+        of, value = result["references"]["of"], round(result["score"], 2)
+        if result.get("measure") == "success":
+            metrics.append(("success_rate", f"{of} successes in percent", value))
+        else:
+            metrics.append(("normalized_score", f"{of}-normalised score", value))
     keys, environment = ("type", "name", "value", "verified"), str(result["environment"])
     return {
         "task": {"type": "reinforcement-learning", "name": "reinforcement-learning"},
