@@ -30,7 +30,7 @@ RewardRule = Literal[
 
 REWARD_RULES: dict[str, str] = {
     "none": "r",
-    "normalize": "(r - mean r) / std r, over all transitions",
+    "normalize": "(r - mean r) / std r, over all transitions, std of a sample",
     "antmaze": "2 (r - 0.25)",
     "cql_antmaze": "4 (r - 0.5)",
     "iql_antmaze": "r - 1",

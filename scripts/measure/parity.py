@@ -24,8 +24,6 @@ from unittest import mock
 import numpy as np
 import torch
 from hydra import compose, initialize_config_dir
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor, nn
 
 from cpql import configuration
@@ -35,7 +33,7 @@ from cpql.tasks import config_folder
 from cpql.train.config import agent_config
 from measure.official import borrowed
 
-__all__ = ["CASES", "Case", "Found", "figures", "ours", "parity"]
+__all__ = ["CASES", "Case", "Found", "figures", "ours", "parity", "table"]
 
 STATE_DIM, ACTION_DIM, BATCH, UPDATES = 4, 2, 8, 20
 START, EARLIER = 10, 990  # the update after which their targets move, and by how many ours start earlier
@@ -273,12 +271,16 @@ def figures(found: Found) -> dict[str, list[float]]:
     return numbers
 
 
+def table(rows: list[dict[str, Any]]) -> str:
+    """The largest differences, as docs/published.md has them."""
+    lines = ["| case | width | losses, relative | weights |", "|---|---|---|---|"]
+    lines += ["| {case} | {width} | {losses:.0e} | {weights:.0e} |".format(**row) for row in rows]
+    return "\n".join(lines)
+
+
 def parity(options: argparse.Namespace) -> dict[str, Any]:
     """Compare all cases at the given widths."""
-    table = Table(title=f"largest differences after {UPDATES} updates in float64")
-    for column in ("case", "width", "losses, relative", "weights"):
-        table.add_column(column)
-    rows = []
+    rows: list[dict[str, Any]] = []
     folders = {"cpql": options.cpql, "cac": options.cac}
     for name, case in CASES.items():
         for width in options.widths:
@@ -286,10 +288,9 @@ def parity(options: argparse.Namespace) -> dict[str, Any]:
             pairs = [pair for key in a.losses for pair in zip(a.losses[key], b.losses[key], strict=True)]
             losses = max(abs(x - y) / abs(y) for x, y in pairs)
             weights = max(float((a.weights[key] - b.weights[key]).abs().max()) for key in a.weights)
-            table.add_row(name, str(width), f"{losses:.1e}", f"{weights:.1e}")
             row = {"case": name, "width": width, "losses": losses, "weights": weights}
             rows.append(row | {"theirs": figures(b)} if width == min(options.widths) else row)
-    Console().print(table)
+    print(table(rows))
     files = {"cpql": "main.py agents/ql_cm.py", "cac": "offline.py online.py agents/ql_consistency.py"}
     sha256 = {
         f"{name}/{file}": hashlib.sha256((folder / file).read_bytes()).hexdigest()
