@@ -37,6 +37,9 @@ THRESHOLDS = 51  # of a performance profile
 Section = tuple[str, list[list[str]]]
 """A title, and the lines of a table with its head first."""
 
+Comparisons = dict[str, Comparison]
+"""By the agent that is compared with the one of --against."""
+
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line.
@@ -83,13 +86,14 @@ def _run(options: argparse.Namespace) -> None:
         raise ConfigError(
             f"--against={options.against}: no such agent: {did_you_mean(options.against, agents)}"
         )
-    comparisons = {group.scale: _comparisons(group, options.against) for group in together}
+    against = options.against
+    comparisons = [_comparisons(group, against) for group in together]
     sections = [_scores(found)]
-    for group in together:
-        sections += [_aggregates(group), _compared(group.scale, comparisons[group.scale])]
+    for group, compared in zip(together, comparisons, strict=True):
+        sections += [_aggregates(group), _compared(f"{group.scale}, against {against}", compared)]
     sections = [section for section in sections if len(section[1]) > 1]
     left_out = [str(folder) for folder, result in read.items() if result is None]
-    notes = _notes(found, together, [each for own in comparisons.values() for each in own], left_out)
+    notes = _notes(found, together, comparisons, left_out)
     console = Console()
     for title, (head, *lines) in sections:
         table = Table(header_style="bold", show_edge=False, pad_edge=False)
@@ -110,11 +114,11 @@ def _run(options: argparse.Namespace) -> None:
             write_text(file, text())
 
 
-def _comparisons(group: Group, against: str | None) -> list[Comparison]:
+def _comparisons(group: Group, against: str | None) -> Comparisons:
     if against is None or not group.of(against):
-        return []
+        return {}
     agents = dict.fromkeys(row.agent for row in group.rows)
-    return [compare(group, agent, against) for agent in agents if agent != against]
+    return {agent: compare(group, agent, against) for agent in agents if agent != against}
 
 
 def _scores(found: list[Row]) -> Section:
@@ -135,12 +139,12 @@ def _aggregates(group: Group) -> Section:
     return f"{group.scale}, over {_tasks(group.tasks)} [95% interval]", lines
 
 
-def _compared(scale: str, comparisons: list[Comparison]) -> Section:
+def _compared(title: str, comparisons: Comparisons) -> Section:
     lines = [["agent", "difference by seed", "pairs", "probability of improvement", "tasks"]]
-    for each in comparisons:
+    for agent, each in comparisons.items():
         figures = _cell(each.difference), str(each.pairs), _cell(each.improvement, 2), str(len(each.tasks))
-        lines.append([each.agent, *figures])
-    return f"{scale}, against {comparisons[0].against if comparisons else ''} [95% interval]", lines
+        lines.append([agent, *figures])
+    return f"{title} [95% interval]", lines
 
 
 def _tasks(tasks: tuple[str, ...]) -> str:
@@ -156,16 +160,21 @@ def _cell(estimate: Estimate | None, digits: int = 1) -> str:
 
 
 def _notes(
-    found: list[Row], together: list[Group], comparisons: list[Comparison], left_out: list[str]
+    found: list[Row], together: list[Group], comparisons: list[Comparisons], left_out: list[str]
 ) -> list[str]:
     """What the tables don't show."""
     notes = [f"not averaged: {row.task}, {row.agent}: {row.reason}" for row in found if row.reason]
-    for group in together:
+    for group, compared in zip(together, comparisons, strict=True):
+        lacking = sorted({row.agent for row in group.rows} - group.complete.keys())
+        if lacking:
+            notes.append(
+                f"no figures over {_tasks(group.tasks)}, as runs of some are missing: {', '.join(lacking)}"
+            )
         notes += [f"not under the same conditions: {difference}" for difference in group.apart()]
         for (task, agent), best in group.expected_best().items():
             values = ", ".join(f"{value:,.1f}" for value in best)
             notes.append(f"expected best of 1 to {len(best)} settings: {task}, {agent}: {values}")
-    notes += [f"not compared: {each.agent}: {what}" for each in comparisons for what in each.left_out]
+        notes += [f"not compared: {task}" for each in compared.values() for task in each.left_out]
     if left_out:
         notes.append(f"not finished or not evaluated, left out: {', '.join(left_out)}")
     conditions: dict[str, list[str]] = {}
@@ -221,11 +230,11 @@ def _markdown(sections: list[Section], notes: list[str]) -> str:
 
 
 def _json(
-    found: list[Row], together: list[Group], comparisons: dict[str, list[Comparison]], left_out: list[str]
+    found: list[Row], together: list[Group], comparisons: list[Comparisons], left_out: list[str]
 ) -> str:
     plain = {
         "rows": [{**_record(row), "runs": [_run_record(run) for run in row.runs]} for row in found],
-        "groups": [_group_record(group, comparisons[group.scale]) for group in together],
+        "groups": [_group_record(*each) for each in zip(together, comparisons, strict=True)],
         "left_out": left_out,
     }
     return json.dumps(plain, indent=2, allow_nan=False) + "\n"
@@ -236,7 +245,7 @@ def _run_record(run: Any) -> dict[str, Any]:
     return {"folder": str(run.folder), **{name: getattr(run, name) for name in names}}
 
 
-def _group_record(group: Group, comparisons: list[Comparison]) -> dict[str, Any]:
+def _group_record(group: Group, comparisons: Comparisons) -> dict[str, Any]:
     scores = np.concatenate([row.scores for row in group.rows])
     thresholds = np.linspace(np.floor(scores.min()), np.ceil(scores.max()), THRESHOLDS)
     return {
@@ -256,15 +265,14 @@ def _group_record(group: Group, comparisons: list[Comparison]) -> dict[str, Any]
         ],
         "comparisons": [
             {
-                "agent": each.agent,
-                "against": each.against,
+                "agent": agent,
                 "tasks": each.tasks,
                 "pairs": each.pairs,
                 "difference": _plain(each.difference),
                 "probability_of_improvement": _plain(each.improvement),
                 "left_out": each.left_out,
             }
-            for each in comparisons
+            for agent, each in comparisons.items()
         ],
     }
 

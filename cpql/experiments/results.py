@@ -28,11 +28,14 @@ from cpql.train.config import DatasetConfig
 
 __all__ = ["Comparison", "Group", "Result", "Row", "compare", "find_runs", "groups", "read_run", "rows"]
 
-SHARED = ("data", "environment", "episodes")
+SHARED = ("data", "environment", "references", "episodes")
 """Conditions in which agents that are compared may not differ; the rule of acting is an agent's own."""
 
 IDENTITY = {f"dataset.{key}" for key in ("source", "path", "id", "size", "seed")}
 """Settings of a dataset that say which it is, not how it is used: results have its checksum instead."""
+
+DAMAGE = (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError, yaml.YAMLError)
+"""What reading a file raises that isn't what a run wrote."""
 
 
 @dataclass(frozen=True)
@@ -48,8 +51,8 @@ class Result:
         score: normalised, in percent; the mean return where the task has no references.
         returns: of each episode, undiscounted.
         behaviour: the data's score, in the same unit; None if unknown.
-        conditions: what has to be the same for an average, as text by name: data, environment, episodes and
-            rule of acting.
+        conditions: what has to be the same for an average, as text by name: those of `SHARED`, and the rule
+            of acting.
         scale: what the score is: whose references normalise it, or "return"; and the source of the data.
         versions: of the packages that it depends on.
     """
@@ -79,21 +82,14 @@ def find_runs(words: Iterable[str]) -> list[Path]:
     found: dict[Path, Path] = {}
     for word in words:
         tops = [word] if os.path.exists(word) else sorted(glob.glob(word, recursive=True))
-        runs = [run for top in tops for run in _runs_in(top)]
+        runs = [file.parent for top in tops for file in sorted(Path(top).rglob("config.yaml"))]
         if not runs:
             raise CheckpointError(
                 f"{word}: no run there: expected a folder with a config.yaml in it, or below"
             )
         found |= {run.resolve(): run for run in runs}
-    return list(found.values())
-
-
-def _runs_in(top: str) -> Iterator[Path]:
-    for folder, inner, files in os.walk(top):
-        inner.sort()
-        if "config.yaml" in files:
-            inner.clear()  # checkpoints and loggers have configurations of their own
-            yield Path(folder)
+    # What lies in a run's folder is no other run: loggers have a config.yaml of their own.
+    return [run for path, run in found.items() if not found.keys() & set(path.parents)]
 
 
 def read_run(folder: Path, evaluation: str | None = None) -> Result | None:
@@ -120,14 +116,17 @@ def read_run(folder: Path, evaluation: str | None = None) -> Result | None:
             content |= json.loads(file.read_text())
             if content["policy"]["step"] != step:
                 raise ValueError(f"of update {content['policy']['step']}, and the result of {step}")
-        data, of = content["data"], content["references"].get("of", "D4RL")  # the only one at first
+        data, references = content["data"], {"of": "D4RL", **content["references"]}  # the only one at first
         scored = content["score"] is not None
+        score, returns = content["score" if scored else "return_mean"], list(content["returns"])
         behaviour = content["behaviour_score" if scored else "behaviour_return"]
-        options = content.get("environment_options") or ""
+        if not np.isfinite([score, *returns]).all():
+            raise ValueError("a score or a return is no finite number")
         conditions = {
             "data": f"{data['source']} {data['id']} {(data['sha256'] or '')[:8]}",
-            "environment": f"{content['environment']} {options}",
-            "episodes": str(len(content["returns"])),
+            "environment": f"{content['environment']} {content.get('environment_options') or ''}",
+            "references": f"{references['random']} to {references['expert']}",
+            "episodes": str(len(returns)),
             "rule of acting": str(content["rule"]),
         }
         file = folder / "config.yaml"
@@ -138,22 +137,14 @@ def read_run(folder: Path, evaluation: str | None = None) -> Result | None:
             agent=str(content["agent"]),
             seed=int(content["training_seed"]),
             settings=settings,
-            score=float(content["score" if scored else "return_mean"]),
-            returns=tuple(map(float, content["returns"])),
+            score=float(score),
+            returns=tuple(map(float, returns)),
             behaviour=None if behaviour is None else float(behaviour),
             conditions={name: text.strip() for name, text in conditions.items()},
-            scale=f"{f'{of} score' if scored else 'return'}, {data['source']} data",
+            scale=f"{references['of'] + ' score' if scored else 'return'}, {data['source']} data",
             versions=dict(content["versions"]),
         )
-    except (
-        OSError,
-        ValueError,
-        TypeError,
-        KeyError,
-        AttributeError,
-        RecursionError,
-        yaml.YAMLError,
-    ) as error:
+    except DAMAGE as error:
         raise CheckpointError(
             f"{file}: unreadable ({brief(error)}): expected what a finished run wrote; leave the run out, or "
             "train it again"
@@ -186,7 +177,7 @@ class Row:
 
     Attributes:
         task: its name.
-        agent: the configuration's name, and where it has several settings on a task those that tell them apart.
+        agent: the configuration's name; with several settings on a task also what tells them apart.
         configuration: its name alone.
         runs: by seed.
         tried: how many settings of this configuration the given runs of the task have.
@@ -201,17 +192,18 @@ class Row:
     @cached_property
     def reason(self) -> str:
         """Why these runs can't be averaged; empty if they can."""
-        differ = [
-            f"{name} differ{'' if name in ('data', 'episodes') else 's'}: {_parts(self.runs, name)}"
-            for name in self.runs[0].conditions
-            if len({run.conditions[name] for run in self.runs}) > 1
+        differ = []
+        for name in self.runs[0].conditions:
+            folders: dict[str, list[str]] = {}
+            for run in self.runs:
+                folders.setdefault(run.conditions[name], []).append(str(run.folder))
+            if len(folders) > 1:
+                parts = (f"{value} ({', '.join(where)})" for value, where in folders.items())
+                differ.append(f"different {name}: {', '.join(parts)}")
+        twice = [
+            f"seed {a.seed} ({a.folder}, {b.folder})" for a, b in pairwise(self.runs) if a.seed == b.seed
         ]
-        seeds = [run.seed for run in self.runs]
-        twice = sorted({seed for seed in seeds if seeds.count(seed) > 1})
-        if twice:
-            folders = ", ".join(str(run.folder) for run in self.runs if run.seed in twice)
-            differ.append(f"more than one run of seed {', '.join(map(str, twice))}: {folders}")
-        return "; ".join(differ)
+        return "; ".join([*differ, *(["several runs of " + ", ".join(twice)] if twice else [])])
 
     @cached_property
     def scores(self) -> NDArray[np.float64]:
@@ -219,7 +211,7 @@ class Row:
         return np.array([run.score for run in self.runs])
 
     def unlike(self, other: Row) -> str:
-        """In what two rows differ that agents may not differ in: data, environment, episodes."""
+        """In which of `SHARED` two rows differ; empty where they may be compared."""
         pairs = {name: [row.runs[0].conditions[name] for row in (self, other)] for name in SHARED}
         unequal = (
             f"{name} {ours} for {self.agent}, {theirs} for {other.agent}"
@@ -227,13 +219,6 @@ class Row:
             if ours != theirs
         )
         return "; ".join(unequal)
-
-
-def _parts(runs: Sequence[Result], name: str) -> str:
-    folders: dict[str, list[str]] = {}
-    for run in runs:
-        folders.setdefault(run.conditions[name], []).append(str(run.folder))
-    return ", ".join(f"{value} ({', '.join(where)})" for value, where in folders.items())
 
 
 def rows(results: Iterable[Result]) -> list[Row]:
@@ -290,10 +275,9 @@ class Group:
     @property
     def complete(self) -> dict[str, Scores]:
         """Scores on each task of the agents that have all tasks."""
-        agents = {row.agent: self.of(row.agent) for row in self.rows}
-        return {
-            a: [row.scores for row in own.values()] for a, own in agents.items() if [*own] == [*self.tasks]
-        }
+        agents = {row.agent: [*self.of(row.agent).values()] for row in self.rows}
+        count = len(self.tasks)
+        return {agent: [row.scores for row in own] for agent, own in agents.items() if len(own) == count}
 
     def expected_best(self) -> dict[tuple[str, str], NDArray[np.float64]]:
         """Expected score of the best of 1, 2, ... settings, by task and configuration that has several."""
@@ -324,8 +308,6 @@ class Comparison:
     """An agent against another, over the tasks where both have scores under the same conditions.
 
     Attributes:
-        agent: whose advantage it is.
-        against: the other one.
         tasks: that the figures are over.
         pairs: number of seeds that both have, over all tasks.
         difference: between runs of one seed, the mean over tasks of its mean; None without such seeds.
@@ -333,8 +315,6 @@ class Comparison:
         left_out: tasks that aren't compared, and why.
     """
 
-    agent: str
-    against: str
     tasks: tuple[str, ...]
     pairs: int
     difference: Estimate | None
@@ -343,7 +323,7 @@ class Comparison:
 
 
 def compare(group: Group, agent: str, against: str) -> Comparison:
-    """Compare two agents of a group."""
+    """Compare an agent of a group with another one."""
     ours, theirs = group.of(agent), group.of(against)
     apart = {task: ours[task].unlike(theirs[task]) for task in ours if task in theirs}
     tasks = [task for task, difference in apart.items() if not difference]
@@ -353,8 +333,6 @@ def compare(group: Group, agent: str, against: str) -> Comparison:
         differences.append(np.array([mine[seed] - other[seed] for seed in mine if seed in other]))
     paired = [seeds for seeds in differences if len(seeds)]
     return Comparison(
-        agent,
-        against,
         tuple(tasks),
         sum(map(len, paired)),
         estimate(mean, paired) if paired else None,
