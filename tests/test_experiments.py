@@ -319,31 +319,26 @@ def test_an_agent_that_is_not_there_is_named(
     assert "--against=cpq: no such agent: did you mean cpql?" in capsys.readouterr().err
 
 
-def test_what_a_training_leaves_is_read(tmp_path: Path) -> None:
-    dataset = trainings.write_dataset(tmp_path / "data.hdf5")
-    trainings.run_group(tmp_path / "runs", dataset, (0, 1))
+@pytest.mark.slow
+def test_what_the_other_commands_write_is_read(tmp_path: Path) -> None:
+    trainings.write_dataset(tmp_path / "data.hdf5")
+    words = (*test_cli.QUICK, "env=hopper-medium", "dataset.path=data.hdf5", "run_dir=runs/a", "seeds=[0,1]")
+    done = test_cli.run("train.py", *words, folder=tmp_path)
+    assert not done.returncode, done.stderr
     (row,) = read(tmp_path / "runs")
     assert row.agent == "cpql" and [run.seed for run in row.runs] == [0, 1] and not row.reason
     for run in row.runs:
         result = json.loads((run.folder / "result.json").read_text())
         assert result["checkpoint"] == "last" and run.score == result["score"]
-        assert list(run.returns) == result["returns"] and len(run.returns) == result["episodes"] == 3
+        assert list(run.returns) == result["returns"] and len(run.returns) == result["episodes"] == 2
         assert run.conditions["rule of acting"] == "actor alone, sampled, 1 step"
         assert run.conditions["data"].split()[-1] == result["data"]["sha256"][:8]
-        assert run.settings["updates"] == "40" and run.versions["torch"]
+        assert run.settings["updates"] == "30" and run.versions["torch"]
 
-
-@pytest.mark.slow
-def test_the_command_reads_what_the_other_commands_write(tmp_path: Path) -> None:
-    trainings.write_dataset(tmp_path / "data.hdf5")
-    words = (*test_cli.QUICK, "env=hopper-medium", "dataset.path=data.hdf5", "run_dir=runs/a", "seeds=[0,1]")
-    assert not test_cli.run("train.py", *words, folder=tmp_path).returncode
-    for seed in (0, 1):
-        run = f"checkpoint=runs/a-seed{seed}"
-        done = test_cli.run("evaluate.py", run, "episodes=4", "candidates=3", folder=tmp_path)
-        assert not done.returncode, done.stderr
+    evaluate = ("checkpoint=runs/a-seed0", "episodes=4", "candidates=3")
+    done = test_cli.run("evaluate.py", *evaluate, folder=tmp_path)
+    assert not done.returncode, done.stderr
     name = "evaluation_4_1000_3candidates.json"
-    for more, how in ((), "2 episodes, actor alone"), (("--evaluation", name), "4 episodes, 3 candidates"):
-        done = test_cli.run("results.py", "runs", *more, folder=tmp_path)
-        assert not done.returncode and not done.stderr, done.stderr
-        assert f"scored by {how}" in done.stdout and "hopper-medium" in done.stdout
+    done = test_cli.run("results.py", "runs/a-seed0", "--evaluation", name, folder=tmp_path)
+    assert not done.returncode and not done.stderr, done.stderr
+    assert "scored by 4 episodes, 3 candidates ranked by Q" in done.stdout and "hopper-medium" in done.stdout
