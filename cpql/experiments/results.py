@@ -146,8 +146,8 @@ def read_run(folder: Path, evaluation: str | None = None) -> Result | None:
         )
     except DAMAGE as error:
         raise CheckpointError(
-            f"{file}: can't be used ({brief(error)}): expected what a training or cpql-evaluate wrote; mend it or "
-            "leave the run out"
+            f"{file}: can't be used ({brief(error)}): expected what a training or cpql-evaluate wrote; mend "
+            "it or leave the run out"
         ) from error
 
 
