@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from omegaconf import DictConfig, open_dict
 
 from cpql import configuration
-from cpql.agents import ConsistencyACConfig, CPQLConfig, TargetConfig
+from cpql.agents import ActorCriticConfig, ConsistencyACConfig, CPQLConfig, TargetConfig
 from cpql.environments import make_environment
 from cpql.errors import ConfigError
 from cpql.tasks import Task, config_folder, expand, load_task, task_names, task_patterns
@@ -503,6 +503,7 @@ def test_sampling_levels(agent: str, env: str, refinements: tuple[float, ...], c
 def test_the_rest_of_a_published_agent(composed: Composed) -> None:
     _, settings = agent_config(composed("hopper-medium", "consistency_ac_published"))
     assert isinstance(settings, ConsistencyACConfig)
+    assert isinstance(settings, ActorCriticConfig)
     assert settings.actor.objective_options == {"weight": "interval", "scale": 100.0, "s1": 149}
     assert settings.curriculum_restarts == 40
     assert settings.candidates == 50
