@@ -8,6 +8,7 @@ extras = {
     "tensorboard": ["tensorboard>=2.15"],
     "robotics": ["gymnasium-robotics>=1.3"],
     "dmc": ["shimmy[dm-control]>=2.0", "mujoco>=3.17,<4"],
+    "ogbench": ["ogbench>=1.2.1", "dm_control>=1.0.50"],
     "export": ["onnx>=1.17", "onnxruntime>=1.20", "onnxscript>=0.3"],
     "hub": ["huggingface_hub>=1.0"],
     "behaviours": ["sbx-rl>=0.20"],
@@ -33,7 +34,7 @@ setup(
     install_requires=[
         "torch>=2.6",
         "numpy>=1.26",
-        "scipy>=1.11",
+        "scipy>=1.15",
         "gymnasium[mujoco]>=1.0",
         "h5py>=3.10",
         "filelock>=3.24",
@@ -50,6 +51,7 @@ setup(
         "dev": [
             *extras["tensorboard"],
             *extras["robotics"],
+            *extras["ogbench"],
             *extras["export"],
             *extras["hub"],
             *extras["sb3"],
@@ -71,6 +73,7 @@ setup(
             "cpql-evaluate=cpql.cli:evaluate",
             "cpql-export=cpql.cli:export",
             "cpql-data=cpql.data_cli:main",
+            "cpql-results=cpql.results_cli:main",
         ],
     },
 )

@@ -6,11 +6,13 @@ import contextlib
 import importlib
 import io
 import math
+import os
 import re
 import sys
+import tempfile
+import types
 import warnings
 from collections.abc import Iterator
-from dataclasses import replace
 from importlib.metadata import version
 from typing import Any, NamedTuple
 
@@ -35,8 +37,14 @@ __all__ = [
 CONTROL = "dm_control/"
 ROBOTICS = ("AdroitHand", "AntMaze", "Fetch", "FrankaKitchen", "PointMaze")
 
+OGBENCH = ("pointmaze-", "antmaze-", "humanoidmaze-", "antsoccer-", "cube-", "scene-", "puzzle-")
+
 # Prefixes of ids, the module that registers them, and the extra of cpql that installs it.
-PACKAGES = ((ROBOTICS, "gymnasium_robotics", "robotics"), ((CONTROL,), "shimmy", "dmc"))
+PACKAGES = (
+    (ROBOTICS, "gymnasium_robotics", "robotics"),
+    ((CONTROL,), "shimmy", "dmc"),
+    (OGBENCH, "ogbench", "ogbench"),
+)
 
 # MuJoCo's versions that break environments: from 3.12 on, Gymnasium-Robotics' kitchen fails an assertion over
 # MuJoCo's enumerations; dm_control 1.0 asks mujoco 4 for what it no longer has.
@@ -95,22 +103,6 @@ def make_environment(id: str, /, **options: Any) -> gymnasium.Env[Any, Any]:
             f"environment {id!r}: an id with a module runs the module's code, and is taken from the command "
             f"line alone: {words.format(id)}"
         )
-    _register(id)
-    try:
-        with warnings.catch_warnings(), _without_advice_on_models():
-            warnings.filterwarnings("ignore", ".*The environment .* is out of date")
-            return gymnasium.make(id, **options)
-    except gymnasium.error.UnregisteredEnv as error:
-        raise ConfigError(
-            f"no environment {id!r} in Gymnasium: {did_you_mean(id, gymnasium.registry)}; one that a module "
-            f"registers: {words.format(f'MODULE:{id}')}"
-        ) from error
-    except Exception as error:  # whatever an environment raises at options that it can't have
-        raise ConfigError(f"environment {id!r} can't be made: {brief(error)}") from error
-
-
-def _register(id: str) -> None:
-    """Register the environments of the package that an id belongs to, where that isn't Gymnasium."""
     for prefix, below, instead in MUJOCO_BELOW:
         found, limit = version("mujoco"), ".".join(map(str, below))
         if id.startswith(prefix) and tuple(map(int, found.split(".")[:2])) >= below:
@@ -120,13 +112,32 @@ def _register(id: str) -> None:
             )
     for prefixes, module, extra in PACKAGES:
         if id.startswith(prefixes) and id not in gymnasium.registry:
-            need = f"environment '{id}' needs a package: pip install 'cpql[{extra}]'"
             try:
                 # Gymnasium-Robotics prints which rewards have changed; the tasks' notes say so, once.
                 with contextlib.redirect_stderr(io.StringIO()):
                     gymnasium.register_envs(importlib.import_module(module))
             except ImportError:
-                raise ConfigError(need) from None
+                raise ConfigError(
+                    f"environment '{id}' needs a package: pip install 'cpql[{extra}]'"
+                ) from None
+    try:
+        with warnings.catch_warnings(), _without_advice_on_models():
+            warnings.filterwarnings("ignore", ".*The environment .* is out of date")
+            spec = gymnasium.registry.get(id)
+            if str(getattr(spec, "entry_point", "")).startswith("ogbench."):
+                # OGBench's bounds are wider than its actions, and it looks for a screen, which isn't needed.
+                warnings.filterwarnings("ignore", ".*precision lowered by casting")
+                warnings.filterwarnings("ignore", module="glfw")
+                with _without_leftovers():
+                    return OwnRandomness(gymnasium.make(id, **options))
+            return gymnasium.make(id, **options)
+    except gymnasium.error.UnregisteredEnv as error:
+        raise ConfigError(
+            f"no environment {id!r} in Gymnasium: {did_you_mean(id, gymnasium.registry)}; one that a module "
+            f"registers: {words.format(f'MODULE:{id}')}"
+        ) from error
+    except Exception as error:  # whatever an environment raises at options that it can't have
+        raise ConfigError(f"environment {id!r} can't be made: {brief(error)}") from error
 
 
 @contextlib.contextmanager
@@ -146,6 +157,64 @@ def _without_advice_on_models() -> Iterator[None]:
         mujoco.set_mju_user_warning(before)
 
 
+@contextlib.contextmanager
+def _without_leftovers() -> Iterator[None]:
+    """Close and remove the file that each of OGBench's mazes leaves open: soon there would be too many."""
+    maze: Any = importlib.import_module("ogbench.locomaze.maze")
+    made = []
+
+    def mkstemp(**options: Any) -> tuple[int, str]:
+        handle, path = tempfile.mkstemp(**options)
+        os.close(handle)
+        made.append(path)
+        return handle, path
+
+    maze.tempfile = types.SimpleNamespace(mkstemp=mkstemp)
+    try:
+        yield
+    finally:
+        maze.tempfile = tempfile
+        for path in made:
+            os.unlink(path)
+
+
+class OwnRandomness(gymnasium.Wrapper[Any, Any, Any, Any]):
+    """One of OGBench's environments, made reproducible: `reset` seeds all that it draws from.
+
+    OGBench draws from numpy's global generator, of which each environment has a state of its own here, and
+    from a space of actions that it makes anew, unseeded, each time.
+    """
+
+    def __init__(self, environment: gymnasium.Env[Any, Any]) -> None:
+        super().__init__(environment)
+        base = environment.unwrapped
+        base.__class__ = type(type(base).__name__, (type(base),), {"action_space": base.action_space})
+        self.state = np.random.RandomState().get_state()
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, Any]:
+        """Begin an episode."""
+        if seed is not None:
+            self.state = np.random.RandomState(seed).get_state()
+            self.env.unwrapped.action_space.seed(seed)
+        with self._own():
+            return self.env.reset(seed=seed, options=options)
+
+    def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
+        """Act once."""
+        with self._own():
+            return self.env.step(action)
+
+    @contextlib.contextmanager
+    def _own(self) -> Iterator[None]:
+        others = np.random.get_state()
+        np.random.set_state(self.state)
+        try:
+            yield
+        finally:
+            self.state = np.random.get_state()
+            np.random.set_state(others)
+
+
 class TaskEnvironment(gymnasium.Wrapper[Any, Any, Any, Any]):
     """An environment as a task describes it: flat observations [S], and resets with the task's options.
 
@@ -161,24 +230,21 @@ class TaskEnvironment(gymnasium.Wrapper[Any, Any, Any, Any]):
 
     def __init__(self, environment: gymnasium.Env[Any, Any], task: Task) -> None:
         super().__init__(environment)
-        space, parts = environment.observation_space, [environment.observation_space]
-        if isinstance(space, gymnasium.spaces.Dict):
-            if not task.observation and str(task.id).startswith(CONTROL):
-                task = replace(task, observation=tuple(space.spaces))
-            if not task.observation or not set(task.observation) <= set(space.spaces):
-                raise ConfigError(
-                    f"{task.id}: its observations are dicts of {', '.join(space.spaces)}: "
-                    f"expected env.observation to name some of them, found {list(task.observation)}"
-                )
-            parts = [space[key] for key in task.observation]
-        elif task.observation:
+        space, keys = environment.observation_space, task.observation
+        inner = dict(space) if isinstance(space, gymnasium.spaces.Dict) else {}
+        if inner and not keys and str(task.id).startswith(CONTROL):
+            keys = tuple(inner)
+        if bool(inner) != bool(keys) or not set(keys) <= inner.keys():
+            what = f"dicts of {', '.join(inner)}" if inner else f"{space}, not dicts"
             raise ConfigError(
-                f"{task.id}: its observations are {space}, not dicts: expected env.observation=[]"
+                f"{task.id}: its observations are {what}: expected env.observation to name "
+                f"{'some of them' if inner else 'nothing, []'}, found {list(keys)}"
             )
+        parts = [inner[key] for key in keys] or [space]
         boxes = [part for part in parts if isinstance(part, gymnasium.spaces.Box) and len(part.shape) < 2]
         if len(boxes) != len(parts):
             raise ConfigError(f"{task.id}: its observations are {space}: expected numbers in one axis")
-        self.task = task
+        self.task, self.keys = task, keys
         self.observation_space = gymnasium.spaces.Box(
             np.concatenate([box.low.ravel() for box in boxes]),
             np.concatenate([box.high.ravel() for box in boxes]),
@@ -216,8 +282,8 @@ class TaskEnvironment(gymnasium.Wrapper[Any, Any, Any, Any]):
 
     def _flat(self, observation: Any) -> NDArray[Any]:
         """The observation in one axis [S], checked."""
-        keys = self.task.observation
-        flat = np.concatenate([np.ravel(observation[k]) for k in keys]) if keys else np.asarray(observation)
+        parts = [np.ravel(observation[key]) for key in self.keys]
+        flat = np.concatenate(parts) if parts else np.asarray(observation)
         if not np.isfinite(flat).all():
             k = int(np.isfinite(flat).argmin())
             raise ActingError(

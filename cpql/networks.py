@@ -34,8 +34,8 @@ Activation = Literal["mish", "relu", "gelu"]
 """GELU is its tanh approximation, as in JAX."""
 
 Norm = bool | Literal["after"]
-"""LayerNorm in each hidden layer: none, before the activation (True), or `after` it, as in ReBRAC and FQL, with
-Flax's epsilon of 1e-6 in place of PyTorch's 1e-5."""
+"""LayerNorm in each hidden layer: none, before the activation (True), or `after` it, as in ReBRAC and FQL
+(with an epsilon of 1e-6, their library's)."""
 
 Initialisation = Literal["torch", "glorot", "rebrac"]
 """Initial weights. `torch`: U(-1/sqrt(in), 1/sqrt(in)) for weights and biases. `glorot`: Glorot's uniform

@@ -14,10 +14,10 @@ import typing
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from cpql.errors import ConfigError, did_you_mean
-from cpql.settings import build
+from cpql.settings import Count, build
 
 __all__ = [
     "Task",
@@ -25,7 +25,6 @@ __all__ = [
     "config_folder",
     "expand",
     "load_task",
-    "patterns",
     "task_names",
     "task_patterns",
     "with_own_references",
@@ -59,8 +58,11 @@ class Task:
         env_options: keyword arguments of `gymnasium.make`.
         reset_options: the environment's `reset(options=...)`.
         episodes: of one evaluation in the papers.
+        at_once: how many of them run side by side: fewer where an environment takes much memory.
         note: a sentence where scores here can't be compared with D4RL's tables, and why.
         benchmark: whose references these are; scores of two benchmarks belong in no common table.
+        measure: what scores are made of: "return", by the references; or "success", the share of episodes, in
+            percent, whose last step had `success` in its info, as OGBench's are.
 
     Raises:
         ConfigError: a name that could be a path to elsewhere, an option that names a file, an entry of
@@ -76,8 +78,10 @@ class Task:
     env_options: dict[str, Any] = field(default_factory=dict)
     reset_options: dict[str, Any] = field(default_factory=dict)
     episodes: int = 10
+    at_once: Count = 50
     note: str = ""
     benchmark: str = "D4RL"
+    measure: Literal["return", "success"] = "return"
 
     def __post_init__(self) -> None:
         _check_name("name", self.name)
@@ -161,11 +165,6 @@ def _texts(value: Any) -> Iterator[str]:
             waiting += value
 
 
-def _axes(family: Mapping[str, Any]) -> list[str]:
-    """Names of a family's lists of values, in the order of its name's braces."""
-    return re.findall(r"\{(\w+)\}", family["name"])
-
-
 def expand(table: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """Spell out the table of tasks: one for each combination of a family's values.
 
@@ -183,10 +182,8 @@ def expand(table: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         axes = _axes(family)
         shared = {key: value for key, value in family.items() if key not in axes}
         for chosen in itertools.product(*(family[axis].items() for axis in axes)):
-            words = {axis: value for axis, (value, _) in zip(axes, chosen, strict=True)}
-            fields = dict(shared)
-            for _, added in chosen:
-                fields = _merged(fields, added)
+            words = dict(zip(axes, (value for value, _ in chosen), strict=True))
+            fields = functools.reduce(_merged, (added for _, added in chosen), shared)
             if "file" in fields:
                 words["file"] = fields.pop("file")
             task = _formatted(fields, words)
@@ -194,27 +191,21 @@ def expand(table: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     return tasks
 
 
+def _axes(family: Mapping[str, Any]) -> list[str]:
+    """Names of a family's lists of values, in the order of its name's braces."""
+    return re.findall(r"\{(\w+)\}", family["name"])
+
+
 def _merged(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
-    new = {**one, **other}
-    for key in one.keys() & other.keys():
-        if isinstance(one[key], Mapping) and isinstance(other[key], Mapping):
-            new[key] = _merged(one[key], other[key])
-    return new
+    both = {key: _merged(one[key], other[key]) for key in one.keys() & other.keys()
+            if isinstance(one[key], Mapping) and isinstance(other[key], Mapping)}  # fmt: skip
+    return {**one, **other, **both}
 
 
 def _formatted(value: Any, words: Mapping[str, str]) -> Any:
     if isinstance(value, Mapping):
         return {key: _formatted(inner, words) for key, inner in value.items()}
     return value.format(**words) if isinstance(value, str) else value
-
-
-def patterns(table: Mapping[str, Any]) -> list[str]:
-    """Name all tasks in one line a family, as a shell would expand it: `kitchen-{complete,partial,mixed}`."""
-    names = []
-    for family in table.values():
-        lists = {axis: "{" + ",".join(family[axis]) + "}" for axis in _axes(family)}
-        names.append(family["name"].format(**lists))
-    return names
 
 
 def config_folder() -> Path:
@@ -242,9 +233,13 @@ def task_names() -> list[str]:
     return list(_tasks())
 
 
-def task_patterns() -> list[str]:
-    """Name all tasks in one line a family, see `cpql.tasks.patterns`."""
-    return patterns(_table())
+def task_patterns(table: Mapping[str, Any] | None = None) -> list[str]:
+    """Name all tasks in one line a family, as a shell would expand it: `kitchen-{complete,partial,mixed}`."""
+    names = []
+    for family in (table or _table()).values():
+        lists = {axis: "{" + ",".join(family[axis]) + "}" for axis in _axes(family)}
+        names.append(family["name"].format(**lists))
+    return names
 
 
 def load_task(name: str) -> Task:

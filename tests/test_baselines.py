@@ -301,15 +301,15 @@ def sampled(layers: Sequence[Array], s: Array, noise: Array) -> Array:
     steps, i = len(noise), np.arange(1, len(noise) + 1)
     beta = 1 - np.exp(-0.1 / steps - 0.5 * (10.0 - 0.1) * (2 * i - 1) / steps**2)
     bar = np.concatenate([[1.0], np.cumprod(1 - beta)])
-    x = noise[0]
+    x: Array = noise[0]
     for t in range(steps, 0, -1):
         guess = predicted(layers, s, x, np.full(len(s), t - 1.0))
         clean = np.clip((x - np.sqrt(1 - bar[t]) * guess) / np.sqrt(bar[t]), -1, 1)
         mean = np.sqrt(bar[t - 1]) * beta[t - 1] * clean + np.sqrt(1 - beta[t - 1]) * (1 - bar[t - 1]) * x
         x = mean / (1 - bar[t])
         if t > 1:
-            x = x + np.sqrt((1 - bar[t - 1]) / (1 - bar[t]) * beta[t - 1]) * noise[steps - t + 1]
-    return x
+            x += np.sqrt((1 - bar[t - 1]) / (1 - bar[t]) * beta[t - 1]) * noise[steps - t + 1]
+    return np.asarray(x)
 
 
 @pytest.mark.parametrize("policy_action", ["sampled", "denoised"])
@@ -337,7 +337,7 @@ def test_diffusions_coefficients_are_those_of_the_cumulative_product(steps: int)
     actor = DiffusionActor(S, A, DiffusionConfig(steps, hidden=HIDDEN))
     i = np.arange(1, steps + 1)
     alpha = np.exp(-0.1 / steps - 0.5 * (10.0 - 0.1) * (2 * i - 1) / steps**2)
-    assert [actor.config.remaining(t) for t in i] == CLOSE(np.cumprod(alpha).tolist())
+    assert [actor.config.remaining(t + 1) for t in range(steps)] == CLOSE(np.cumprod(alpha).tolist())
     state, noise = torch.randn(B, S), torch.randn(steps, B, A)
     found = actor.sample(state, noise=noise).detach().numpy()
     layers = [p.detach().numpy() for p in actor.parameters()]
@@ -352,7 +352,7 @@ def test_diffusions_coefficients_are_those_of_the_cumulative_product(steps: int)
     ("kind", "config"), [(IQL, IQLConfig(order="together")), (FQL, FQLConfig())], ids=["iql", "fql"]
 )
 def test_all_gradients_are_taken_before_any_network_moves(kind: type[Agent], config: AgentConfig) -> None:
-    made = Made(kind, replace(config, **{f"{name}_lr": 0.1 for name in ("actor", "critic")}))
+    made = Made(kind, config)
     names = [step.network for step in made.agent.steps()]
     before = {name: made.loss(name) for name in names}
     metrics = made.agent.update(made.batch, made.noise)
@@ -389,7 +389,7 @@ def test_a_lagged_target_follows_the_network_as_it_was(lagged: bool) -> None:
 def test_actor_cosine_slows_the_actor_alone() -> None:
     moves: dict[str, dict[str, Tensor]] = {}
     for decay in ("none", "actor_cosine", "cosine"):
-        made = Made(IQL, IQLConfig(lr_decay=decay))  # type: ignore[arg-type]
+        made = Made(IQL, IQLConfig(lr_decay=decay))
         made.agent.state["step"].fill_(25.0)  # of 100: the factor is 0.5 (1 + cos(pi / 4))
         before = {name: tensor.clone() for name, tensor in made.agent.state.items()}
         made.agent.update(made.batch, made.noise)
@@ -419,12 +419,13 @@ def test_dropout() -> None:
 
 @pytest.mark.parametrize(("role", "last"), [("policy", 1e-3), ("critic", 3e-3)])
 def test_initial_weights(role: Any, last: float) -> None:
-    layers = list(MLP(64, (64, 32), 16, (2,), "after", "gelu", "glorot", role).parameters())
+    network = MLP(64, (64, 32), 16, (2,), "after", "gelu", "glorot", role)
+    layers = [parameter.detach() for parameter in network.parameters()]
     for weight, bias in zip(layers[::4], layers[1::4], strict=True):
         bound = math.sqrt(6 / (weight.shape[-1] + weight.shape[-2]))
-        assert 0.98 * bound < float(weight.detach().abs().max()) <= bound and not bias.any()
-    layers = list(MLP(64, (64, 32), 16, (2,), False, "relu", "rebrac", role).parameters())
-    w1, b1, w2, b2, w3, b3 = (parameter.detach() for parameter in layers)
+        assert 0.98 * bound < float(weight.abs().max()) <= bound and not bias.any()
+    network = MLP(64, (64, 32), 16, (2,), False, "relu", "rebrac", role)
+    w1, b1, w2, b2, w3, b3 = (parameter.detach() for parameter in network.parameters())
     assert set(b1.flatten().tolist()) == set(b2.flatten().tolist()) == {0.1}
     for weight, bound in ((w1, 1 / 8), (w2, 1 / 8), (w3, last), (b3, last)):
         assert 0.8 * bound < float(weight.abs().max()) <= bound
@@ -434,13 +435,14 @@ def test_initial_weights(role: Any, last: float) -> None:
 
 
 def test_next_actions_are_those_of_the_next_rows(data: Transitions) -> None:
-    assert data.columns.next_actions is not None
-    for i, (found, end) in enumerate(zip(data.columns.next_actions, data.ends, strict=True)):
+    actions = transforms.next_actions(data).columns.next_actions
+    assert actions is not None
+    for i, (found, end) in enumerate(zip(actions, data.ends, strict=True)):
         assert torch.isnan(found).all() if end else torch.equal(found, data.actions[i + 1])
 
 
 def test_next_actions_stand_n_steps_ahead(data: Transitions) -> None:
-    ahead = transforms.n_step(data, 3, 0.99).columns.next_actions
+    ahead = transforms.n_step(transforms.next_actions(data), 3, 0.99).columns.next_actions
     assert ahead is not None
     for i in range(len(data)):
         to_come = [k for k in range(3) if not data.ends[i : i + k].any()][-1]  # rows 24, 49, ... end

@@ -24,7 +24,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from cpql import cli, configuration, data_cli
 from cpql.actors.consistency import ActorConfig, ConsistencyActor
-from cpql.agents import AGENTS
+from cpql.agents import AGENTS, ActorCriticConfig
 from cpql.cli import EvaluateConfig, ExportConfig
 from cpql.critics import TwinCritic
 from cpql.data import d4rl
@@ -112,7 +112,7 @@ def inside(kind: Any) -> set[type[Any]]:
 def test_every_number_among_the_settings_has_a_range() -> None:
     kinds = set().union(*(inside(kind) for kind in (TrainConfig, EvaluateConfig, ExportConfig)))
     kinds |= set().union(*(inside(agent.config_class) for agent in AGENTS.values())) - {Task}
-    assert len(kinds - {Task}) == 12
+    assert len(kinds - {Task}) == 21
     without = [
         f"{kind.__name__}.{name}"
         for kind in kinds - {Task}  # returns may be anything, and its rows are ours
@@ -265,6 +265,7 @@ def test_a_quick_budget_chooses_a_preset(
         content = compose("train", [*words, "configuration=x"])
     (config,) = configuration.members(content, [word.partition("=")[0] for word in words])
     _, agent = agent_config(config)
+    assert isinstance(agent, ActorCriticConfig)
     assert (agent.actor_lr, agent.critic_target.rate) == (actor_lr, rate)
     assert getattr(agent, "eta_warmup", None) == eta_warmup
 

@@ -20,10 +20,10 @@ from hypothesis import strategies as st
 from omegaconf import DictConfig, open_dict
 
 from cpql import configuration
-from cpql.agents import CPQLConfig, TargetConfig
+from cpql.agents import ActorCriticConfig, ConsistencyACConfig, CPQLConfig, TargetConfig
 from cpql.environments import make_environment
 from cpql.errors import ConfigError
-from cpql.tasks import Task, config_folder, expand, load_task, patterns, task_names, task_patterns
+from cpql.tasks import Task, config_folder, expand, load_task, task_names, task_patterns
 from cpql.train.config import OnlineConfig, TrainConfig, agent_config
 
 ROOT = Path(__file__).parent.parent
@@ -94,7 +94,7 @@ def test_a_family_spelt_out_by_hand() -> None:
         },
         "lonely": {"name": "lonely", "id": "Somewhere-v0"},
     }
-    assert patterns(table) == ["{cat,dog}-{sad,glad}", "lonely"]
+    assert task_patterns(table) == ["{cat,dog}-{sad,glad}", "lonely"]
 
 
 WORDS = st.lists(st.text("abc", min_size=1, max_size=3), min_size=1, max_size=4, unique=True)
@@ -138,7 +138,8 @@ def test_the_table_holds_every_task_once() -> None:
         "humanoid",
         "pendulum",
     ]  # without data
-    assert names == expected
+    # `test_ogbench.py` has the others.
+    assert [name for name in names if load_task(name).benchmark != "OGBench"] == expected
     for name in names:
         task = load_task(name)
         assert task.name == name
@@ -149,7 +150,7 @@ def test_the_table_holds_every_task_once() -> None:
 def test_ids_paths_and_references_are_the_d4rl_package_s() -> None:
     lines = (Path(__file__).parent / "d4rl_1.1_infos.txt").read_text().splitlines()[1:]
     infos = {id: (url, float(low), float(high)) for id, url, low, high in map(str.split, lines)}
-    tasks = [task for task in map(load_task, task_names()) if task.datasets]
+    tasks = [task for task in map(load_task, task_names()) if "d4rl" in task.datasets]
     entries = [(task.datasets["d4rl"], task) for task in tasks]
     assert {e["id"]: (e["path"], t.random_return, t.expert_return) for e, t in entries} == infos
 
@@ -385,16 +386,18 @@ def test_every_task_with_every_agent(composed: Composed) -> None:
 
 
 @pytest.mark.parametrize(
-    ("agent", "settings", "online"),
+    ("agent", "updates", "settings", "online"),
     [
-        ("cpql_online", {"alpha": 0.05, "q_loss": "normalised", "candidates": 1}, OnlineConfig()),
+        ("cpql_online", 1_000_000, {"alpha": 0.05, "q_loss": "normalised", "candidates": 1}, OnlineConfig()),
         (
             "cpql_online_published",
+            990_000,
             {"alpha": 0.05, "q_loss": "min", "critic_layer_norm": False, "candidates": 50},
             OnlineConfig(start_steps=10_000, candidates=50, time_limits="terminal"),
         ),
         (
             "consistency_ac_online_published",
+            250_000,
             {"alpha": 0.0, "actor_lr": 1e-5, "max_grad_norm": 1.0, "q_normalisation": False},
             OnlineConfig(
                 environments=2, start_steps=0, updates_per_step=0.125, candidates=50, epsilon=1.0,
@@ -404,14 +407,14 @@ def test_every_task_with_every_agent(composed: Composed) -> None:
     ],
 )  # fmt: skip
 def test_what_is_published_for_learning_online(
-    agent: str, settings: dict[str, Any], online: OnlineConfig
+    agent: str, updates: int, settings: dict[str, Any], online: OnlineConfig
 ) -> None:
     configuration.register()
     with initialize_config_dir(str(config_folder()), version_base="1.3"):
         words = ["mode=online", "env=walker2d-medium", f"agent={agent}", "configuration=x"]
         config = built(compose("train", words))
     assert config.online == online and config.env.id == "Walker2d-v4"
-    assert config.budget.updates == (250_000 if online.environments == 2 else 1_000_000)
+    assert config.budget.updates == updates
     _, found = agent_config(config)
     assert {key: getattr(found, key) for key in settings} == settings
 
@@ -499,12 +502,14 @@ def test_sampling_levels(agent: str, env: str, refinements: tuple[float, ...], c
 
 def test_the_rest_of_a_published_agent(composed: Composed) -> None:
     _, settings = agent_config(composed("hopper-medium", "consistency_ac_published"))
+    assert isinstance(settings, ConsistencyACConfig)
+    assert isinstance(settings, ActorCriticConfig)
     assert settings.actor.objective_options == {"weight": "interval", "scale": 100.0, "s1": 149}
-    assert getattr(settings, "curriculum_restarts") == 40  # noqa: B009
+    assert settings.curriculum_restarts == 40
     assert settings.candidates == 50
     assert settings.actor_target == TargetConfig(0.005, period=5, start=1001)
     _, settings = agent_config(composed("hopper-medium", "cpql"))
-    assert settings.candidates == 1
+    assert isinstance(settings, CPQLConfig) and settings.candidates == 1
     limits = {agent: composed("hopper-medium", agent).dataset.time_limits for agent in AGENTS}
     assert {agent for agent, rule in limits.items() if rule == "drop"} == {
         agent for agent in AGENTS if agent.endswith("published")

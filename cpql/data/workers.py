@@ -131,10 +131,10 @@ def _registration(id: str | None) -> Any:
     """How the program registered an environment; None if workers can register it without that."""
     import gymnasium
 
-    from cpql.environments import CONTROL, ROBOTICS
+    from cpql.environments import CONTROL, OGBENCH, ROBOTICS
 
     spec = gymnasium.registry.get(id or "")
-    if spec is None or spec.id.startswith((*ROBOTICS, CONTROL)):
+    if spec is None or spec.id.startswith((*ROBOTICS, *OGBENCH, CONTROL)):
         return None
     try:
         if b"__main__" in pickle.dumps(spec):

@@ -41,9 +41,16 @@ def summary(result: Mapping[str, Any]) -> str:
         else:
             (low, high), references = result["score_interval"], result["references"]
             of, zero, hundred = (references[key] for key in ("of", "random", "expert"))
-            beside = f"{100 * (behaviour - zero) / (hundred - zero):.1f}" if known else "unknown"
-            lines += [
-                f"score {result['score']:.1f} (95% interval {low:.1f} to {high:.1f}; {returns} {how})",
-                f"behaviour {beside}   random 0.0   expert 100.0   ({of}'s references; {source})",
-            ]
+            lines.append(
+                f"score {result['score']:.1f} (95% interval {low:.1f} to {high:.1f}; {returns} {how})"
+            )
+            if result.get("measure") == "success":
+                lines.append(
+                    f"the score is the share of successes in percent, as {of} counts them   ({source})"
+                )
+            else:
+                beside = f"{100 * (behaviour - zero) / (hundred - zero):.1f}" if known else "unknown"
+                lines.append(
+                    f"behaviour {beside}   random 0.0   expert 100.0   ({of}'s references; {source})"
+                )
     return "\n".join([*lines, f"note: {result['note']}"] if result["note"] else lines)

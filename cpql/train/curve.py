@@ -69,5 +69,8 @@ def _scores(axes: Any, run: dict[str, Any], evaluations: list[dict[str, Any]]) -
     if scored:
         axes.axhline(0, color="0.6", lw=1, label="random 0")
         axes.set_ylim(bottom=min(0.0, *low) - 2, top=max(10.0, axes.get_ylim()[1]))
-    axes.set_title(f"{'normalised score' if scored else 'return'}, {evaluations[-1]['environment']}")
+    title = "normalised score" if scored else "return"
+    if evaluations[-1].get("measure") == "success":
+        title = "successes in percent"
+    axes.set_title(f"{title}, {evaluations[-1]['environment']}")
     axes.legend(loc="lower right", fontsize=8)

@@ -31,6 +31,7 @@ class Evaluation:
         rule: how actions were chosen, in words.
         episode_limit: steps after which an unfinished episode was cut.
         cut: how many episodes were cut.
+        successes: whether each episode succeeded, 1 or 0, where the task's score is made of that; else empty.
     """
 
     task: Task
@@ -40,6 +41,7 @@ class Evaluation:
     rule: str
     episode_limit: int = 10_000
     cut: int = 0
+    successes: tuple[float, ...] = ()
 
     @property
     def mean(self) -> float:
@@ -53,8 +55,22 @@ class Evaluation:
 
     @property
     def score(self) -> float | None:
-        """The mean return normalised with the task's references, in percent; None without references."""
-        return self.task.score(self.mean)
+        """The mean return normalised with the task's references, or the share of successes, in percent.
+
+        None without references.
+        """
+        return 100 * float(np.mean(self.successes)) if self.successes else self.task.score(self.mean)
+
+    @property
+    def score_interval(self) -> tuple[float, float] | None:
+        """95% interval of the score over episodes: that of the mean return, or Wilson's of a share."""
+        if self.successes:
+            from scipy.stats import binomtest
+
+            found = binomtest(int(sum(self.successes)), len(self.successes)).proportion_ci(method="wilson")
+            return 100 * float(found.low), 100 * float(found.high)
+        low, high = map(self.task.score, self.interval)
+        return None if low is None or high is None else (low, high)
 
     @property
     def interval(self) -> tuple[float, float]:
@@ -70,11 +86,12 @@ class Evaluation:
     def to_dict(self) -> dict[str, Any]:
         """Everything, as JSON-able values."""
         low, high = self.interval
-        task = self.task
+        task, interval = self.task, self.score_interval
         references = {"of": task.benchmark, "random": task.random_return, "expert": task.expert_return}
         return {
             "score": self.score,
-            "score_interval": None if self.score is None else [task.score(low), task.score(high)],
+            "score_interval": None if interval is None else list(interval),
+            "measure": task.measure,
             "return_mean": self.mean,
             "return_std": self.std,
             "return_interval": [low, high],
@@ -82,6 +99,7 @@ class Evaluation:
             "episodes": len(self.returns),
             "returns": list(self.returns),
             "lengths": list(self.lengths),
+            **({"successes": list(self.successes)} if self.successes else {}),
             "seed": self.seed,
             "rule": self.rule,
             "episode_limit": self.episode_limit,
@@ -101,7 +119,7 @@ def evaluate(
     *,
     seed: int = 0,
     deterministic: bool = False,
-    at_once: int = 50,
+    at_once: int | None = None,
     episode_limit: int = 10_000,
     stopped: Callable[[], bool] = lambda: False,
 ) -> Evaluation:
@@ -116,17 +134,19 @@ def evaluate(
         episodes: how many.
         seed: of the environments and the noise.
         deterministic: see `Policy.predict`.
-        at_once: how many environments run side by side.
+        at_once: how many environments run side by side; None takes the task's number.
         episode_limit: steps after which an unfinished episode is cut.
         stopped: called at every step; True ends the evaluation.
 
     Raises:
         Interrupted: `stopped` returned True.
-        ConfigError: the environment can't be made, or doesn't fit the policy.
+        ConfigError: the environment can't be made, doesn't fit the policy, or doesn't say what succeeds.
         ActingError: the environment failed.
     """
     policy.seed(seed)
+    at_once = at_once or task.at_once
     returns, lengths = np.zeros(episodes), np.zeros(episodes, np.int64)
+    successes = np.zeros(episodes) if task.measure == "success" else None
     cut = 0
     for start in range(0, episodes, at_once):
         indices = range(start, min(start + at_once, episodes))
@@ -149,9 +169,11 @@ def evaluate(
                 actions, _ = policy.predict(rows, deterministic=deterministic)
                 ended = set()
                 for i, action in zip(running, actions, strict=True):
-                    observations[i], reward, terminated, truncated, _ = environments[i].step(action)
+                    observations[i], reward, terminated, truncated, info = environments[i].step(action)
                     returns[start + i] += float(reward)
                     lengths[start + i] += 1
+                    if successes is not None:
+                        successes[start + i] = _success(info, task)
                     if terminated or truncated:
                         ended.add(i)
                 running = [i for i in running if i not in ended]
@@ -164,4 +186,14 @@ def evaluate(
         rule += "" if deterministic else f", temperature {policy.temperature:g}"
     sampled = not deterministic and (policy.actor.draws or policy.candidates > 1)
     rule += f", {'sampled' if sampled else 'deterministic'}, {steps} step{'s' if steps > 1 else ''}"
-    return Evaluation(task, tuple(returns.tolist()), tuple(lengths.tolist()), seed, rule, episode_limit, cut)
+    shares = () if successes is None else tuple(successes.tolist())
+    every = tuple(returns.tolist()), tuple(lengths.tolist())
+    return Evaluation(task, *every, seed, rule, episode_limit, cut, shares)
+
+
+def _success(info: dict[str, Any], task: Task) -> float:
+    if "success" not in info:
+        raise ConfigError(
+            f"environment {task.id} says of no step whether it succeeded: expected env.measure=return"
+        )
+    return float(info["success"])

@@ -138,8 +138,12 @@ class Run:
         return sorted((int(number), file) for number, file in numbered if number.isdecimal())
 
     def _best(self) -> dict[str, Any] | None:
-        """The first of the evaluations with the highest return."""
-        return max(self.evaluations(), key=lambda e: e["return_mean"], default=None)
+        """The first of the evaluations with the highest return, or success rate where that is the score."""
+
+        def key(e: dict[str, Any]) -> tuple[float, float]:
+            return e["score"] if e.get("measure") == "success" else 0.0, e["return_mean"]
+
+        return max(self.evaluations(), key=key, default=None)
 
     def steps(self) -> set[int]:
         """The steps that the run can be resumed from; 0 is the beginning."""

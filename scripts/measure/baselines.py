@@ -12,6 +12,7 @@ tensorflow_probability. What the codes found is kept, so that tests/test_parity.
 from __future__ import annotations
 
 import argparse
+import hashlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -59,6 +60,14 @@ CASES = {
     ),
 }
 
+FILES = {
+    "corl": "algorithms/offline/td3_bc.py algorithms/offline/iql.py algorithms/offline/rebrac.py",
+    "diffusion_ql": "main.py agents/ql_diffusion.py agents/diffusion.py",
+    "iql": "learner.py actor.py critic.py",
+    "rebrac": "src/algorithms/rebrac.py",
+    "fql": "agents/fql.py",
+}
+
 
 def baselines(options: argparse.Namespace) -> dict[str, Any]:
     """Compare all cases at the given widths."""
@@ -68,4 +77,10 @@ def baselines(options: argparse.Namespace) -> dict[str, Any]:
             agent = made(case, width)  # type: ignore[arg-type]
         return case.code(agent, case.task, getattr(options, case.table))
 
-    return {"about": __doc__, "rows": compared(CASES, theirs, options.widths)}
+    rows = compared(CASES, theirs, options.widths)
+    sha256 = {
+        f"{name}/{file}": hashlib.sha256((getattr(options, name) / file).read_bytes()).hexdigest()
+        for name, files in FILES.items()
+        for file in files.split()
+    }
+    return {"about": __doc__, "sha256": sha256, "rows": rows}

@@ -24,8 +24,6 @@ from unittest import mock
 import numpy as np
 import torch
 from hydra import compose, initialize_config_dir
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor, nn
 
 from cpql import configuration
@@ -36,7 +34,7 @@ from cpql.tasks import config_folder
 from cpql.train.config import agent_config
 from measure.official import borrowed
 
-__all__ = ["CASES", "Case", "Found", "compared", "figures", "ours", "parity"]
+__all__ = ["CASES", "Case", "Found", "compared", "figures", "ours", "parity", "table"]
 
 STATE_DIM, ACTION_DIM, BATCH, UPDATES = 4, 2, 8, 20
 START, EARLIER = 10, 990  # the update after which their targets move, and by how many ours start earlier
@@ -125,12 +123,12 @@ def inputs(agent: Agent) -> Iterator[tuple[Batch, dict[str, Tensor]]]:
 
     for _ in range(UPDATES):
         states, actions, next_states = normal(STATE_DIM), normal(ACTION_DIM).tanh(), normal(STATE_DIM)
-        batch = Batch(states, actions, normal(), next_states, (normal() < 1.0).float())
+        columns = [states, actions, normal(), next_states, (normal() < 1.0).float()]
         if agent.config.next_actions:
-            batch = batch._replace(next_actions=normal(ACTION_DIM).tanh())
+            columns.append(normal(ACTION_DIM).tanh())
         noise = agent.draw(generator).items()
         floats = {name: one.double() if one.is_floating_point() else one for name, one in noise}
-        yield Batch(*(None if column is None else column.double() for column in batch)), floats
+        yield Batch(*(column.double() for column in columns)), floats
 
 
 def ours(case: Case, width: int) -> Found:
@@ -186,8 +184,9 @@ def fed(agent: Agent, case: Case) -> Iterator[Callable[[int], Any]]:
         return high - 1 - n if "main.py" in case.table else n  # CPQL's levels descend
 
     def sample(_: int) -> Any:
-        states, actions, rewards, next_states, going_on = next(batches)
-        rewards, going_on = rewards.unsqueeze(-1), going_on.unsqueeze(-1)
+        batch = next(batches)
+        states, actions, next_states = batch.observations, batch.actions, batch.next_observations
+        rewards, going_on = batch.rewards.unsqueeze(-1), batch.discounts.unsqueeze(-1)
         if case.table != CAC_ONLINE:
             return states, actions, next_states, rewards, going_on
         return SimpleNamespace(
@@ -280,13 +279,17 @@ def figures(found: Found) -> dict[str, list[float]]:
     return numbers
 
 
+def table(rows: list[dict[str, Any]]) -> str:
+    """The largest differences, as the documents have them."""
+    lines = ["| case | width | losses, relative | weights |", "|---|---|---|---|"]
+    lines += ["| {case} | {width} | {losses:.0e} | {weights:.0e} |".format(**row) for row in rows]
+    return "\n".join(lines)
+
+
 def compared(
     cases: Mapping[str, Any], theirs: Callable[[Any, int], Found], widths: Sequence[int]
 ) -> list[dict[str, Any]]:
-    """A row for each case and width, and theirs in figures at the smallest; prints a table too."""
-    table = Table(title=f"largest differences after {UPDATES} updates in float64")
-    for column in ("case", "width", "losses, relative", "weights"):
-        table.add_column(column)
+    """A row for each case and width, theirs in figures at the smallest; prints a table."""
     rows = []
     for name, case in cases.items():
         for width in widths:
@@ -294,10 +297,9 @@ def compared(
             pairs = [pair for key in a.losses for pair in zip(a.losses[key], b.losses[key], strict=True)]
             losses = max(abs(x - y) / abs(y) for x, y in pairs)
             weights = max(float((a.weights[key] - b.weights[key]).abs().max()) for key in a.weights)
-            table.add_row(name, str(width), f"{losses:.1e}", f"{weights:.1e}")
             row = {"case": name, "width": width, "losses": losses, "weights": weights}
             rows.append(row | {"theirs": figures(b)} if width == min(widths) else row)
-    Console().print(table)
+    print(table(rows))
     return rows
 
 
