@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import os
 import re
@@ -28,6 +29,11 @@ from cpql.train.config import OnlineConfig, TrainConfig, agent_config
 
 ROOT = Path(__file__).parent.parent
 AGENTS = (
+    "bc",
+    "bc_consistency",
+    "bc_deterministic",
+    "bc_diffusion",
+    "bc_flow",
     "consistency_ac",
     "consistency_ac_online",
     "consistency_ac_online_published",
@@ -37,6 +43,15 @@ AGENTS = (
     "cpql_online",
     "cpql_online_published",
     "cpql_published",
+    "diffusion_ql",
+    "diffusion_ql_published",
+    "edp",
+    "fql",
+    "fql_published",
+    "iql",
+    "iql_corl",
+    "rebrac",
+    "rebrac_published",
     "recommended",
     "td3_bc",
 )
@@ -356,11 +371,14 @@ def built(content: DictConfig) -> TrainConfig:
 def composed() -> Composed:
     """A maker of configurations. Composing is slow, swapping `env` isn't: each agent is composed once."""
     configuration.register()
-    with initialize_config_dir(str(config_folder()), version_base="1.3"):
-        contents = {agent: compose("train", [f"agent={agent}", "configuration=x"]) for agent in AGENTS}
+
+    @functools.cache
+    def agent_content(agent: str) -> DictConfig:
+        with initialize_config_dir(str(config_folder()), version_base="1.3"):
+            return compose("train", [f"agent={agent}", "configuration=x"])
 
     def make(env: str, agent: str) -> TrainConfig:
-        content = contents[agent].copy()
+        content = agent_content(agent).copy()
         with open_dict(content):
             content.env = asdict(load_task(env))
         return built(content)
@@ -383,6 +401,8 @@ def test_every_task_with_every_agent(composed: Composed) -> None:
         _, settings = agent_config(config)
         assert settings.updates == config.budget.updates
         assert config.budget.episodes == config.env.episodes
+        as_code = agent.endswith("published") or agent == "iql_corl"
+        assert config.dataset.time_limits == ("drop" if as_code else "keep")
 
 
 @pytest.mark.parametrize(
@@ -423,6 +443,11 @@ def test_what_is_published_for_learning_online(
 # offline.py). The antmaze rows stand there for v0.
 CPQL = "actor_lr alpha eta max_grad_norm expectile updates max_q_backup reward"
 CAC = "actor_lr eta q_normalisation max_grad_norm updates max_q_backup reward"
+IQL = "expectile beta discount critic_hidden critic_layer_norm order reward"
+REBRAC = "actor_penalty critic_penalty actor_lr critic_lr batch_size discount critic_hidden reward"
+FQL = "alpha q_loss q_aggregation discount updates reward"
+DQL = "actor_lr eta max_grad_norm max_q_backup updates candidates reward"
+TWO, THREE, FOUR = (256, 256), (256, 256, 256), (512, 512, 512, 512)
 PUBLISHED: list[tuple[str, str, str, tuple[Any, ...]]] = [
     ("cpql", "hopper-medium", CPQL, (3e-4, 1.0, 2.0, 9.0, 0.6, 2_000_000, 0, "none")),
     ("cpql", "halfcheetah-medium-replay", CPQL, (3e-4, 1.0, 2.0, 2.0, 0.7, 2_000_000, 0, "none")),
@@ -463,6 +488,44 @@ PUBLISHED: list[tuple[str, str, str, tuple[Any, ...]]] = [
     ("consistency_ac", "pen-cloned", CAC, (3e-5, 0.01, True, 8.0, 500_000, 0, "normalize")),
     ("consistency_ac", "kitchen-mixed", CAC, (3e-4, 0.5, True, 2.0, 1_500_000, 0, "none")),
     ("consistency_ac", "door-human", CAC, (3e-4, 1.0, False, 5.0, 1_000_000, 0, "none")),
+    ("iql", "hopper-medium", IQL, (0.7, 3.0, 0.99, TWO, False, "value_first", "iql_locomotion")),
+    ("iql", "antmaze-large-play-v2", IQL, (0.9, 10.0, 0.99, TWO, False, "value_first", "iql_antmaze")),
+    ("iql", "pen-human", IQL, (0.7, 0.5, 0.99, TWO, False, "value_first", "none")),
+    ("iql", "cube-single-play-task2", IQL, (0.9, 1.0, 0.99, (256,) * 4, "after", "value_first", "none")),
+    ("iql", "antmaze-medium-navigate", IQL, (0.9, 10.0, 0.99, FOUR, "after", "value_first", "none")),
+    ("iql", "humanoidmaze-large-stitch-task1", IQL, (0.9, 10.0, 0.995, FOUR, "after", "value_first", "none")),
+    ("iql_corl", "hopper-medium-replay", IQL, (0.7, 3.0, 0.99, TWO, False, "together", "iql_locomotion")),
+    ("iql_corl", "hopper-medium-expert", IQL, (0.5, 6.0, 0.99, TWO, False, "together", "none")),
+    ("iql_corl", "antmaze-umaze-v2", IQL, (0.9, 10.0, 0.99, TWO, False, "together", "iql_antmaze")),
+    # its rewards are -1 and 0 already
+    ("iql_corl", "antmaze-large-navigate", IQL, (0.7, 3.0, 0.99, TWO, False, "together", "none")),
+    ("iql_corl", "relocate-human", IQL, (0.8, 3.0, 0.99, TWO, False, "together", "none")),
+    ("rebrac", "hopper-medium-replay", REBRAC, (0.05, 0.5, 1e-3, 1e-3, 1024, 0.99, THREE, "none")),
+    ("rebrac_published", "walker2d-expert", REBRAC, (0.01, 0.5, 1e-3, 1e-3, 1024, 0.99, THREE, "none")),
+    ("rebrac", "pen-human", REBRAC, (0.1, 0.5, 3e-4, 3e-4, 256, 0.99, THREE, "none")),
+    ("rebrac", "door-cloned", REBRAC, (0.01, 0.1, 3e-4, 3e-4, 256, 0.99, THREE, "none")),
+    (
+        "rebrac",
+        "antmaze-large-play-v2",
+        REBRAC,
+        (0.002, 0.001, 3e-4, 5e-5, 256, 0.999, THREE, "rebrac_antmaze"),
+    ),
+    ("rebrac", "cube-single-play-task2", REBRAC, (1.0, 0.0, 3e-4, 3e-4, 256, 0.99, FOUR, "none")),
+    ("rebrac", "antmaze-giant-navigate", REBRAC, (0.003, 0.01, 3e-4, 3e-4, 256, 0.99, FOUR, "none")),
+    ("fql_published", "cube-single-play-task2", FQL, (300.0, "plain", "mean", 0.99, 1_000_000, "none")),
+    ("fql_published", "antmaze-large-play-v2", FQL, (3.0, "plain", "mean", 0.99, 500_000, "iql_antmaze")),
+    ("fql_published", "antmaze-umaze-v0", FQL, (10.0, "plain", "mean", 0.99, 500_000, "iql_antmaze")),
+    ("fql_published", "antmaze-large-navigate", FQL, (10.0, "plain", "min", 0.99, 1_000_000, "none")),
+    ("fql_published", "antmaze-giant-navigate", FQL, (10.0, "plain", "min", 0.995, 1_000_000, "none")),
+    ("fql_published", "puzzle-3x3-play-task4", FQL, (1_000.0, "plain", "mean", 0.99, 1_000_000, "none")),
+    ("fql_published", "pen-human", FQL, (10_000.0, "plain", "min", 0.99, 500_000, "none")),
+    ("fql_published", "hammer-expert", FQL, (30_000.0, "plain", "min", 0.99, 500_000, "none")),
+    ("fql", "pen-human", FQL, (1.0, "normalised", "min", 0.99, 500_000, "none")),
+    ("diffusion_ql", "hopper-medium", DQL, (3e-4, 1.0, 9.0, 0, 2_000_000, 1, "none")),
+    ("diffusion_ql_published", "pen-human", DQL, (3e-5, 0.15, 7.0, 0, 1_000_000, 50, "normalize")),
+    ("edp", "kitchen-complete", DQL, (3e-4, 0.005, 9.0, 0, 250_000, 1, "none")),
+    ("diffusion_ql", "antmaze-medium-play-v2", DQL, (1e-3, 2.0, 2.0, 10, 1_000_000, 1, "cql_antmaze")),
+    ("diffusion_ql", "antmaze-umaze-v0", DQL, (3e-4, 0.5, 2.0, 0, 1_000_000, 1, "cql_antmaze")),
 ]
 
 
@@ -500,6 +563,21 @@ def test_sampling_levels(agent: str, env: str, refinements: tuple[float, ...], c
     assert settings.actor.refinements == refinements
 
 
+@pytest.mark.parametrize(
+    ("agent", "target", "expected"),
+    [
+        ("diffusion_ql_published", "actor_target", TargetConfig(0.005, period=5, start=1001)),
+        ("rebrac_published", "actor_target", TargetConfig(0.005, period=2, lagged=True)),
+        ("fql_published", "critic_target", TargetConfig(0.005, lagged=True)),
+        ("iql_corl", "critic_target", TargetConfig(0.001)),
+    ],
+)
+def test_a_published_baseline(agent: str, target: str, expected: TargetConfig, composed: Composed) -> None:
+    config = composed("hopper-medium", agent)
+    _, settings = agent_config(config)
+    assert getattr(settings, target) == expected and config.dataset.time_limits == "drop"
+
+
 def test_the_rest_of_a_published_agent(composed: Composed) -> None:
     _, settings = agent_config(composed("hopper-medium", "consistency_ac_published"))
     assert isinstance(settings, ConsistencyACConfig)
@@ -510,10 +588,6 @@ def test_the_rest_of_a_published_agent(composed: Composed) -> None:
     assert settings.actor_target == TargetConfig(0.005, period=5, start=1001)
     _, settings = agent_config(composed("hopper-medium", "cpql"))
     assert isinstance(settings, CPQLConfig) and settings.candidates == 1
-    limits = {agent: composed("hopper-medium", agent).dataset.time_limits for agent in AGENTS}
-    assert {agent for agent, rule in limits.items() if rule == "drop"} == {
-        agent for agent in AGENTS if agent.endswith("published")
-    }
 
 
 def test_what_is_said_on_the_command_line_wins() -> None:
