@@ -8,7 +8,6 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from cpql.consistency import Function
 from cpql.noise import Draw, Noise, draw
 
 __all__ = ["Actor", "choose"]
@@ -40,6 +39,10 @@ class Actor(nn.Module):
         super().__init__()
         self.state_dim, self.action_dim, self.members = state_dim, action_dim, tuple(members)
         self.config = config if config is not None else self.config_class()
+        self.setup()
+
+    def setup(self) -> None:
+        """Make the layers, by the config; the constructor calls it."""
 
     def noise_shape(self, *batch: int) -> tuple[int, ...]:
         """Shape [draws, *batch, A] of the standard normal noise that `sample` takes at states [*batch, S]."""
@@ -86,8 +89,6 @@ class Actor(nn.Module):
         state: Tensor,
         action: Tensor,
         *,
-        teacher: Function | None = None,
-        progress: Tensor | float = 1.0,
         noise: Noise | None = None,
         generator: torch.Generator | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
@@ -96,8 +97,6 @@ class Actor(nn.Module):
         Args:
             state: [..., S].
             action: [..., A] in [-1, 1].
-            teacher: the EMA actor's consistency function, for the objectives that use one.
-            progress: fraction of the training that is done, in [0, 1].
             noise: the random tensors that `loss_noise` lists; those that are missing are drawn.
             generator: draws them.
         """

@@ -172,24 +172,17 @@ class ConsistencyActor(NoiseConditioned, Actor):
     config_class = ActorConfig
     config: ActorConfig
 
-    def __init__(
-        self,
-        state_dim: int,
-        action_dim: int,
-        config: ActorConfig | None = None,
-        *,
-        members: Sequence[int] = (),
-    ) -> None:
-        super().__init__(state_dim, action_dim, config, members=members)
+    def setup(self) -> None:
+        """Make the layers."""
         c = self.config
         self.parameterisation = Parameterisation(c.resolved, c.sigma_data, c.t_min)
         self.levels = Levels(c.t_min, c.t_max)
         self.steps = self.draws = 1 + len(c.refinements)
-        self.build(state_dim, action_dim, c, self.parameterisation.times, members)
+        self.build(self.state_dim, self.action_dim, c, self.parameterisation.times, self.members)
         self.guide: NoiseConditioned | None = None
         if c.row.guide is not None:
             self.guide = NoiseConditioned()
-            self.guide.build(state_dim, action_dim, c, 1, members)
+            self.guide.build(self.state_dim, self.action_dim, c, 1, self.members)
 
     def function(self, state: Tensor, drop: Tensor | None = None) -> ConsistencyFunction:
         """The consistency function f(x, t) of these states, x: [*state.shape[:-1], A], t: without A."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -10,7 +9,6 @@ import torch
 from torch import Tensor
 
 from cpql.actors.base import Actor
-from cpql.consistency import Function
 from cpql.networks import MLP, Activation, Initialisation
 from cpql.noise import Noise
 from cpql.settings import Widths
@@ -41,17 +39,10 @@ class DeterministicActor(Actor):
     config_class = DeterministicConfig
     config: DeterministicConfig
 
-    def __init__(
-        self,
-        state_dim: int,
-        action_dim: int,
-        config: DeterministicConfig | None = None,
-        *,
-        members: Sequence[int] = (),
-    ) -> None:
-        super().__init__(state_dim, action_dim, config, members=members)
+    def setup(self) -> None:
+        """Make the layers."""
         c = self.config
-        self.mlp = MLP(state_dim, c.hidden, action_dim, members, False, c.activation, c.init)
+        self.mlp = MLP(self.state_dim, c.hidden, self.action_dim, self.members, False, c.activation, c.init)
 
     def sample(
         self, state: Tensor, *, generator: torch.Generator | None = None, noise: Tensor | None = None
@@ -64,8 +55,6 @@ class DeterministicActor(Actor):
         state: Tensor,
         action: Tensor,
         *,
-        teacher: Function | None = None,
-        progress: Tensor | float = 1.0,
         noise: Noise | None = None,
         generator: torch.Generator | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:

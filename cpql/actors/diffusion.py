@@ -11,7 +11,6 @@ of T sampling steps draws `x_{t-1}` from the posterior given x_t and the predict
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
@@ -21,7 +20,6 @@ from torch import Tensor
 
 from cpql.actors.base import Actor
 from cpql.actors.conditioned import NoiseConditioned
-from cpql.consistency import Function
 from cpql.errors import ConfigError
 from cpql.noise import Draw, Noise
 from cpql.settings import Positive, Widths
@@ -67,17 +65,10 @@ class DiffusionActor(NoiseConditioned, Actor):
     config_class = DiffusionConfig
     config: DiffusionConfig
 
-    def __init__(
-        self,
-        state_dim: int,
-        action_dim: int,
-        config: DiffusionConfig | None = None,
-        *,
-        members: Sequence[int] = (),
-    ) -> None:
-        super().__init__(state_dim, action_dim, config, members=members)
+    def setup(self) -> None:
+        """Make the layers."""
         self.steps = self.draws = self.config.steps
-        self.build(state_dim, action_dim, self.config, 1, members)
+        self.build(self.state_dim, self.action_dim, self.config, 1, self.members)
 
     def coefficients(self) -> list[tuple[float, float, float, float, float]]:
         """What each step of sampling computes, from t = T down to 1.
@@ -121,8 +112,6 @@ class DiffusionActor(NoiseConditioned, Actor):
         state: Tensor,
         action: Tensor,
         *,
-        teacher: Function | None = None,
-        progress: Tensor | float = 1.0,
         noise: Noise | None = None,
         generator: torch.Generator | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:

@@ -6,7 +6,6 @@ action at t = 1. Sampling takes K steps of Euler's method.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
@@ -15,7 +14,6 @@ from pydantic import Field
 from torch import Tensor
 
 from cpql.actors.base import Actor
-from cpql.consistency import Function
 from cpql.networks import MLP, Activation, Initialisation
 from cpql.noise import Draw, Noise
 from cpql.settings import Widths
@@ -48,18 +46,11 @@ class FlowActor(Actor):
     config_class = FlowConfig
     config: FlowConfig
 
-    def __init__(
-        self,
-        state_dim: int,
-        action_dim: int,
-        config: FlowConfig | None = None,
-        *,
-        members: Sequence[int] = (),
-    ) -> None:
-        super().__init__(state_dim, action_dim, config, members=members)
-        c, width = self.config, action_dim + 1 + state_dim
+    def setup(self) -> None:
+        """Make the layers."""
+        c, width = self.config, self.action_dim + 1 + self.state_dim
         self.steps, self.draws = c.steps, 1
-        self.mlp = MLP(width, c.hidden, action_dim, members, False, c.activation, c.init)
+        self.mlp = MLP(width, c.hidden, self.action_dim, self.members, False, c.activation, c.init)
 
     def velocity(self, state: Tensor, x: Tensor, t: Tensor) -> Tensor:
         """v(s, x, t) [..., A], for states [..., S], x [..., A] and times t [...] in [0, 1]."""
@@ -86,8 +77,6 @@ class FlowActor(Actor):
         state: Tensor,
         action: Tensor,
         *,
-        teacher: Function | None = None,
-        progress: Tensor | float = 1.0,
         noise: Noise | None = None,
         generator: torch.Generator | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:

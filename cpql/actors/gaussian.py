@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
@@ -12,7 +11,6 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from cpql.actors.base import Actor
-from cpql.consistency import Function
 from cpql.networks import MLP, Activation, Initialisation, dropout_masks
 from cpql.noise import Draw, Noise
 from cpql.settings import Widths
@@ -51,18 +49,11 @@ class GaussianActor(Actor):
     config_class = GaussianConfig
     config: GaussianConfig
 
-    def __init__(
-        self,
-        state_dim: int,
-        action_dim: int,
-        config: GaussianConfig | None = None,
-        *,
-        members: Sequence[int] = (),
-    ) -> None:
-        super().__init__(state_dim, action_dim, config, members=members)
+    def setup(self) -> None:
+        """Make the layers."""
         c = self.config
-        self.mlp = MLP(state_dim, c.hidden, action_dim, members, False, c.activation, c.init)
-        self.log_std = nn.Parameter(torch.zeros(*members, action_dim))
+        self.mlp = MLP(self.state_dim, c.hidden, self.action_dim, self.members, False, c.activation, c.init)
+        self.log_std = nn.Parameter(torch.zeros(*self.members, self.action_dim))
 
     def sample(
         self, state: Tensor, *, generator: torch.Generator | None = None, noise: Tensor | None = None
@@ -80,8 +71,6 @@ class GaussianActor(Actor):
         state: Tensor,
         action: Tensor,
         *,
-        teacher: Function | None = None,
-        progress: Tensor | float = 1.0,
         noise: Noise | None = None,
         generator: torch.Generator | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -11,7 +10,6 @@ from torch import Tensor
 
 from cpql.actors.base import Actor
 from cpql.actors.flow import FlowActor, FlowConfig
-from cpql.consistency import Function
 from cpql.networks import MLP, Activation, Initialisation
 from cpql.noise import Draw, Noise
 from cpql.settings import Widths
@@ -45,18 +43,11 @@ class OneStepActor(Actor):
     config: OneStepConfig
     draws = 1
 
-    def __init__(
-        self,
-        state_dim: int,
-        action_dim: int,
-        config: OneStepConfig | None = None,
-        *,
-        members: Sequence[int] = (),
-    ) -> None:
-        super().__init__(state_dim, action_dim, config, members=members)
-        c, width = self.config, action_dim + state_dim
-        self.mlp = MLP(width, c.hidden, action_dim, members, False, c.activation, c.init)
-        self.flow = FlowActor(state_dim, action_dim, c.flow, members=members)
+    def setup(self) -> None:
+        """Make the layers."""
+        c, width = self.config, self.action_dim + self.state_dim
+        self.mlp = MLP(width, c.hidden, self.action_dim, self.members, False, c.activation, c.init)
+        self.flow = FlowActor(self.state_dim, self.action_dim, c.flow, members=self.members)
 
     def predict(self, state: Tensor, z: Tensor) -> Tensor:
         """mu(s, z) [..., A], not clamped, for states [..., S] and noise [..., A]."""
@@ -88,8 +79,6 @@ class OneStepActor(Actor):
         state: Tensor,
         action: Tensor,
         *,
-        teacher: Function | None = None,
-        progress: Tensor | float = 1.0,
         noise: Noise | None = None,
         generator: torch.Generator | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:

@@ -195,7 +195,7 @@ class Agent:
         self, actor: Tensor, batch: Batch, noise: Noise, progress: Tensor
     ) -> tuple[Tensor, Metrics]:
         """The actor's own loss on the data, mean over the batch; a consistency actor's target teaches it."""
-        state, teacher, config = batch.observations, None, self.config.actor
+        state, options, config = batch.observations, dict[str, Any](), self.config.actor
         if isinstance(config, ActorConfig):
 
             def network(x: Tensor, *times: Tensor) -> Tensor:
@@ -203,10 +203,8 @@ class Agent:
                 y: Tensor = target.predict(state, x, *times, drop=noise.get("drop"))
                 return y
 
-            teacher = config.function(network)
-        loss, metrics = self.actor(actor).loss(
-            state, batch.actions, teacher=teacher, progress=progress, noise=noise
-        )
+            options = {"teacher": config.function(network), "progress": progress}
+        loss, metrics = self.actor(actor).loss(state, batch.actions, noise=noise, **options)
         means = {name: value.mean(-1) if value.ndim else value for name, value in metrics.items()}
         return loss.mean(-1), {f"actor/{name}": value for name, value in means.items()}
 
