@@ -24,6 +24,7 @@ from cpql.actors import (
     FlowConfig,
     GaussianActor,
     GaussianConfig,
+    OneStepActor,
     OneStepConfig,
 )
 from cpql.agents import (
@@ -41,14 +42,19 @@ from cpql.agents import (
     ReBRACConfig,
     TargetConfig,
 )
+from cpql.critics import TwinCritic
 from cpql.data import transforms
 from cpql.data.transitions import Batch, Transitions
+from cpql.deploy.config import PolicyConfig
+from cpql.deploy.fold import fold
 from cpql.networks import MLP
 from cpql.noise import draw
+from cpql.tasks import load_task
 
 Array = NDArray[np.float64]
 S, A, B = 4, 2, 6
 HIDDEN = (8, 8)
+LITTLE = OneStepConfig(HIDDEN, flow=FlowConfig(hidden=HIDDEN))
 CLOSE = partial(pytest.approx, rel=1e-10, abs=1e-12)
 
 
@@ -429,6 +435,31 @@ def test_initial_weights(role: Any, last: float) -> None:
     assert set(b1.flatten().tolist()) == set(b2.flatten().tolist()) == {0.1}
     for weight, bound in ((w1, 1 / 8), (w2, 1 / 8), (w3, last), (b3, last)):
         assert 0.8 * bound < float(weight.abs().max()) <= bound
+
+
+def test_a_folded_critic_has_the_norms_epsilon() -> None:
+    """Activations of a thousandth have variances below it, so that another epsilon shows."""
+    critic = TwinCritic(S, A, HIDDEN, layer_norm="after", activation="gelu").float()
+    with torch.no_grad():
+        for parameter in list(critic.parameters())[:2]:
+            parameter.mul_(1e-3)
+    config = PolicyConfig(
+        S,
+        A,
+        (-1.0,) * A,
+        (1.0,) * A,
+        LITTLE,
+        HIDDEN,
+        "after",
+        3,
+        1.0,
+        load_task("hopper"),
+        critic_activation="gelu",
+    )
+    state, action = torch.randn(B, S, dtype=torch.float32), torch.rand(B, A, dtype=torch.float32)
+    folded = fold(OneStepActor(S, A, LITTLE).float(), critic, config)
+    found = folded.value(state[:, None].numpy(), action[:, None].numpy(), 1)[:, 0]
+    assert found == pytest.approx(critic(state, action)[1].detach().numpy(), rel=1e-4, abs=1e-6)
 
 
 # Next actions.

@@ -64,9 +64,9 @@ class FoldedPolicy:
             each sampling step, where x and y are mixed for the next one also the weights of both (else 0 and
             1), and is empty for an actor without noise. The first `draws` steps take a noise of their own.
             `inside` clamps after every step, not only after the last. `norm_after` puts the critics'
-            LayerNorm after the activation. `tanh` adds the noise before a tanh, see
-            `cpql.consistency.perturb`. `activations` of `actor` and `critic` are `mish`, `relu` or `gelu`.
-            With more than 1 of `candidates`, one is chosen with probability softmax(min(Q1, Q2) /
+            LayerNorm after the activation, with an epsilon of 1e-6, not 1e-5. `tanh` adds the noise before a
+            tanh, see `cpql.consistency.perturb`. `activations` of `actor` and `critic` are `mish`, `relu` or
+            `gelu`. With more than 1 of `candidates`, one is chosen with probability softmax(min(Q1, Q2) /
             `temperature`), or the best for temperature 0. `description` is metadata on the policy's origin.
     """
 
@@ -178,7 +178,7 @@ class FoldedPolicy:
             if after:
                 rows = activation(rows, xp)
             if norm is not None:
-                rows = _layer_norm(rows, norm, self.arrays[f"{name}.norm_bias"], xp)
+                rows = _layer_norm(rows, norm, self.arrays[f"{name}.norm_bias"], 1e-6 if after else 1e-5, xp)
             if not after:
                 rows = activation(rows, xp)
             weight, bias = self.arrays[f"{name}.weight"], self.arrays[f"{name}.bias"]
@@ -298,11 +298,11 @@ def _finite(number: Any) -> bool:
     return type(number) in (int, float) and math.isfinite(number)
 
 
-def _layer_norm(x: Any, weight: Any, bias: Any, xp: ModuleType) -> Any:
+def _layer_norm(x: Any, weight: Any, bias: Any, epsilon: float, xp: ModuleType) -> Any:
     if xp is not np:
-        return xp.nn.functional.layer_norm(x, x.shape[-1:], weight, bias)
+        return xp.nn.functional.layer_norm(x, x.shape[-1:], weight, bias, epsilon)
     x = x - x.mean(-1, keepdims=True)
-    x /= np.sqrt(np.mean(x * x, -1, keepdims=True) + np.float32(1e-5))
+    x /= np.sqrt(np.mean(x * x, -1, keepdims=True) + np.float32(epsilon))
     return x * weight + bias
 
 
