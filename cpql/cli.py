@@ -196,19 +196,19 @@ def _evaluate(content: DictConfig) -> None:
 
 def _file_name(policy: Policy, task: Task, config: EvaluateConfig) -> str:
     """An evaluation's file name: different for every setting that isn't the policy's own."""
-    folder = policy.folder.resolve().name if policy.folder else ""
-    hub = config.checkpoint.startswith(PREFIX)
-    parts: list[tuple[bool, str]] = [
-        (True, f"evaluation_{config.episodes}_{config.seed}"),
-        (hub, config.checkpoint.removeprefix(PREFIX)),
-        (not hub and folder != "policy", folder),  # a checkpoint's own is beside its evaluations
-        (task.id != policy.config.task.id, str(task.id)),
-        (policy.candidates != policy.config.candidates, f"{policy.candidates}candidates"),
-        (policy.temperature != policy.config.temperature, f"temperature{policy.temperature:g}"),
-        (config.deterministic, "deterministic"),
-        (config.episode_limit != EvaluateConfig.episode_limit, f"limit{config.episode_limit}"),
-    ]
-    words = (re.sub(r"[^\w.@-]", "-", part.replace("/", "--")) for differs, part in parts if differs)
+    own, name = policy.config, policy.folder.resolve().name if policy.folder else ""
+    if config.checkpoint.startswith(PREFIX):
+        name = config.checkpoint.removeprefix(PREFIX)
+    parts = {
+        f"evaluation_{config.episodes}_{config.seed}": True,
+        name: name not in ("", "policy"),  # a checkpoint's own is beside its evaluations
+        str(task.id): task.id != own.task.id,
+        f"{policy.candidates}candidates": policy.candidates != own.candidates,
+        f"temperature{policy.temperature:g}": policy.temperature != own.temperature,
+        "deterministic": config.deterministic,
+        f"limit{config.episode_limit}": config.episode_limit != EvaluateConfig.episode_limit,
+    }
+    words = (re.sub(r"[^\w.@-]", "-", part.replace("/", "--")) for part, differs in parts.items() if differs)
     return "_".join(words) + ".json"
 
 

@@ -20,18 +20,17 @@ import json
 import os
 import re
 import sys
-import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
-from rich import progress as rich
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from cpql.data import catalogue, conversion, files, inspection, minari
+from cpql.data import conversion, embedded, files, inspection, minari, regenerated
 from cpql.data.download import recorded, verify_recorded
 from cpql.data.sources import SOURCES, Request
 from cpql.data.transitions import Transitions
@@ -45,10 +44,15 @@ from cpql.errors import (
     print_error,
     printable,
 )
-from cpql.io import Progress, sha256_of
+from cpql.io import sha256_of
 from cpql.tasks import Task, load_task, task_names
+from cpql.train.logging import progress_bars
 
 __all__ = ["main"]
+
+# How to get a task's data from each source, in the order in which they are looked for.
+WAYS = {name: source.way for name, source in SOURCES.items() if source.way}
+COLLECTED = {"embedded": embedded.collected, "regenerated": regenerated.collected}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -73,30 +77,23 @@ def main(arguments: list[str] | None = None) -> int:
     return code
 
 
-def _print(text: str, file: TextIO | None = None) -> None:
+def _print(text: str) -> None:
     """Print text that may come from a file, a server or a path."""
-    print(printable(text), file=file)
+    print(printable(text))
 
 
 def _parser() -> argparse.ArgumentParser:
     """The commands; the help of each is its function's docstring."""
     form = argparse.RawDescriptionHelpFormatter
     top = argparse.ArgumentParser(prog="data.py", description=__doc__, formatter_class=form)
-    common = argparse.ArgumentParser(add_help=False)
-    common.add_argument("--traceback", action="store_true", help="show where an error came from")
     commands = top.add_subparsers(required=True, metavar="COMMAND")
     environment = "a task's name, hopper-medium, or a Gymnasium id, Hopper-v4"
 
     def command(name: str, run: Callable[[argparse.Namespace], int | None]) -> Callable[..., Any]:
         text = re.sub(r"(?m)^    ", "", run.__doc__ or "")
-        summary = text.partition(".")[0]
-        sub = commands.add_parser(
-            name,
-            help=summary[0].lower() + summary[1:],
-            description=text,
-            parents=[common],
-            formatter_class=form,
-        )
+        summary = text[0].lower() + text[1:].partition(".")[0]
+        sub = commands.add_parser(name, help=summary, description=text, formatter_class=form)
+        sub.add_argument("--traceback", action="store_true", help="show where an error came from")
         sub.set_defaults(run=run)
         return sub.add_argument
 
@@ -106,13 +103,13 @@ def _parser() -> argparse.ArgumentParser:
 
     add = command("show", show)
     add("what", metavar="NAME|FILE|FOLDER", help="a task's name, a file, a Minari folder or id")
-    add("--source", choices=catalogue.WAYS, help="of a task (default: the first whose data are here)")
+    add("--source", choices=WAYS, help="of a task (default: the first whose data are here)")
     add("--env", metavar="NAME", help=f"{environment}: a file's environment, and its reference returns")
     add("--png", type=Path, metavar="FILE", help="draw returns, lengths and actions as well")
 
     add = command("download", download)
     add("names", nargs="+", metavar="NAME", help="a task's name; with --source minari also a Minari id")
-    sources = [source for source in catalogue.WAYS if source not in ("embedded", "regenerated")]
+    sources = [source for source in WAYS if source not in COLLECTED]
     add("--source", choices=sources, help="where from (default: the first that has the task's data)")
 
     add = command("verify", verify)
@@ -120,9 +117,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--env", metavar="NAME", help=f"{environment}: the widths and the actions' bounds have to fit it")
 
     add = command("convert", convert)
-    add("source", metavar="IN", help="HDF5, NPZ, or a Minari folder")
+    add("source", metavar="IN", type=Path, help="HDF5, NPZ, or a Minari folder")
     add("target", metavar="OUT", type=Path, help="a file, or with --id a folder")
-    add("--id", help="Minari's id of the new dataset: mine/hopper/mixed-v0")
+    add("--id", default="", help="Minari's id of the new dataset: mine/hopper/mixed-v0")
     bounds = (
         "its bounds are those of actions in HDF5 and NPZ (default: -1 and 1), and a new Minari dataset names "
         "it; a task also says which parts of dict observations to take"
@@ -145,40 +142,63 @@ def list_tasks(options: argparse.Namespace) -> None:
         raise ConfigError(
             f"no task's name has '{options.pattern}' in it: {did_you_mean(options.pattern, tasks)}"
         )
-    rows = [catalogue.entry(tasks[name]) for name in names]
+    rows = [_row(tasks[name]) for name in names]
     if options.json:
         print(json.dumps(rows, indent=2))
-    elif sys.stdout and sys.stdout.isatty():
-        _print_table(rows)
-    else:
+        return
+    table = Table("name", "transitions", "d4rl", "minari", "here", show_edge=False, pad_edge=False)
+    terminal = bool(sys.stdout and sys.stdout.isatty())
+    notes: dict[tuple[str, str], None] = {}
+    if not terminal:
         print("name", "transitions", "d4rl", "minari", "here", "note", sep="\t")
-        for row in rows:
-            cells = (row["name"], row["transitions"] or "", row["d4rl"], row["minari"])
-            print(*cells, catalogue.where(row), row["note"], sep="\t")
-
-
-def _print_table(rows: list[dict[str, Any]]) -> None:
-    table = Table(header_style="bold", show_edge=False, pad_edge=False)
-    for column in ("task", "transitions", "D4RL", "Minari", "on this disk"):
-        table.add_column(column, justify="right" if column == "transitions" else "left", overflow="fold")
-    families = [row["name"].partition("-")[0] for row in rows]
-    notes: dict[str, dict[str, None]] = {}
-    for row, family, next_family in zip(rows, families, [*families[1:], families[-1]], strict=True):
+    for row in rows:
+        here = [source for source, found in row["here"].items() if found]
+        here += ["can be collected"] if row["collectable"] and "embedded" not in here else []
+        cells = [row["name"], str(row["transitions"] or ""), row["d4rl"], row["minari"], ", ".join(here)]
+        if not terminal:
+            print(*cells, row["note"], sep="\t")
+            continue
         if row["note"]:
-            notes.setdefault(row["note"], {})[family] = None
-        size = f" ({row['bytes'] / 1e6:,.0f} MB)" if row["bytes"] else ""
-        cells = (
-            row["name"] + (" *" if row["note"] else ""),
-            f"{row['transitions']:,}" if row["transitions"] else "",
-            row["d4rl"] + size,
-            row["minari"],
-            catalogue.where(row),
-        )
-        table.add_row(*map(Text, cells), end_section=next_family != family)
-    console = Console()
-    console.print(table)
-    for note, marked in notes.items():
-        console.print(f"* {', '.join(marked)}: {note}", highlight=False, markup=False)
+            cells[0] += " *"
+            notes[row["name"].partition("-")[0], row["note"]] = None
+        table.add_row(*map(Text, cells))
+    if terminal:
+        console = Console()
+        console.print(table)
+        for family, note in notes:
+            console.print(f"* {family}: {note}", highlight=False, markup=False)
+
+
+def _row(task: Task) -> dict[str, Any]:
+    """What is known of a task's data, as JSON-able values."""
+    here: dict[str, Any] = {name: [str(path) for path in _on_disk(task, name)] for name in WAYS}
+    here |= {name: next(iter(paths), None) for name, paths in here.items() if name not in COLLECTED}
+    d4rl, minari = (task.datasets.get(source, {}) for source in ("d4rl", "minari"))
+    return {
+        "name": task.name,
+        "environment": task.id,
+        "transitions": d4rl.get("rows"),
+        "d4rl": d4rl.get("path", "").rpartition("/")[2],
+        "minari": minari.get("id", ""),
+        "here": here,
+        "bytes": os.path.getsize(here["d4rl"]) if here["d4rl"] else None,
+        "collectable": _collectable(task),
+        "note": task.note,
+    }
+
+
+def _on_disk(task: Task, source: str) -> list[Path]:
+    """A task's data from a source that are on this disk; of collected data any size, the newest first."""
+    if source in COLLECTED:
+        return COLLECTED[source](task)
+    path = SOURCES[source].locate(Request(task))
+    return [path] if path else []
+
+
+def _collectable(task: Task) -> bool:
+    with suppress(DataError):
+        return bool(embedded.prepare(task, 1_000_000, 0))
+    return False
 
 
 def show(options: argparse.Namespace) -> None:
@@ -188,19 +208,27 @@ def show(options: argparse.Namespace) -> None:
     and what is suspicious about it. Nothing is downloaded or collected. A task's name wins over a file of
     that name: ./NAME is the file.
     """
-    task: Task | None
-    if options.what in task_names():
-        if options.env:
-            raise ConfigError(f"--env={options.env}: expected none with a task, which {options.what} is")
-        data, task = _read_task(_with_data(options.what), options.source)
-    elif options.source:
-        raise ConfigError(f"--source={options.source}: expected none with a file, only with a task's name")
+    name = options.what
+    if name not in task_names():
+        if options.source:
+            raise ConfigError(f"--source={options.source}: expected none with a file, only with a task")
+        data, task = _read_file(_own_path(name), options.env)
+    elif options.env:
+        raise ConfigError(f"--env={options.env}: expected none with a task, which {name} is")
     else:
-        data, task = _read_file(_own_path(options.what), options.env)
-    found = inspection.Inspection(data)
-    _print(inspection.describe(found, task))
+        task, sources = _with_data(name), [options.source] if options.source else [*WAYS]
+        found = [(source, path) for source in sources for path in _on_disk(task, source)]
+        if not found:
+            here = {*task.datasets, *(["embedded"] if _collectable(task) else [])}
+            ways = [way.format(name) for source, way in WAYS.items() if source in here]
+            what = f"{options.source} data" if options.source else "data"
+            raise DataError(f"{name}: no {what} on this disk: {', '.join(ways)}")
+        source, path = found[0]
+        data, task = _read("file" if source in COLLECTED else source, path, task)
+    described = inspection.Inspection(data)
+    _print(inspection.describe(described, task))
     if options.png:
-        _print(f"\ndrawn in {inspection.picture(found, options.png, task)}")
+        _print(f"\ndrawn in {inspection.picture(described, options.png, task)}")
 
 
 def _with_data(name: str) -> Task:
@@ -209,47 +237,6 @@ def _with_data(name: str) -> Task:
     if not task.datasets:
         raise ConfigError(f"{name} has no dataset: `cpql-data list` names the tasks that have one")
     return task
-
-
-def _read_task(task: Task, source: str | None) -> tuple[Transitions, Task]:
-    """Read a task's data from a source, or from the first that has them on this disk."""
-    for name in (source,) if source else catalogue.WAYS:
-        for path in catalogue.on_disk(task, name)[:1]:
-            return _read("file" if name == "embedded" else name, path, task, task.dataset)
-    what = f"no {source} data" if source else "no data"
-    raise DataError(f"{task.name}: {what} on this disk: {', '.join(catalogue.ways(task))}")
-
-
-def _read_file(path: Path, env: str | None) -> tuple[Transitions, Task | None]:
-    """Read a file or folder as training would with `--env`; also return the task that it is for, if any."""
-    known = env or (files.form(path) == "minari" and minari.metadata(path).env_spec)
-    task = _task(env) if env else Task("file", None)
-    data, task = _read("file", path, task, path.stem, fit=bool(env))
-    return data, task if known else None
-
-
-def _read(source: str, path: Path, task: Task, id: str, *, fit: bool = False) -> tuple[Transitions, Task]:
-    """Read a dataset from a source; with `fit` as wide as the task's environment, and in its bounds."""
-    task = SOURCES[source].task(path, Request(task, path=path))
-    # Without an environment nothing has to be installed for it.
-    request = Request(task if fit else dataclasses.replace(task, id=None), id, path)
-    with _advice_on_bounds(fit):
-        data = SOURCES[source].read(path, request)
-    if path.is_file():
-        verify_recorded(path, data.provenance.sha256)
-    if request.spec is not None:
-        data.validate_for(*request.spec.widths)
-    return data, files.without_foreign_references(task, data)
-
-
-@contextmanager
-def _advice_on_bounds(known: bool) -> Iterator[None]:
-    try:
-        yield
-    except DataError as error:
-        if known or not str(error).endswith("expected [-1, 1]"):
-            raise
-        raise DataError(f"{error}, or --env with the environment whose bounds they have") from error
 
 
 def _own_path(what: str) -> Path:
@@ -271,6 +258,36 @@ def _task(name: str) -> Task:
     return Task(name=id, id=id)
 
 
+def _read_file(path: Path, env: str | None) -> tuple[Transitions, Task]:
+    """Read a file or folder as training would with `--env`; also return the task that it is for."""
+    return _read("file", path, _task(env) if env else Task("file", None), fit=bool(env))
+
+
+def _read(source: str, path: Path, task: Task, *, fit: bool = False) -> tuple[Transitions, Task]:
+    """Read a dataset from a source; with `fit` as wide as the task's environment, and in its bounds."""
+    task = SOURCES[source].task(path, Request(task, path=path))
+    # Without an environment nothing has to be installed for it.
+    task_read = task if fit else dataclasses.replace(task, id=None)
+    request = Request(task_read, path.stem if source == "file" else None, path)
+    with _advice_on_bounds(fit):
+        data = SOURCES[source].read(path, request)
+    if path.is_file():
+        verify_recorded(path, data.provenance.sha256)
+    if request.spec is not None:
+        data.validate_for(*request.spec.widths)
+    return data, files.without_foreign_references(task, data)
+
+
+@contextmanager
+def _advice_on_bounds(known: bool) -> Iterator[None]:
+    try:
+        yield
+    except DataError as error:
+        if known or not str(error).endswith("expected [-1, 1]"):
+            raise
+        raise DataError(f"{error}, or --env with the environment whose bounds they have") from error
+
+
 def download(options: argparse.Namespace) -> int:
     """Download the data of tasks.
 
@@ -280,7 +297,25 @@ def download(options: argparse.Namespace) -> int:
     download continues where it stopped; data that are here are only checked. Proxies are those of http_proxy,
     https_proxy and no_proxy.
     """
-    return _for_each(options.names, lambda name: _download(name, options.source), options.traceback)
+    console = Console(stderr=True, soft_wrap=True)
+
+    def fetch(name: str) -> None:
+        if options.source == "minari" and "/" in name and name not in task_names():
+            task = Task(name, None, datasets={"minari": {"id": name}})
+        else:
+            task = _with_data(name)
+        source = SOURCES[options.source or next(iter(task.datasets))]
+        say = partial(console.print, markup=False, highlight=False)
+        with progress_bars(console) as progress:
+            request = Request(task, progress=progress, say=lambda line: say(printable(line)))
+            path = source.fetch(request)
+        assert isinstance(path, Path)
+        if path.is_dir():
+            minari.metadata(path)
+            path = path / "data" / minari.ARRAYS
+        _print(f"{path}: {path.stat().st_size:,} bytes, SHA-256 {recorded(path) or sha256_of(path)}")
+
+    return _for_each(options.names, fetch, options.traceback)
 
 
 def _for_each(names: list[str], run: Callable[[str], None], traceback: bool) -> int:
@@ -295,51 +330,6 @@ def _for_each(names: list[str], run: Callable[[str], None], traceback: bool) -> 
             print_error(error)
             failed = 1
     return failed
-
-
-def _download(name: str, source: str | None) -> None:
-    def say(line: str) -> None:
-        _print(line, file=sys.stderr)
-
-    if source == "minari" and "/" in name and name not in task_names():
-        task = Task(name, None, datasets={"minari": {"id": name}})
-    else:
-        task = _with_data(name)
-        source = source or next(iter(task.datasets))
-    with _progress() as progress:
-        path = SOURCES[source].fetch(Request(task, progress=progress, say=say))
-    assert isinstance(path, Path)
-    if path.is_dir():
-        minari.metadata(path)
-        path = path / "data" / minari.ARRAYS
-    _print(f"{path}: {path.stat().st_size:,} bytes, SHA-256 {recorded(path) or sha256_of(path)}")
-
-
-@contextmanager
-def _progress() -> Iterator[Progress]:
-    """Show downloaded bytes: a bar on a terminal, a line every ten seconds elsewhere."""
-    columns = (
-        rich.TextColumn("{task.description}", markup=False),
-        rich.BarColumn(),
-        rich.DownloadColumn(),
-        rich.TransferSpeedColumn(),
-        rich.TimeRemainingColumn(),
-    )
-    terminal, shown = sys.stderr.isatty(), time.monotonic()
-    ids: dict[str, rich.TaskID] = {}
-    with rich.Progress(*columns, console=Console(stderr=True), disable=not terminal) as bars:
-
-        def report(label: str, done: int, total: int) -> None:
-            nonlocal shown
-            if terminal:
-                if label not in ids:
-                    ids[label] = bars.add_task(printable(label))
-                bars.update(ids[label], completed=done, total=total or None)
-            elif time.monotonic() - shown >= 10:
-                shown = time.monotonic()
-                _print(f"{label}: {done:,}{f' of {total:,}' if total else ''} bytes", file=sys.stderr)
-
-        yield report
 
 
 def verify(options: argparse.Namespace) -> int:
@@ -368,11 +358,8 @@ def convert(options: argparse.Namespace) -> None:
     OUT's ending says the form: .hdf5, .h5, .npz; with --id it is the folder that a Minari dataset is put
     into, as OUT/ID. What was written is read back and compared, and anything lost is named.
     """
-    target, id = options.target, options.id or ""
-    named = target.suffix.lower() in files.ENDINGS
-    if named and id:
-        raise ConfigError(f"--id={id}: expected none with a file, only with a folder for Minari")
-    if not named and not id:
+    target, id = options.target, options.id
+    if (target.suffix.lower() in files.ENDINGS) == bool(id):
         endings = ", ".join(files.ENDINGS)
         raise ConfigError(
             f"{target}: expected a name with one of the endings {endings}, or, for Minari, a folder and --id"
@@ -381,7 +368,6 @@ def convert(options: argparse.Namespace) -> None:
         raise DataError(f"{target / id}: there is one already: expected a new name, or --force")
     task = _task(options.env) if options.env else None
     with _advice_on_bounds(task is not None):
-        done = conversion.convert(Path(options.source), target, id=id, task=task, replace=options.force)
-    _print(f"{done.path}: {done.transitions:,} transitions, read back the same {done.same}")
-    for loss in done.losses:
-        _print(f"lost: {loss}")
+        lines = conversion.convert(options.source, target, id=id, task=task, replace=options.force)
+    for line in lines:
+        _print(line)

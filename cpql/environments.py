@@ -13,7 +13,6 @@ import tempfile
 import types
 import warnings
 from collections.abc import Iterator
-from dataclasses import replace
 from importlib.metadata import version
 from typing import Any, NamedTuple
 
@@ -104,7 +103,23 @@ def make_environment(id: str, /, **options: Any) -> gymnasium.Env[Any, Any]:
             f"environment {id!r}: an id with a module runs the module's code, and is taken from the command "
             f"line alone: {words.format(id)}"
         )
-    _register(id)
+    for prefix, below, instead in MUJOCO_BELOW:
+        found, limit = version("mujoco"), ".".join(map(str, below))
+        if id.startswith(prefix) and tuple(map(int, found.split(".")[:2])) >= below:
+            raise ConfigError(
+                f"environment '{id}' needs mujoco below {limit}, found {found}: "
+                f"pip install 'mujoco<{limit}'{instead}"
+            )
+    for prefixes, module, extra in PACKAGES:
+        if id.startswith(prefixes) and id not in gymnasium.registry:
+            try:
+                # Gymnasium-Robotics prints which rewards have changed; the tasks' notes say so, once.
+                with contextlib.redirect_stderr(io.StringIO()):
+                    gymnasium.register_envs(importlib.import_module(module))
+            except ImportError:
+                raise ConfigError(
+                    f"environment '{id}' needs a package: pip install 'cpql[{extra}]'"
+                ) from None
     try:
         with warnings.catch_warnings(), _without_advice_on_models():
             warnings.filterwarnings("ignore", ".*The environment .* is out of date")
@@ -123,26 +138,6 @@ def make_environment(id: str, /, **options: Any) -> gymnasium.Env[Any, Any]:
         ) from error
     except Exception as error:  # whatever an environment raises at options that it can't have
         raise ConfigError(f"environment {id!r} can't be made: {brief(error)}") from error
-
-
-def _register(id: str) -> None:
-    """Register the environments of the package that an id belongs to, where that isn't Gymnasium."""
-    for prefix, below, instead in MUJOCO_BELOW:
-        found, limit = version("mujoco"), ".".join(map(str, below))
-        if id.startswith(prefix) and tuple(map(int, found.split(".")[:2])) >= below:
-            raise ConfigError(
-                f"environment '{id}' needs mujoco below {limit}, found {found}: "
-                f"pip install 'mujoco<{limit}'{instead}"
-            )
-    for prefixes, module, extra in PACKAGES:
-        if id.startswith(prefixes) and id not in gymnasium.registry:
-            need = f"environment '{id}' needs a package: pip install 'cpql[{extra}]'"
-            try:
-                # Gymnasium-Robotics prints which rewards have changed; the tasks' notes say so, once.
-                with contextlib.redirect_stderr(io.StringIO()):
-                    gymnasium.register_envs(importlib.import_module(module))
-            except ImportError:
-                raise ConfigError(need) from None
 
 
 @contextlib.contextmanager
@@ -235,24 +230,21 @@ class TaskEnvironment(gymnasium.Wrapper[Any, Any, Any, Any]):
 
     def __init__(self, environment: gymnasium.Env[Any, Any], task: Task) -> None:
         super().__init__(environment)
-        space, parts = environment.observation_space, [environment.observation_space]
-        if isinstance(space, gymnasium.spaces.Dict):
-            if not task.observation and str(task.id).startswith(CONTROL):
-                task = replace(task, observation=tuple(space.spaces))
-            if not task.observation or not set(task.observation) <= set(space.spaces):
-                raise ConfigError(
-                    f"{task.id}: its observations are dicts of {', '.join(space.spaces)}: "
-                    f"expected env.observation to name some of them, found {list(task.observation)}"
-                )
-            parts = [space[key] for key in task.observation]
-        elif task.observation:
+        space, keys = environment.observation_space, task.observation
+        inner = dict(space) if isinstance(space, gymnasium.spaces.Dict) else {}
+        if inner and not keys and str(task.id).startswith(CONTROL):
+            keys = tuple(inner)
+        if bool(inner) != bool(keys) or not set(keys) <= inner.keys():
+            what = f"dicts of {', '.join(inner)}" if inner else f"{space}, not dicts"
             raise ConfigError(
-                f"{task.id}: its observations are {space}, not dicts: expected env.observation=[]"
+                f"{task.id}: its observations are {what}: expected env.observation to name "
+                f"{'some of them' if inner else 'nothing, []'}, found {list(keys)}"
             )
+        parts = [inner[key] for key in keys] or [space]
         boxes = [part for part in parts if isinstance(part, gymnasium.spaces.Box) and len(part.shape) < 2]
         if len(boxes) != len(parts):
             raise ConfigError(f"{task.id}: its observations are {space}: expected numbers in one axis")
-        self.task = task
+        self.task, self.keys = task, keys
         self.observation_space = gymnasium.spaces.Box(
             np.concatenate([box.low.ravel() for box in boxes]),
             np.concatenate([box.high.ravel() for box in boxes]),
@@ -290,8 +282,8 @@ class TaskEnvironment(gymnasium.Wrapper[Any, Any, Any, Any]):
 
     def _flat(self, observation: Any) -> NDArray[Any]:
         """The observation in one axis [S], checked."""
-        keys = self.task.observation
-        flat = np.concatenate([np.ravel(observation[k]) for k in keys]) if keys else np.asarray(observation)
+        parts = [np.ravel(observation[key]) for key in self.keys]
+        flat = np.concatenate(parts) if parts else np.asarray(observation)
         if not np.isfinite(flat).all():
             k = int(np.isfinite(flat).argmin())
             raise ActingError(

@@ -68,8 +68,9 @@ def printable(text: str) -> str:
 
 
 def brief(error: Exception) -> str:
-    """An error of anybody's in one line: its kind and what it says."""
-    return " ".join(f"{type(error).__name__}: {error}".split())
+    """An error of anybody's in one line of at most 500 characters: its kind, but for ValueError, and text."""
+    text = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+    return " ".join(text.split())[:500] or type(error).__name__
 
 
 def did_you_mean(name: str, options: Iterable[str]) -> str:

@@ -79,7 +79,9 @@ def aside(final: Path) -> Iterator[Path]:
         yield temporary
         flush(temporary)
         old = holder / "old"
-        if os.path.lexists(final) and (_is_folder(final) or _is_folder(temporary)):
+        if os.path.lexists(final) and any(
+            path.is_dir() and not path.is_symlink() for path in (final, temporary)
+        ):
             final.replace(old)  # no move replaces a folder, or anything by one
         try:
             os.replace(temporary, final)
@@ -95,10 +97,6 @@ def aside(final: Path) -> Iterator[Path]:
 def aside_of(beside: Path) -> Path:
     """A new folder, hidden beside a path, which `clear_leftovers` removes if nobody else does."""
     return Path(tempfile.mkdtemp(prefix=f".{beside.name}.", suffix=ASIDE, dir=beside.parent))
-
-
-def _is_folder(path: Path) -> bool:
-    return path.is_dir() and not path.is_symlink()
 
 
 def clear_leftovers(folder: Path, name: str = "") -> None:
@@ -118,15 +116,13 @@ def sha256_of(path: Path) -> str:
 
 def flush(path: Path) -> None:
     """Have a file, or all files of a folder, on the disk."""
-    if path.is_symlink():
-        return
-    if path.is_dir():
+    if path.is_dir() and not path.is_symlink():
         for inner in path.iterdir():
             flush(inner)
         flush_folder(path)
-        return
-    with path.open("rb+") as file:
-        os.fsync(file.fileno())
+    elif not path.is_symlink():
+        with path.open("rb+") as file:
+            os.fsync(file.fileno())
 
 
 def flush_folder(folder: Path) -> None:
@@ -154,18 +150,17 @@ def held(file: Path, busy: Callable[[str], None]) -> Iterator[None]:
     """
     lock = filelock.FileLock(file)
     missing = [each for each in (file.parent, *file.parent.parents) if not os.path.exists(each)]
-    timeout, lost = 0, 0
-    while not lock.is_locked:
+    timeout = 0
+    for attempt in range(100):
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
             lock.acquire(timeout=timeout)
+            break
         except filelock.Timeout:
             busy(_holder(file))
             timeout = -1
-        except FileNotFoundError:
-            # The other process may have failed and removed the folder; that doesn't happen for ever.
-            lost += 1
-            if lost == 100:
+        except FileNotFoundError:  # the other process may have failed and removed the folder
+            if attempt == 99:
                 raise
         except NotImplementedError as error:  # neither flock nor its stand-in
             raise OSError(str(error)) from error

@@ -25,7 +25,6 @@ __all__ = [
     "config_folder",
     "expand",
     "load_task",
-    "patterns",
     "task_names",
     "task_patterns",
     "with_own_references",
@@ -166,11 +165,6 @@ def _texts(value: Any) -> Iterator[str]:
             waiting += value
 
 
-def _axes(family: Mapping[str, Any]) -> list[str]:
-    """Names of a family's lists of values, in the order of its name's braces."""
-    return re.findall(r"\{(\w+)\}", family["name"])
-
-
 def expand(table: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """Spell out the table of tasks: one for each combination of a family's values.
 
@@ -188,10 +182,8 @@ def expand(table: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         axes = _axes(family)
         shared = {key: value for key, value in family.items() if key not in axes}
         for chosen in itertools.product(*(family[axis].items() for axis in axes)):
-            words = {axis: value for axis, (value, _) in zip(axes, chosen, strict=True)}
-            fields = dict(shared)
-            for _, added in chosen:
-                fields = _merged(fields, added)
+            words = dict(zip(axes, (value for value, _ in chosen), strict=True))
+            fields = functools.reduce(_merged, (added for _, added in chosen), shared)
             if "file" in fields:
                 words["file"] = fields.pop("file")
             task = _formatted(fields, words)
@@ -199,27 +191,21 @@ def expand(table: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     return tasks
 
 
+def _axes(family: Mapping[str, Any]) -> list[str]:
+    """Names of a family's lists of values, in the order of its name's braces."""
+    return re.findall(r"\{(\w+)\}", family["name"])
+
+
 def _merged(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
-    new = {**one, **other}
-    for key in one.keys() & other.keys():
-        if isinstance(one[key], Mapping) and isinstance(other[key], Mapping):
-            new[key] = _merged(one[key], other[key])
-    return new
+    both = {key: _merged(one[key], other[key]) for key in one.keys() & other.keys()
+            if isinstance(one[key], Mapping) and isinstance(other[key], Mapping)}  # fmt: skip
+    return {**one, **other, **both}
 
 
 def _formatted(value: Any, words: Mapping[str, str]) -> Any:
     if isinstance(value, Mapping):
         return {key: _formatted(inner, words) for key, inner in value.items()}
     return value.format(**words) if isinstance(value, str) else value
-
-
-def patterns(table: Mapping[str, Any]) -> list[str]:
-    """Name all tasks in one line a family, as a shell would expand it: `kitchen-{complete,partial,mixed}`."""
-    names = []
-    for family in table.values():
-        lists = {axis: "{" + ",".join(family[axis]) + "}" for axis in _axes(family)}
-        names.append(family["name"].format(**lists))
-    return names
 
 
 def config_folder() -> Path:
@@ -247,9 +233,13 @@ def task_names() -> list[str]:
     return list(_tasks())
 
 
-def task_patterns() -> list[str]:
-    """Name all tasks in one line a family, see `cpql.tasks.patterns`."""
-    return patterns(_table())
+def task_patterns(table: Mapping[str, Any] | None = None) -> list[str]:
+    """Name all tasks in one line a family, as a shell would expand it: `kitchen-{complete,partial,mixed}`."""
+    names = []
+    for family in (table or _table()).values():
+        lists = {axis: "{" + ",".join(family[axis]) + "}" for axis in _axes(family)}
+        names.append(family["name"].format(**lists))
+    return names
 
 
 def load_task(name: str) -> Task:

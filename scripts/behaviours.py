@@ -68,7 +68,7 @@ def train_behaviour(
 
     Raises:
         ConfigError: sbx isn't installed, or the environment can't be made.
-        DataError: the folder can't be made.
+        OSError: the folder can't be made.
     """
     try:
         sac = importlib.import_module("sbx").SAC
@@ -77,7 +77,7 @@ def train_behaviour(
             f"training a behaviour needs sbx ({error}): pip install 'cpql[behaviours]'"
         ) from error
     made = make_environment(environment)
-    _make_folder(out)
+    out.mkdir(parents=True, exist_ok=True)  # before the hours whose result goes there
     training = {
         "environment": environment,
         "algorithm": "SAC (sbx)",
@@ -111,21 +111,18 @@ def _flat(tree: Any, prefix: str = "") -> Arrays:
     return leaves
 
 
-def from_flax(tensors: Arrays, where: str = "behaviour") -> Behaviour:
-    """A behaviour from flax's names, `Dense_0.kernel` and so on, of which the last two layers are the heads.
-
-    Tensors with cpql's own names are taken as they are.
-    """
-    if "Dense_0.kernel" in tensors:
-        count = sum(key.endswith(".kernel") for key in tensors)
-        names = [*(f"layers.{k}" for k in range(count - 2)), "mean", "log_std"]
-        tensors = {
+def from_flax(tensors: Arrays) -> Behaviour:
+    """A behaviour from flax's names, `Dense_0.kernel` and so on; the last two layers are the heads."""
+    count = sum(key.endswith(".kernel") for key in tensors)
+    names = [*(f"layers.{k}" for k in range(count - 2)), "mean", "log_std"]
+    return Behaviour.from_tensors(
+        {
             f"{name}.{part}": tensors[f"Dense_{k}.{flax}"]
             for k, name in enumerate(names)
             for part, flax in (("weight", "kernel"), ("bias", "bias"))
             if f"Dense_{k}.{flax}" in tensors
         }
-    return Behaviour.from_tensors(tensors, where=where)
+    )
 
 
 def play(
@@ -182,8 +179,8 @@ def make_card(
     before medium.
 
     Args:
-        snapshots: the folder of `step-0010000.safetensors` (or `step_0010000.safetensors`), with cpql's or
-            flax's names, and `training.json` if `train_behaviour` wrote them.
+        snapshots: the folder of `step-0010000.safetensors` (or `step_0010000.safetensors`), and of
+            `training.json` if `train_behaviour` wrote them.
         out: the folder to write, `behaviours/hopper`; its name chooses D4RL's returns to compare with.
         environment: Gymnasium id; by default from training.json.
         seed: of the training; by default from training.json.
@@ -203,7 +200,8 @@ def make_card(
         The card, as written to `out/card.json`.
 
     Raises:
-        DataError: there are too few snapshots, they can't be read, or the folder can't be made.
+        DataError: there are too few snapshots, or they can't be read.
+        OSError: the folder can't be made.
     """
     training: dict[str, Any] = {
         "algorithm": "SAC (sbx)",
@@ -220,7 +218,7 @@ def make_card(
     make_task_environment(task).close()
     named = {step for step in (expert_step, medium_step) if step is not None}
     behaviours = _read_snapshots(snapshots, training, period, named)
-    _make_folder(out)
+    out.mkdir(parents=True, exist_ok=True)  # before the hours whose result goes there
 
     def evaluate(chosen: Sequence[int], count: int, sampled: bool, label: str) -> dict[int, Arrays]:
         def report(done: Sequence[int]) -> None:
@@ -301,14 +299,7 @@ def _read_snapshots(
         raise DataError(
             f"{folder.name}: {len(chosen)} trained snapshots: expected at least 2 of step-*.safetensors"
         )
-    behaviours = {}
-    for step in chosen:
-        try:
-            tensors = safetensors.numpy.load(paths[step].read_bytes())
-        except (OSError, safetensors.SafetensorError) as error:
-            raise DataError(f"{paths[step].name}: can't be read ({error}): expected safetensors") from error
-        behaviours[step] = from_flax(tensors, paths[step].name)
-    return behaviours
+    return {step: Behaviour.read(paths[step]) for step in chosen}
 
 
 def _near(mean: dict[int, float], expert: int, target: float) -> list[int]:
@@ -333,16 +324,6 @@ def _falls_short(name: str, entries: Sequence[dict[str, Any]]) -> str | None:
                 f"{entry['role']} returns {ours:.0f} where D4RL's returns {theirs['return_mean']:.0f}"
             )
     return f"Falls short of D4RL: {'; '.join(short)}." if short else None
-
-
-def _make_folder(path: Path) -> None:
-    """Make a folder before the hours whose result goes there."""
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise DataError(
-            f"{path.name}: can't be made in {path.absolute().parent} ({error.strerror})"
-        ) from error
 
 
 def _write_behaviour(path: Path, behaviour: Behaviour) -> str:

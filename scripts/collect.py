@@ -18,92 +18,79 @@ snapshot every 5,000 steps; the expert is the best one, medium the one at a thir
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+
 from cpql.errors import ConfigError, DataError, errors_in_one_line
+from cpql.train.logging import progress_bars, say
+
+ERRORS = Console(stderr=True, soft_wrap=True)
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line; an error ends it with `SystemExit`."""
-    options = parser().parse_args(arguments)
-    with errors_in_one_line(options.traceback):
-        try:
-            options.run(options)
-        except KeyboardInterrupt:
-            if sys.stderr.isatty():  # the cursor is behind the progress
-                print(file=sys.stderr)
-            raise
+    options = vars(parser().parse_args(arguments))
+    run = options.pop("run")
+    with errors_in_one_line(options.pop("traceback")):
+        run(**options)
 
 
 def parser() -> argparse.ArgumentParser:
-    """Describe the commands."""
+    """Describe the commands; options are the keyword arguments of the functions."""
     form = argparse.RawDescriptionHelpFormatter
     top = argparse.ArgumentParser(prog="collect.py", description=__doc__, formatter_class=form)
-    common = argparse.ArgumentParser(add_help=False)
-    common.add_argument("--traceback", action="store_true", help="show where an error came from")
     commands = top.add_subparsers(required=True, metavar="COMMAND")
 
-    def command(name: str, run: Any, text: str) -> argparse.ArgumentParser:
-        sub = commands.add_parser(name, help=text, description=text, parents=[common])
+    def command(name: str, run: Any, text: str) -> Any:
+        sub = commands.add_parser(name, help=text, description=text)
+        sub.add_argument("--traceback", action="store_true", help="show where an error came from")
         sub.set_defaults(run=run)
-        return sub
+        return sub.add_argument
 
-    sub = command("dataset", dataset, "collect a dataset with the behaviours that cpql ships, or at random")
-    sub.add_argument("task", help="a task's name: hopper-medium")
-    sub.add_argument("--size", type=whole, default=1_000_000, help="transitions (default: %(default)s)")
-    sub.add_argument("--seed", type=int, default=0, help="same seed, same rows (default: %(default)s)")
-    sub.add_argument(
-        "--policy", choices=("random",), help="act at random, not by the task's recipe; needs --out"
-    )
-    sub.add_argument("--out", type=Path, help="HDF5 file in D4RL's layout (default: cpql's cache)")
+    def whole(default: int) -> dict[str, Any]:
+        return {"type": positive, "default": default}
 
-    sub = command("regenerate", regenerate, "collect an OGBench dataset again, with OGBench's own oracles")
-    sub.add_argument("task", help="a task's name: cube-single-play")
-    sub.add_argument(
-        "--size", type=whole, default=1_000_000, help="transitions, in whole episodes (default: %(default)s)"
-    )
-    sub.add_argument("--seed", type=int, default=0, help="same seed, same rows (default: %(default)s)")
-    sub.add_argument(
-        "--workers", type=whole, help="processes (default: one per core); rows don't depend on it"
-    )
+    default = "(default: %(default)s)"
+    add = command("dataset", dataset, "collect a dataset with the behaviours that cpql ships, or at random")
+    add("task", help="a task's name: hopper-medium")
+    add("--size", **whole(1_000_000), help=f"transitions {default}")
+    add("--seed", type=int, default=0, help=f"same seed, same rows {default}")
+    add("--policy", choices=("random",), help="act at random, not by the task's recipe; needs --out")
+    add("--out", type=Path, help="HDF5 file in D4RL's layout (default: cpql's cache)")
 
-    sub = command("train", train, "train SAC with sbx, keeping snapshots; hours on a CPU")
-    sub.add_argument("environment", help="a Gymnasium id: Hopper-v4")
-    sub.add_argument("--out", type=Path, required=True, help="folder for the snapshots")
-    sub.add_argument("--seed", type=int, default=0, help="of the training (default: %(default)s)")
-    sub.add_argument(
-        "--steps", type=whole, default=1_000_000, help="environment steps (default: %(default)s)"
-    )
-    sub.add_argument(
-        "--period", type=whole, default=5_000, help="steps between snapshots (default: %(default)s)"
-    )
+    add = command("regenerate", regenerate, "collect an OGBench dataset again, with OGBench's own oracles")
+    add("task", help="a task's name: cube-single-play")
+    add("--size", **whole(1_000_000), help=f"transitions, in whole episodes {default}")
+    add("--seed", type=int, default=0, help=f"same seed, same rows {default}")
+    add("--workers", type=positive, help="processes (default: one per core); rows don't depend on it")
 
-    sub = command("card", card, "choose expert, medium and replay snapshots and write a behaviour folder")
-    sub.add_argument("snapshots", type=Path, help="folder that 'train' wrote")
-    sub.add_argument("--out", type=Path, required=True, help="behaviour folder: cpql/data/behaviours/hopper")
-    sub.add_argument("--environment", help="Gymnasium id, where training.json doesn't say")
-    sub.add_argument("--seed", type=int, help="of the training, where training.json doesn't say")
-    sub.add_argument("--period", type=whole, default=1, help="only steps divisible by this (default: all)")
-    sub.add_argument(
-        "--first-episodes", type=whole, default=10, help="for every snapshot (default: %(default)s)"
-    )
-    sub.add_argument(
-        "--episodes", type=whole, default=100, help="for those near a choice (default: %(default)s)"
-    )
-    sub.add_argument(
-        "--replay", type=whole, default=8, help="replay snapshots, at most (default: %(default)s)"
-    )
-    sub.add_argument("--expert-step", type=whole, help="take this snapshot, rather than the best")
-    sub.add_argument("--medium-step", type=whole, help="take this snapshot, rather than choose")
-    sub.add_argument("--medium-return", type=float, help="what medium should return (default: expert's / 3)")
-    sub.add_argument("--version", action="append", default=[], metavar="PACKAGE=VERSION", type=pair,
-                     help="used in training, where training.json doesn't say; may be repeated")  # fmt: skip
+    add = command("train", train, "train SAC with sbx, keeping snapshots; hours on a CPU")
+    add("environment", help="a Gymnasium id: Hopper-v4")
+    add("--out", type=Path, required=True, help="folder for the snapshots")
+    add("--seed", type=int, default=0, help=f"of the training {default}")
+    add("--steps", **whole(1_000_000), help=f"environment steps {default}")
+    add("--period", **whole(5_000), help=f"steps between snapshots {default}")
+
+    add = command("card", card, "choose expert, medium and replay snapshots and write a behaviour folder")
+    add("snapshots", type=Path, help="folder that 'train' wrote")
+    add("--out", type=Path, required=True, help="behaviour folder: cpql/data/behaviours/hopper")
+    add("--environment", help="Gymnasium id, where training.json doesn't say")
+    add("--seed", type=int, help="of the training, where training.json doesn't say")
+    add("--period", **whole(1), help="only steps divisible by this (default: all)")
+    add("--first-episodes", **whole(10), help=f"for every snapshot {default}")
+    add("--episodes", **whole(100), help=f"for those near a choice {default}")
+    add("--replay", **whole(8), help=f"replay snapshots, at most {default}")
+    add("--expert-step", type=positive, help="take this snapshot, rather than the best")
+    add("--medium-step", type=positive, help="take this snapshot, rather than choose")
+    add("--medium-return", type=float, help="what medium should return (default: expert's / 3)")
+    add("--version", action="append", default=[], metavar="PACKAGE=VERSION", type=pair,
+        help="used in training, where training.json doesn't say; may be repeated")  # fmt: skip
     return top
 
 
-def whole(text: str) -> int:
+def positive(text: str) -> int:
     """Read a positive whole number; 1_000_000 is one too."""
     value = int(text)
     if value < 1:
@@ -119,90 +106,60 @@ def pair(text: str) -> tuple[str, str]:
     return package, version
 
 
-def show(label: str, done: int, total: int) -> None:
-    """Show progress: one line that rewrites itself on a terminal, none elsewhere."""
-    if sys.stderr.isatty():
-        print(
-            f"\r{label}: {done:,} of {total:,}",
-            end="\n" if done == total else "",
-            file=sys.stderr,
-            flush=True,
-        )
-
-
-def say(line: str) -> None:
-    """Tell the user something beside the results."""
-    print(line, file=sys.stderr)
-
-
-def dataset(options: argparse.Namespace) -> None:
+def dataset(task: str, size: int, seed: int, policy: Any, out: Path | None) -> None:
     """Collect a dataset."""
     from cpql.data import embedded
     from cpql.data.request import Request
     from cpql.tasks import load_task
 
-    task, file = load_task(options.task), options.out
-    if file is not None:
-        data = embedded.collect(
-            task, options.size, options.seed, file, policy=options.policy, progress=show, say=say
-        )
-    elif options.policy is not None:
-        raise ConfigError(f"--policy={options.policy}: expected --out as well, a file for what it collects")
-    else:
-        source = embedded.Embedded()
-        request = Request(task, size=options.size, seed=options.seed, progress=show, say=say)
-        path = source.locate(request)
-        data = source.fetch(request) if path is None else source.read(path, request)
-        if data.provenance.file is None:
-            raise DataError(f"{task.name} was collected and isn't kept: expected --out to name a file")
-        file = embedded.cache_folder() / data.provenance.file
+    about = load_task(task)
+    if out is None and policy is not None:
+        raise ConfigError(f"--policy={policy}: expected --out as well, a file for what it collects")
+    with progress_bars(ERRORS) as progress:
+        tell: dict[str, Any] = {"progress": progress, "say": lambda line: say(ERRORS, line)}
+        if out is not None:
+            data = embedded.collect(about, size, seed, out, policy=policy, **tell)
+        else:
+            source, request = embedded.Embedded(), Request(about, size=size, seed=seed, **tell)
+            path = source.locate(request)
+            data = source.fetch(request) if path is None else source.read(path, request)
+            if data.provenance.file is None:
+                raise DataError(f"{task} was collected and isn't kept: expected --out to name a file")
+            out = embedded.cache_folder() / data.provenance.file
     print(data.provenance.line())
-    print(f"in {file}")
+    print(f"in {out}")
 
 
-def regenerate(options: argparse.Namespace) -> None:
+def regenerate(task: str, size: int, seed: int, workers: int | None) -> None:
     """Collect an OGBench dataset again."""
     from cpql.data import regenerated
     from cpql.data.request import Request
     from cpql.tasks import load_task
 
-    task = load_task(options.task)
-    request = Request(task, size=options.size, seed=options.seed, progress=show, say=say)
-    plan = regenerated.prepare(request)
-    file = regenerated.regenerate(plan, workers=options.workers, progress=show, say=say)
+    with progress_bars(ERRORS) as progress:
+        tell: dict[str, Any] = {"progress": progress, "say": lambda line: say(ERRORS, line)}
+        request = Request(load_task(task), size=size, seed=seed, **tell)
+        file = regenerated.regenerate(regenerated.prepare(request), workers=workers, **tell)
     print(regenerated.Regenerated().read(file, request).provenance.line())
     print(f"in {file}")
 
 
-def train(options: argparse.Namespace) -> None:
+def train(environment: str, out: Path, seed: int, steps: int, period: int) -> None:
     """Train a behaviour."""
     from behaviours import train_behaviour
 
-    train_behaviour(
-        options.environment,
-        options.out,
-        seed=options.seed,
-        total=options.steps,
-        period=options.period,
-        progress=lambda _, done, total: print(f"{done:,} of {total:,} steps", flush=True),
-    )
+    def report(_: str, done: int, total: int) -> None:
+        print(f"{done:,} of {total:,} steps", flush=True)
+
+    train_behaviour(environment, out, seed=seed, total=steps, period=period, progress=report)
 
 
-def card(options: argparse.Namespace) -> None:
+def card(version: list[tuple[str, str]], **options: Any) -> None:
     """Choose snapshots."""
     from behaviours import make_card
 
-    names = ["seed", "period", "first_episodes", "episodes", "replay"]
-    names += ["expert_step", "medium_step", "medium_return"]
-    chosen = {name: getattr(options, name) for name in names}
-    written = make_card(
-        options.snapshots,
-        options.out,
-        options.environment,
-        **chosen,
-        packages=dict(options.version),
-        progress=show,
-    )
+    with progress_bars(ERRORS) as progress:
+        written = make_card(**options, packages=dict(version), progress=progress)
     for entry in written["snapshots"]:
         for rule in ("sampled", "deterministic"):
             metrics = entry[rule]

@@ -949,10 +949,11 @@ def test_an_own_mirror_is_asked_first(
         ("page", "damaged"),
         ("half", "damaged"),
         ("none", "an empty file"),
+        ("npz", "damaged"),
         ("other", "none of D4RL's arrays"),
         ("long", "'observations' has shape [4001, 11]: expected [4000, 11] of D4RL's hopper-medium-v2"),
         ("wide", "'actions' has shape [4000, 6]: expected [4000, 3] of D4RL's hopper-medium-v2"),
-        ("few", "no 'actions': expected D4RL's hopper-medium-v2"),
+        ("few", "'actions' has shape []: expected [4000, 3] of D4RL's hopper-medium-v2"),
         ("marked", "carries 'cpql_origin', as cpql's own files do: expected D4RL's hopper-medium-v2"),
     ],
 )
@@ -973,10 +974,13 @@ def test_what_is_no_d4rl_file_is_never_taken_for_one(
         return (tmp_path / "made.hdf5").read_bytes()
 
     claim = {"cpql_origin": json.dumps({"source": "d4rl", "id": "hopper-medium-v2", "details": {}})}
+    archive = io.BytesIO()
+    np.savez(archive, observations=np.zeros((4000, 11)), actions=np.zeros((4000, 3)))
     bodies = {
         "page": b"<html>Sorry</html>",
         "half": content[: len(content) // 2],
         "none": b"",
+        "npz": archive.getvalue(),
         "other": made(x=()),
         "long": made(observations=(4001, 11), actions=(4001, 3)),
         "wide": made(observations=(4000, 11), actions=(4000, 6)),

@@ -237,7 +237,7 @@ def test_what_is_wrong_with_a_behaviour_folder_is_one_line(folders: Path) -> Non
     refused("no snapshot with the role 'medium'")
     for content in ('{"snapshots": [{}]}', "[]", "{", '{"snapshots": [{"step": "x"}]}'):
         path.write_text(content)
-        refused("hopper/card.json: damaged")
+        refused("hopper/card.json: can't be read")
     path.unlink()
     refused("hopper/card.json: can't be read")
     with pytest.raises(ConfigError, match="policy='expert': expected 'random'"):

@@ -91,7 +91,6 @@ observation 1: constant
 
 warning: observation 1 of 2: always the same value"""
     assert describe(found, TASK) == expected
-    assert "score" not in describe(found)
     without = Task("drawn", "Drawn-v0", note="a word of caution")
     assert (
         "score      none: there are no reference returns for these data\nnote       a word of caution\n"
@@ -102,7 +101,7 @@ warning: observation 1 of 2: always the same value"""
 def test_nothing_is_found_where_nothing_is_wrong() -> None:
     found = Inspection(Transitions.from_dict(clean()))
     assert found.findings == []
-    assert describe(found).endswith("\n\nno findings")
+    assert describe(found, TASK).endswith("\n\nno findings")
 
 
 def shuffled(data: dict[str, Any]) -> dict[str, Any]:
@@ -169,7 +168,7 @@ def test_runs_of_constant_numbers_are_named_in_short() -> None:
     wide = np.zeros((401, 9), np.float32)
     wide[:, [1, 5]] = np.random.default_rng(2).normal(size=(401, 2))
     data |= {"observations": wide[:-1], "next_observations": wide[1:]}
-    text = describe(Inspection(Transitions.from_dict(data)))
+    text = describe(Inspection(Transitions.from_dict(data)), TASK)
     assert "\nobservations 0, 2 to 4, 6 to 8: constant\n" in text
     assert "warning: observations 0, 2 to 4, 6 to 8 of 9: always the same value" in text
 
@@ -248,6 +247,6 @@ def test_the_picture_is_a_png_and_whole_or_absent(tmp_path: Path) -> None:
     assert path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size > 5_000
     assert [entry.name for entry in path.parent.iterdir()] == ["drawn.png"]
     nothing = {key: value[6:] for key, value in drawing().items()}
-    assert picture(Inspection(Transitions.from_dict(nothing)), tmp_path / "none.png").exists()
+    assert picture(Inspection(Transitions.from_dict(nothing)), tmp_path / "none.png", TASK).exists()
     with pytest.raises(DataError, match=r"x\.png: can't be written in .*drawn\.png"):
-        picture(Inspection(Transitions.from_dict(nothing)), path / "x.png")
+        picture(Inspection(Transitions.from_dict(nothing)), path / "x.png", TASK)

@@ -23,7 +23,7 @@ from cpql import configuration
 from cpql.agents import CPQLConfig, TargetConfig
 from cpql.environments import make_environment
 from cpql.errors import ConfigError
-from cpql.tasks import Task, config_folder, expand, load_task, patterns, task_names, task_patterns
+from cpql.tasks import Task, config_folder, expand, load_task, task_names, task_patterns
 from cpql.train.config import OnlineConfig, TrainConfig, agent_config
 
 ROOT = Path(__file__).parent.parent
@@ -94,7 +94,7 @@ def test_a_family_spelt_out_by_hand() -> None:
         },
         "lonely": {"name": "lonely", "id": "Somewhere-v0"},
     }
-    assert patterns(table) == ["{cat,dog}-{sad,glad}", "lonely"]
+    assert task_patterns(table) == ["{cat,dog}-{sad,glad}", "lonely"]
 
 
 WORDS = st.lists(st.text("abc", min_size=1, max_size=3), min_size=1, max_size=4, unique=True)

@@ -169,7 +169,7 @@ def test_a_member_that_diverges_is_named_and_the_others_finish(
 def test_members_may_differ_only_in_what_one_program_can_hold(dataset: Path, tmp_path: Path) -> None:
     one, other = (settings(dataset, tmp_path / name) for name in "ab")
     for changed, text in (
-        (replace(other, agent={**other.agent, "discount": 0.9}), "not in other settings of the agent"),
+        (replace(other, agent={**other.agent, "discount": 0.9}), "not in other settings"),
         (replace(other, device="cuda"), "not in other settings"),
     ):
         with pytest.raises(ConfigError, match=text):
@@ -255,7 +255,7 @@ def test_policy_of_a_run(dataset: Path, tmp_path: Path) -> None:
 def test_what_is_done_to_the_data_reaches_the_agent_and_the_policy(dataset: Path, tmp_path: Path) -> None:
     chosen = DatasetConfig(path=str(dataset), reward="normalize", normalise_observations=True, n_step=3)
     config = settings(dataset, tmp_path / "run", dataset=chosen)
-    _, source = load_source(config, [0], torch.device("cpu"), Console(file=StringIO()), 0.9)
+    source = load_source(config, [0], torch.device("cpu"), Console(file=StringIO()), 0.9)
     assert source.data is not None
     data = source.data
     # Whole triples of an episode of 20; the file's rewards, normalised, discounted.

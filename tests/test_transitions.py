@@ -308,7 +308,8 @@ def test_samples_are_rows_of_the_data(members: tuple[int, ...]) -> None:
     batch, again = data.sample(64, generators()), data.sample(64, generators())
     assert batch.observations.shape == (*members, 64, 1) and batch.actions.shape == (*members, 64, 2)
     assert batch.rewards.shape == batch.discounts.shape == (*members, 64)
-    assert all(torch.equal(a, b) for a, b in zip(batch, again, strict=True))
+    assert batch.next_actions is None
+    assert all(torch.equal(a, b) for a, b in zip(batch[:-1], again[:-1], strict=True))
     alone = data.sample(64, torch.Generator().manual_seed(1))
     assert torch.equal(batch.rewards[0] if members else batch.rewards, alone.rewards)
     # In the drawing the reward is the row's number.

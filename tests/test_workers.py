@@ -210,7 +210,7 @@ def test_what_goes_wrong_is_said_in_one_line(mine: Any) -> None:
             in_workers(rollout, [(task, None, 3, np.random.SeedSequence(0))], 1)
         assert str(caught.value) == text
 
-    text = "environment 'Mine-v0' failed in step: ValueError: out of battery"
+    text = "environment 'Mine-v0' failed in step: out of battery"
     refused(ActingError, text, mine(error="value"))
     refused(DataError, "collecting mine: out of memory in a worker process", mine(error="memory"))
     discrete = Task("cart", "CartPole-v1")

@@ -11,17 +11,18 @@ objective can take its place.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from cpql.actors import ConsistencyActor
+from cpql.actors import ActorConfig, ConsistencyActor
 from cpql.agents.agent import Metrics
 from cpql.agents.generative_agent import GenerativeAgent, GenerativeAgentConfig
 from cpql.data.transitions import Batch
+from cpql.networks import Norm
 from cpql.noise import Noise
 
 __all__ = ["CPQL", "CPQLConfig"]
@@ -32,6 +33,7 @@ class CPQLConfig(GenerativeAgentConfig):
     """Settings of CPQL; the published code's own are `agent=cpql_published`.
 
     Attributes:
+        actor: the consistency actor.
         critic_layer_norm: on, as published for offline training.
         backup_actor: the online actor's action in the critic's target, as published.
         critic: `q` is CPQL, `expectile` is CPIQL.
@@ -42,7 +44,8 @@ class CPQLConfig(GenerativeAgentConfig):
             has none.
     """
 
-    critic_layer_norm: bool = True
+    actor: ActorConfig = field(default_factory=ActorConfig)
+    critic_layer_norm: Norm = True
     backup_actor: Literal["target", "online"] = "online"
     critic: Literal["q", "expectile"] = "q"
     expectile: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.7

@@ -34,6 +34,7 @@ __all__ = ["Behaviour", "Step", "rollout", "steps"]
 
 Array = NDArray[np.float32]
 Layer = tuple[Array, Array]
+PARTS = ("weight", "bias")
 
 
 @dataclass(frozen=True)
@@ -80,9 +81,8 @@ class Behaviour:
             content = path.read_bytes()
             tensors = safetensors.numpy.load(content)
         except (OSError, safetensors.SafetensorError) as error:
-            raise DataError(
-                f"{path.name}: can't be read ({error}): expected a behaviour's weights"
-            ) from error
+            text = f"{path.name}: can't be read ({error}): expected a behaviour's weights"
+            raise DataError(text) from error
         return cls.from_tensors(tensors, path.name, hashlib.sha256(content).hexdigest())
 
     @classmethod
@@ -96,15 +96,16 @@ class Behaviour:
         """
         count = sum(key.startswith("layers.") and key.endswith(".weight") for key in tensors)
         names = [*(f"layers.{k}" for k in range(count)), "mean", "log_std"]
-        expected = [f"{name}.{part}" for name in names for part in ("weight", "bias")]
+        expected = [f"{name}.{part}" for name in names for part in PARTS]
         if missing := [key for key in expected if key not in tensors]:
             raise DataError(f"{where}: no {missing[0]}: expected it among {', '.join(tensors) or 'nothing'}")
         arrays = [np.ascontiguousarray(tensors[key], np.float32) for key in expected]
         layers = list(zip(arrays[::2], arrays[1::2], strict=True))
-        (*hidden, mean, log_std), shapes = layers, [[*array.shape] for array in arrays]
+        *hidden, mean, log_std = layers
         fit = all(weight.ndim == 2 and bias.shape == weight.shape[1:] for weight, bias in layers)
-        chain = itertools.pairwise(weight for weight, _ in (*hidden, mean))
-        if not fit or log_std[0].shape != mean[0].shape or any(len(b) != len(a.T) for a, b in chain):
+        fit = fit and mean[0].shape == log_std[0].shape
+        if not fit or any(len(b[0]) != len(a[1]) for a, b in itertools.pairwise((*hidden, mean))):
+            shapes = [[*array.shape] for array in arrays]
             raise DataError(
                 f"{where}: shapes {shapes}: expected each layer to take what the one before gives"
             )
@@ -114,13 +115,9 @@ class Behaviour:
 
     def to_tensors(self) -> dict[str, Array]:
         """The weights by their names in a file."""
-        named = {f"layers.{k}": layer for k, layer in enumerate(self.layers)}
-        named |= {"mean": self.mean, "log_std": self.log_std}
-        return {
-            f"{name}.{part}": array
-            for name, layer in named.items()
-            for part, array in zip(("weight", "bias"), layer, strict=True)
-        }
+        names = [*(f"layers.{k}" for k in range(len(self.layers))), "mean", "log_std"]
+        layers = zip(names, (*self.layers, self.mean, self.log_std), strict=True)
+        return {f"{name}.{part}": layer[k] for name, layer in layers for k, part in enumerate(PARTS)}
 
 
 class Step(NamedTuple):
@@ -164,15 +161,12 @@ def steps(
                 action = generator.uniform(-1, 1, dims[1]).astype(np.float32)
             else:
                 action = behaviour.act(observation, generator if sampled else None)
-            found, reward, terminated, truncated, _ = environment.step(
-                low + (action + 1) * ((high - low) / 2)
-            )
-            next_observation = np.array(found, np.float32)
-            yield Step(
-                observation, action, float(reward), next_observation, bool(terminated), bool(truncated)
-            )
+            scaled = low + (action + 1) * ((high - low) / 2)
+            found, reward, terminated, truncated, _ = environment.step(scaled)
+            following = np.array(found, np.float32)
+            yield Step(observation, action, float(reward), following, bool(terminated), bool(truncated))
             over = terminated or truncated
-            observation = np.array(environment.reset()[0], np.float32) if over else next_observation
+            observation = np.array(environment.reset()[0], np.float32) if over else following
 
 
 def rollout(
@@ -193,15 +187,10 @@ def rollout(
         observations [N, S], actions [N, A], rewards [N] and next_observations [N, S] as float32;
         terminals [N] and timeouts [N] as bool, never both in one row.
     """
+    keys = ("observations", "actions", "rewards", "next_observations", "terminals", "timeouts")
     with contextlib.closing(steps(task, behaviour, seed)) as acting:
-        rows = list(itertools.islice(acting, count))
-    observations, actions, rewards, next_observations, terminated, truncated = zip(*rows, strict=True)
-    timeouts = np.array(truncated, np.bool_)
-    return {
-        "observations": np.array(observations, np.float32),
-        "actions": np.array(actions, np.float32),
-        "rewards": np.array(rewards, np.float32),
-        "next_observations": np.array(next_observations, np.float32),
-        "terminals": np.array(terminated, np.bool_) & ~timeouts,
-        "timeouts": timeouts,
-    }
+        columns = zip(*itertools.islice(acting, count), strict=True)
+        types = [np.float32] * 4 + [np.bool_] * 2
+        made = {key: np.array(*each) for key, *each in zip(keys, columns, types, strict=True)}
+    made["terminals"] &= ~made["timeouts"]
+    return made

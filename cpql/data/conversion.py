@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, NamedTuple
-
-import torch
+from typing import Any
 
 from cpql.data import files, minari
 from cpql.data.transitions import Transitions
@@ -13,28 +11,12 @@ from cpql.environments import spec_of
 from cpql.errors import DataError
 from cpql.tasks import Task
 
-__all__ = ["Conversion", "convert"]
-
-
-class Conversion(NamedTuple):
-    """The result of a conversion.
-
-    Attributes:
-        path: the file or the Minari dataset's folder that was written.
-        transitions: how many there are.
-        same: "to the bit", or how far actions were rounded.
-        losses: what the new dataset no longer says or holds, one clause each.
-    """
-
-    path: Path
-    transitions: int
-    same: str
-    losses: list[str]
+__all__ = ["convert"]
 
 
 def convert(
     source: Path, target: Path, *, id: str = "", task: Task | None = None, replace: bool = False
-) -> Conversion:
+) -> list[str]:
     """Convert a dataset, read it back and compare.
 
     Args:
@@ -45,6 +27,9 @@ def convert(
             Minari dataset names it.
         replace: whether an existing dataset may be replaced.
 
+    Returns:
+        What was written, and how exactly it reads back; then a line for each thing that it no longer says.
+
     Raises:
         ConfigError, DataError: the source isn't valid, the target can't be written, or it reads back as other
             transitions.
@@ -53,24 +38,21 @@ def convert(
     data = files.read(source, task=task, **bounds)
     made = files.write(data, target, id=id, task=task, replace=replace, **bounds)
     again = files.read(made, **bounds)
-    losses = files.left_out(source, data, task)
-    ends = int((data.ends & ~again.ends).sum())
     before, after = data.provenance.episodes, again.provenance.episodes
-    cuts = len(minari.metadata(made).cpql_cut_episodes) if id else 0
-    if ends:
+    losses = files.left_out(source, data, task)
+    if ends := int((data.ends & ~again.ends).sum()):
         losses.append(f"ends of episodes: {ends:,}, where no flag says so and rows join up")
     if before != after:
         losses.append(f"complete episodes: {before - after:,} of {before:,}, which no flag marks any more")
-    if cuts:
+    if cuts := len(minari.metadata(made).cpql_cut_episodes) if id else 0:
         losses.append(f"cut episodes: {cuts:,}, which other readers of Minari's files take for truncated")
-    return Conversion(made, len(data), _compare(data, again, made), losses)
+    same = _compare(data, again, made)
+    return [f"{made}: {len(data):,} transitions, read back the same {same}", *(f"lost: {x}" for x in losses)]
 
 
 def _bounds(source: Path, target: Path, task: Task | None) -> dict[str, Any]:
     """The bounds that actions in HDF5 and NPZ have, for `files.read` and `files.write`."""
-    if files.form(source) == "minari":
-        if target.suffix.lower() not in files.ENDINGS:
-            return {}
+    if files.form(source) == "minari" and target.suffix.lower() in files.ENDINGS:
         about = minari.metadata(source)
         space, wrappers = about.action_space, about.env_spec.additional_wrappers if about.env_spec else []
         unit = space is not None and {*space.low} == {-1.0} and {*space.high} == {1.0}
@@ -86,14 +68,11 @@ def _bounds(source: Path, target: Path, task: Task | None) -> dict[str, Any]:
 
 def _compare(data: Transitions, again: Transitions, made: Path) -> str:
     """Compare what was read back with what was written: to the bit, or but for actions that were rounded."""
-    same = torch.equal(data.terminated, again.terminated) and torch.equal(data.truncated, again.truncated)
-    bits, others = (x.table.view(torch.int32).clone() for x in (data, again))
-    actions = slice(data.state_dim, data.state_dim + data.action_dim)
-    rounded = not torch.equal(bits[:, actions], others[:, actions])
-    bits[:, actions] = others[:, actions]
-    if not (same and torch.equal(bits, others)):
-        raise DataError(f"{made}: reads back as other transitions: expected those that were written")
-    if not rounded:
+    others = again.to_dict()
+    changed = [key for key, array in data.to_dict().items() if array.tobytes() != others[key].tobytes()]
+    if not changed:
         return "to the bit"
+    if changed != ["actions"]:
+        raise DataError(f"{made}: reads back with other {', '.join(changed)}: expected what was written")
     apart = float((data.actions - again.actions).abs().max())
     return f"but for actions, which scaling to their bounds and back has moved by up to {apart:.1g}"

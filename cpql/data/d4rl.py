@@ -15,7 +15,7 @@ import re
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Unpack
+from typing import Any, Literal, Unpack
 
 import h5py  # type: ignore[import-untyped]
 import numpy as np
@@ -34,7 +34,6 @@ __all__ = [
     "KEYS",
     "ORIGIN",
     "Form",
-    "Origin",
     "cache_folder",
     "filename",
     "form",
@@ -99,7 +98,7 @@ class D4RL(Source):
         return fetch(
             [*own, MIRROR + name, HOST + path],
             cache_folder() / name,
-            lambda file: check_fit(file, entry["id"], entry.get("rows")),
+            lambda file: _check_fit(file, entry),
             progress=request.progress,
             say=request.say,
         )
@@ -107,7 +106,7 @@ class D4RL(Source):
     def read(self, path: Path, request: Request) -> Transitions:
         """See `Source`."""
         entry = request.about("d4rl")
-        check_fit(path, entry["id"], entry.get("rows"))
+        _check_fit(path, entry)
         data = read(path, entry["id"], source="d4rl", **request.reading)
         verify_recorded(path, data.provenance.sha256)
         return data
@@ -135,15 +134,15 @@ def _path(entry: Mapping[str, Any]) -> str:
     return entry.get("path") or f"gym_mujoco_v2/{filename(entry['id'])}"
 
 
-def check_fit(path: Path, id: str, rows: int | None = None) -> None:
-    """Check that a file can be D4RL's `id`: cpql didn't write it, and known shapes are D4RL's.
+def _check_fit(path: Path, entry: Mapping[str, Any]) -> None:
+    """Check that a file can be the entry's: cpql didn't write it, and known shapes are D4RL's.
 
     Raises:
         AnotherDatasetError: it can't be.
         DataError: it isn't in D4RL's layout, or is damaged.
     """
-    widths = WIDTHS.get(id.partition("-")[0], (None, None))
-    with _opened(path) as (arrays, origin):
+    rows, widths = entry.get("rows"), WIDTHS.get(entry["id"].partition("-")[0], (None, None))
+    with _opened(path, "hdf5") as (arrays, origin):
         found = f"carries '{ORIGIN}', as cpql's own files do: expected" if origin else ""
         for key, width in zip(("observations", "actions"), widths, strict=True):
             shape = list(arrays[key].shape or ()) if key in arrays else []
@@ -153,7 +152,7 @@ def check_fit(path: Path, id: str, rows: int | None = None) -> None:
                 expected = ", ".join("any" if size is None else str(size) for size in (rows, width))
                 found = f"'{key}' has shape {shape}: expected [{expected}] of"
     if found:
-        raise AnotherDatasetError(f"{path.name}: {found} D4RL's {id}")
+        raise AnotherDatasetError(f"{path.name}: {found} D4RL's {entry['id']}")
 
 
 def read(
@@ -168,11 +167,9 @@ def read(
         DataError: the file is missing, empty, truncated, in no such form or doesn't hold valid transitions.
     """
     path = Path(path)
-    with _opened(path) as (arrays, text):
-        about = Origin(source, id, {}) if text is None else origin(text, path.name)
-        return Transitions.from_dict(
-            arrays, **about._asdict(), file=path.name, sha256=sha256_of(path), **reading
-        )
+    with _opened(path, form(path)) as (arrays, text):
+        about = {"source": source, "id": id} if text is None else origin(text, path.name)
+        return Transitions.from_dict(arrays, **about, file=path.name, sha256=sha256_of(path), **reading)
 
 
 def form(path: str | os.PathLike[str]) -> Form:
@@ -184,16 +181,8 @@ def form(path: str | os.PathLike[str]) -> Form:
     return ENDINGS.get(path.suffix.lower(), by_content)
 
 
-class Origin(NamedTuple):
-    """Where a file's data came from; see `Provenance`."""
-
-    source: str
-    id: str
-    details: dict[str, Any]
-
-
-def origin(text: str, name: str) -> Origin:
-    """Read what `origin_of` wrote; `name` is the file's, for an error.
+def origin(text: str, name: str) -> dict[str, Any]:
+    """Read the `source`, `id` and `details` that `origin_of` wrote; `name` is the file's, for an error.
 
     Anyone can write an origin. So one may claim that data are cpql's own or Minari's, never that they are
     D4RL's: any other claim is read as "file".
@@ -206,7 +195,8 @@ def origin(text: str, name: str) -> Origin:
         source, id, details = str(found["source"]), str(found["id"]), dict(found["details"])
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise DataError(f"{name}: '{ORIGIN}' is damaged: expected what cpql wrote") from error
-    return Origin(source if source.removesuffix(" + online") in ORIGINS else "file", id, details)
+    known = source.removesuffix(" + online") in ORIGINS
+    return {"source": source if known else "file", "id": id, "details": details}
 
 
 def origin_of(provenance: Provenance) -> dict[str, str]:
@@ -216,12 +206,11 @@ def origin_of(provenance: Provenance) -> dict[str, str]:
     """
     if provenance.source in ("d4rl", "file", "dict"):
         return {}
-    about = Origin(provenance.source, provenance.id, provenance.details)
-    return {ORIGIN: json.dumps(about._asdict())}
+    return {ORIGIN: json.dumps({key: getattr(provenance, key) for key in ("source", "id", "details")})}
 
 
 @contextlib.contextmanager
-def _opened(path: Path) -> Iterator[tuple[dict[str, Any], str | None]]:
+def _opened(path: Path, kind: Form) -> Iterator[tuple[dict[str, Any], str | None]]:
     """The arrays of a file in D4RL's layout, HDF5's not read yet, and the origin if cpql wrote the file.
 
     Links to other files, and arrays that declare far more bytes than are stored, are refused before anything
@@ -234,8 +223,8 @@ def _opened(path: Path) -> Iterator[tuple[dict[str, Any], str | None]]:
     if not path.is_file():
         found = "not a file" if os.path.lexists(path) else "no such file"
         raise DataError(f"{name}: {found} in {path.absolute().parent}: expected one in D4RL's layout")
-    if form(path) == "npz":
-        arrays = npz(path, "D4RL's", KEYS)
+    if kind == "npz":
+        arrays = npz(path, "D4RL's", tuple(KEYS))
         text = arrays.pop(ORIGIN, None)
         yield arrays, None if text is None else str(text)
         return

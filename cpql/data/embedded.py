@@ -18,7 +18,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -74,53 +74,55 @@ class Embedded(Source):
 
     def fetch(self, request: Request) -> Transitions:
         """See `Source`; waits for another process that collects the same, and warns if it can't be cached."""
-        plan = prepare(request.task, request.size, request.seed)
-        path = None
+        plan, path = prepare(request.task, request.size, request.seed), None
         with contextlib.ExitStack() as stack:
-            try:
+            with _warning(request, NOT_KEPT):
+                stack.enter_context(alone(plan.path(), "collecting", request.say))
                 path = plan.path()
-                stack.enter_context(alone(path, "collecting", request.say))
                 if os.path.exists(path):
-                    return _read(plan, path, request.time_limits)
-            except DataError as error:
-                request.say(f"warning: {error}; {NOT_KEPT}")
-                path = None
-            arrays = _gather(plan, request.progress, None)
-            if path is not None:
-                try:
-                    _write(plan, arrays, path)
-                    return _read(plan, path, request.time_limits)
-                except DataError as error:
-                    request.say(f"warning: {error}; {NOT_KEPT}")
-        return _transitions(plan, arrays, request.time_limits)
+                    return plan.read(path, request.time_limits)
+            arrays = plan.gather(request.progress)
+            with _warning(request, NOT_KEPT):
+                if path is not None:
+                    plan.write(arrays, path)
+                    return plan.read(path, request.time_limits)
+        return plan.transitions(arrays, request.time_limits)
 
     def read(self, path: Path, request: Request) -> Transitions:
         """See `Source`; a damaged file is collected again, and `request.say` gets a warning."""
-        try:
-            return _read(prepare(request.task, request.size, request.seed), path, request.time_limits)
-        except DataError as error:
-            request.say(f"warning: {error}; collecting it again")
+        with _warning(request, "collecting it again"):
+            return prepare(request.task, request.size, request.seed).read(path, request.time_limits)
         with contextlib.suppress(OSError):
             path.unlink()
         return self.fetch(request)
 
 
-class Part(NamedTuple):
-    """One part of a recipe: a behaviour, or None for uniform random actions."""
-
-    role: str
-    step: int | None
-    behaviour: Behaviour | None
+@contextlib.contextmanager
+def _warning(request: Request, consequence: str) -> Iterator[None]:
+    """Go on after the block with a warning in place of a DataError."""
+    try:
+        yield
+    except DataError as error:
+        request.say(f"warning: {error}; {consequence}")
 
 
 class Plan(NamedTuple):
-    """Everything that determines a dataset; `id` is its name."""
+    """Everything that determines a dataset.
+
+    Attributes:
+        task: the environment, and the name that a cached file begins with.
+        id: the dataset's name.
+        size: the number of transitions.
+        seed: of the environments and the actions.
+        parts: what each of the dataset's equal parts is collected with; None takes uniform random actions.
+        details: what its provenance says.
+    """
 
     task: Task
     id: str
     size: int
     seed: int
-    parts: tuple[Part, ...]
+    parts: dict[str, Behaviour | None]
     details: dict[str, Any]
 
     def path(self) -> Path:
@@ -132,9 +134,54 @@ class Plan(NamedTuple):
         task, versions = self.task, self.details["versions"]
         options = [each for each in (task.observation, task.env_options, task.reset_options) if each]
         request = [FORMAT, CHUNK_STEPS, MOST_CHUNKS, task.id, self.size, self.seed, versions, *options]
-        weights = [part.behaviour.sha256 if part.behaviour else part.role for part in self.parts]
+        weights = [behaviour.sha256 if behaviour else name for name, behaviour in self.parts.items()]
         key = hashlib.sha256(json.dumps([request, weights]).encode()).hexdigest()[:16]
         return cache_folder() / f"{task.name}-embedded-{self.size}-seed{self.seed}-{key}.hdf5"
+
+    def gather(self, progress: Progress | None, workers: int | None = None) -> Arrays:
+        """Collect all chunks and concatenate them in the order of the parts."""
+        most = max(1, MOST_CHUNKS // len(self.parts))
+        chunks: list[tuple[Behaviour | None, int]] = []
+        for behaviour, size in zip(self.parts.values(), _split(self.size, len(self.parts)), strict=True):
+            count = min(max(1, size // CHUNK_STEPS), most)
+            chunks += [(behaviour, steps) for steps in _split(size, count)]
+        seeds = np.random.SeedSequence(self.seed).spawn(len(chunks))
+        arguments = [(self.task, *chunk, seed) for chunk, seed in zip(chunks, seeds, strict=True)]
+        # Made here as well, so that an environment that can't be made is an error of this process.
+        make_task_environment(self.task).close()
+
+        def report(done: Sequence[int]) -> None:
+            if progress is not None:
+                progress(f"collect {self.task.name}", sum(chunks[k][1] for k in done), self.size)
+
+        parts = in_workers(rollout, arguments, workers, report)
+        return {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
+
+    def transitions(self, arrays: Arrays, time_limits: TimeLimits) -> Transitions:
+        """What was gathered, with its provenance."""
+        about: dict[str, Any] = {"source": "embedded", "id": self.id, "details": self.details}
+        return Transitions.from_dict(arrays, **about, time_limits=time_limits)
+
+    def write(self, arrays: Arrays, path: Path) -> None:
+        """Write what was gathered in D4RL's layout, with actions in the environment's bounds."""
+        origin = json.dumps({"source": "embedded", "id": self.id, "details": self.details})
+        _, low, high, _ = spec_of(self.task)
+        if (low != -1).any() or (high != 1).any():
+            arrays = arrays | {"actions": low + (arrays["actions"] + 1) * ((high - low) / 2)}
+        d4rl.write(path, arrays, {d4rl.ORIGIN: origin})
+
+    def read(self, path: Path, time_limits: TimeLimits) -> Transitions:
+        """Read what `write` wrote; a DataError if the file holds anything else."""
+        _, low, high, _ = spec_of(self.task)
+        data = d4rl.read(path, self.id, action_low=low, action_high=high, time_limits=time_limits)
+        if data.provenance.source != "embedded" or (time_limits == "keep" and len(data) != self.size):
+            raise DataError(f"{path.name}: holds other data: expected {self.size} embedded transitions")
+        return data
+
+
+def _split(total: int, count: int) -> list[int]:
+    """Split a total into parts that differ by at most one."""
+    return [total * (k + 1) // count - total * k // count for k in range(count)]
 
 
 def behaviours_folder() -> Path:
@@ -190,31 +237,10 @@ def collect(
     """
     plan = prepare(task, size, seed, policy)
     if path is None:
-        return _transitions(plan, _gather(plan, progress, workers), "keep")
+        return plan.transitions(plan.gather(progress, workers), "keep")
     with alone(path, "collecting", say):
-        _write(plan, _gather(plan, progress, workers), path)
-        return _read(plan, path, "keep")
-
-
-def _transitions(plan: Plan, arrays: Arrays, time_limits: TimeLimits) -> Transitions:
-    about: dict[str, Any] = {"source": "embedded", "id": plan.id, "details": plan.details}
-    return Transitions.from_dict(arrays, **about, time_limits=time_limits)
-
-
-def _write(plan: Plan, arrays: Arrays, path: Path) -> None:
-    origin = json.dumps({"source": "embedded", "id": plan.id, "details": plan.details})
-    _, low, high, _ = spec_of(plan.task)
-    if (low != -1).any() or (high != 1).any():
-        arrays = arrays | {"actions": low + (arrays["actions"] + 1) * ((high - low) / 2)}
-    d4rl.write(path, arrays, {d4rl.ORIGIN: origin})
-
-
-def _read(plan: Plan, path: Path, time_limits: TimeLimits) -> Transitions:
-    _, low, high, _ = spec_of(plan.task)
-    data = d4rl.read(path, plan.id, action_low=low, action_high=high, time_limits=time_limits)
-    if data.provenance.source != "embedded" or (time_limits == "keep" and len(data) != plan.size):
-        raise DataError(f"{path.name}: holds other data: expected {plan.size} embedded transitions")
-    return data
+        plan.write(plan.gather(progress, workers), path)
+        return plan.read(path, "keep")
 
 
 def prepare(task: Task, size: int, seed: int, policy: Literal["random"] | None = None) -> Plan:
@@ -226,26 +252,37 @@ def prepare(task: Task, size: int, seed: int, policy: Literal["random"] | None =
     """
     if policy not in (None, "random"):
         raise ConfigError(f"policy={policy!r}: expected 'random', or None for the task's recipe")
-    name, kind = _recipe(task) if policy is None else ("", "random")
-    folder = behaviours_folder() / name
-    card = {"snapshots": []} if kind == "random" else _read_card(folder)
-    parts: list[Part] = []
-    for role in RECIPES[kind]:
-        snapshots = sorted((s for s in card["snapshots"] if s["role"] == role), key=lambda s: int(s["step"]))
-        if role != "random" and not snapshots:
-            raise DataError(f"{name}/card.json: no snapshot with the role '{role}': '{task.name}' needs one")
-        parts += [Part(role, each["step"], _read_snapshot(folder, each)) for each in snapshots]
-        parts += [Part(role, None, None)] if role == "random" else []
-    if size < len(parts):
-        raise DataError(
-            f"{task.name}: a size of {size}: expected at least {len(parts)}, one for each behaviour"
-        )
-    robotics = ("gymnasium-robotics",) if (task.id or "").startswith(ROBOTICS) else ()
+    # hopper-medium-replay-v2 is collected by hopper's behaviours, with the recipe medium-replay
+    wanted, kinds = task.dataset or task.name, "|".join(sorted(RECIPES, key=len, reverse=True))
+    match = re.fullmatch(rf"(.+?)-({kinds})(-v\d+)?", "any-random" if policy else wanted)
+    if match is None:
+        expected = f"expected NAME-KIND, KIND one of {', '.join(RECIPES)}"
+        raise DataError(f"no embedded recipe for '{wanted}': {expected}")
+    folder, kind = behaviours_folder() / match[1], match[2]
+    card: dict[str, Any] = {"snapshots": []} if kind == "random" else _read_card(folder)
     used = [snapshot for snapshot in card["snapshots"] if snapshot["role"] in RECIPES[kind]]
+    parts: dict[str, Behaviour | None] = {}
+    for role in RECIPES[kind]:
+        snapshots = sorted((s for s in used if s["role"] == role), key=lambda s: int(s["step"]))
+        if role == "random":
+            parts[role] = None
+        elif not snapshots:
+            where = f"{folder.name}/card.json"
+            raise DataError(f"{where}: no snapshot with the role '{role}': '{task.name}' needs one")
+        for snapshot in snapshots:
+            behaviour = Behaviour.read(folder / Path(snapshot["file"]).name)
+            if behaviour.sha256 != snapshot["sha256"]:
+                found, expected = behaviour.sha256[:12], snapshot["sha256"][:12]
+                raise DataError(f"{snapshot['file']}: its hash is {found}: card.json expected {expected}")
+            parts[f"{role} at step {snapshot['step']}"] = behaviour
+    if size < len(parts):
+        text = f"{task.name}: a size of {size}: expected at least {len(parts)}, one for each behaviour"
+        raise DataError(text)
+    robotics = ("gymnasium-robotics",) if (task.id or "").startswith(ROBOTICS) else ()
     details: dict[str, Any] = {
         "environment": task.id,
         "seed": seed,
-        "recipe": [part.role if part.step is None else f"{part.role} at step {part.step}" for part in parts],
+        "recipe": list(parts),
         "action_rule": ACTION_RULE if kind != "random" else "uniform in [-1, 1]",
         "versions": versions("gymnasium", *robotics, "mujoco", "numpy"),
         "behaviours": {key: value for key, value in card.items() if key != "snapshots"} | {"snapshots": used},
@@ -253,23 +290,10 @@ def prepare(task: Task, size: int, seed: int, policy: Literal["random"] | None =
     if task.env_options or task.reset_options:
         details["environment_options"] = task.env_options | task.reset_options
     id = task.name if policy is None else f"{task.name} with {policy} actions"
-    return Plan(task, id, size, seed, tuple(parts), details)
-
-
-def _recipe(task: Task) -> tuple[str, str]:
-    """The behaviours and the recipe that a dataset's name stands for: hopper and medium-replay."""
-    kinds = "|".join(sorted(RECIPES, key=len, reverse=True))
-    name = task.dataset or task.name
-    match = re.fullmatch(rf"(.+?)-({kinds})(-v\d+)?", name)
-    if match is None:
-        raise DataError(
-            f"no embedded recipe for '{name}': expected NAME-KIND, KIND one of {', '.join(RECIPES)}"
-        )
-    return match[1], match[2]
+    return Plan(task, id, size, seed, parts, details)
 
 
 def _read_card(folder: Path) -> dict[str, Any]:
-    where = f"{folder.name}/card.json"
     if not folder.is_dir():
         there = sorted(path.parent.name for path in folder.parent.glob("*/card.json"))
         hint = did_you_mean(folder.name, there) if there else "none are installed"
@@ -279,44 +303,6 @@ def _read_card(folder: Path) -> dict[str, Any]:
         for snapshot in card["snapshots"]:
             int(snapshot["step"]), str(snapshot["role"]), str(snapshot["file"]), str(snapshot["sha256"])
         return card
-    except OSError as error:
-        raise DataError(
-            f"{where}: can't be read ({error.strerror}): expected a card of behaviours"
-        ) from error
-    except (ValueError, TypeError, KeyError) as error:
-        raise DataError(
-            f"{where}: damaged ({error!r}): expected snapshots of step, role, file, sha256"
-        ) from error
-
-
-def _read_snapshot(folder: Path, snapshot: dict[str, Any]) -> Behaviour:
-    behaviour = Behaviour.read(folder / Path(snapshot["file"]).name)
-    if behaviour.sha256 != snapshot["sha256"]:
-        found, expected = behaviour.sha256[:12], snapshot["sha256"][:12]
-        raise DataError(f"{snapshot['file']}: its hash is {found}: card.json expected {expected}")
-    return behaviour
-
-
-def _split(total: int, count: int) -> list[int]:
-    """Split a total into parts that differ by at most one."""
-    return [total * (k + 1) // count - total * k // count for k in range(count)]
-
-
-def _gather(plan: Plan, progress: Progress | None, workers: int | None) -> Arrays:
-    """Collect all chunks and concatenate them in the order of the recipe."""
-    most = max(1, MOST_CHUNKS // len(plan.parts))
-    chunks: list[tuple[Behaviour | None, int]] = []
-    for part, size in zip(plan.parts, _split(plan.size, len(plan.parts)), strict=True):
-        count = min(max(1, size // CHUNK_STEPS), most)
-        chunks += [(part.behaviour, steps) for steps in _split(size, count)]
-    seeds = np.random.SeedSequence(plan.seed).spawn(len(chunks))
-    arguments = [(plan.task, *chunk, seed) for chunk, seed in zip(chunks, seeds, strict=True)]
-    # Made here as well, so that an environment that can't be made is an error of this process.
-    make_task_environment(plan.task).close()
-
-    def report(done: Sequence[int]) -> None:
-        if progress is not None:
-            progress(f"collect {plan.task.name}", sum(chunks[k][1] for k in done), plan.size)
-
-    parts = in_workers(rollout, arguments, workers, report)
-    return {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        reason = f"can't be read ({error!r}): expected snapshots of step, role, file, sha256"
+        raise DataError(f"{folder.name}/card.json: {reason}") from error

@@ -34,7 +34,7 @@ class File(Source):
 
     def locate(self, request: Request) -> Path | None:
         """See `Source`."""
-        return request.path
+        return Path(request.path) if request.path else None
 
     def fetch(self, request: Request) -> Path:
         """See `Source`."""

@@ -33,12 +33,12 @@ BAR = 40  # characters
 
 
 class Spread(NamedTuple):
-    """Lowest, highest, mean and standard deviation of each of W numbers over the transitions, [W] each."""
+    """Mean, standard deviation, lowest and highest of each of W numbers over the transitions, [W] each."""
 
-    low: Numbers
-    high: Numbers
     mean: Numbers
     std: Numbers
+    low: Numbers
+    high: Numbers
 
     @property
     def constant(self) -> list[int]:
@@ -65,7 +65,7 @@ class Inspection:
         actions: `Spread` of the A numbers of an action, in [-1, 1].
         rewards: `Spread` of the reward.
         at_bounds: fraction of the rows [A] in which an action is within 0.001 of -1 or 1.
-        duplicates: the number of rows that equal an earlier one in every number.
+        duplicates: the number of rows that equal an earlier one in every number, by hashes of 64 bits.
         findings: what the owner should know, one clause each.
     """
 
@@ -78,16 +78,35 @@ class Inspection:
         self.provenance = data.provenance
         self.episodes, self.terminated = int(ends.sum()), int(terminated.sum())
         self.truncated, self.unflagged = int(truncated.sum()), int(unflagged.sum())
-        complete = _complete(ends, flagged, self.provenance.episodes)
+        complete = flagged[ends]
+        if complete.sum() < self.provenance.episodes:
+            # The rows with the flags were dropped, or there were no `timeouts` and seams stand for them. Then
+            # only an episode cut by the end of the data is incomplete.
+            complete = np.arange(self.episodes) < max(self.provenance.episodes, self.episodes - 1)
         self.returns, self.lengths = returns_and_lengths(table[:, -2], ends, complete)
-        actions = slice(data.state_dim, data.state_dim + data.action_dim)
-        spread = _spread(table)
-        self.observations, self.actions, self.rewards = (
-            Spread(*(numbers[part] for numbers in spread))
-            for part in (slice(data.state_dim), actions, slice(-2, -1))
+
+        blocks = [table[part] for part in row_blocks(*table.shape)]
+        mean = np.sum([block.sum(0, dtype=np.float64) for block in blocks], 0) / len(table)
+        square = np.sum([((block - mean) ** 2).sum(0) for block in blocks], 0) / len(table)
+        low, high = np.min([x.min(0) for x in blocks], 0), np.max([x.max(0) for x in blocks], 0)
+        spread = (mean, np.sqrt(square), low.astype(np.float64), high.astype(np.float64))
+        self.observations, self.actions, _, self.rewards, _ = (
+            Spread(*parts)
+            for parts in zip(
+                *(
+                    np.split(x, np.cumsum([data.state_dim, data.action_dim, data.state_dim, 1]))
+                    for x in spread
+                ),
+                strict=True,
+            )
         )
-        self.at_bounds = np.count_nonzero(np.abs(table[:, actions]) >= 1 - AT_BOUND, axis=0) / len(table)
-        self.duplicates = _duplicates(table)
+        actions = table[:, data.state_dim : data.state_dim + data.action_dim]
+        self.at_bounds = np.count_nonzero(np.abs(actions) >= 1 - AT_BOUND, axis=0) / len(table)
+        odd = np.random.default_rng(0).integers(2**64, size=table.shape[1], dtype=np.uint64) | np.uint64(1)
+        # Mixed, since floats of few digits end in zeros, which would leave the hashes fewer than 64 bits.
+        mixed = (bits ^ (bits >> 16) for bits in (block.view(np.uint32) for block in blocks))
+        hashes = np.sort(np.concatenate([bits.astype(np.uint64) @ odd for bits in mixed]))
+        self.duplicates = int(np.count_nonzero(hashes[1:] == hashes[:-1]))
         seams, inside = int(unflagged[:-1].sum()), int((~flagged[:-1]).sum())
         self.findings = self._findings(len(table), seams, inside)
 
@@ -115,43 +134,6 @@ class Inspection:
         return findings
 
 
-def _complete(ends: NDArray[np.bool_], flagged: NDArray[np.bool_], count: int) -> NDArray[np.bool_]:
-    """Which of the episodes are complete: those that end with a flag.
-
-    The provenance may count more, if the rows with the flags were dropped or if there were no `timeouts` and
-    seams stand for them. Then only an episode cut by the end of the data is incomplete.
-    """
-    complete = flagged[ends]
-    if complete.sum() >= count:
-        return complete
-    return np.arange(len(complete)) < max(count, len(complete) - 1)
-
-
-def _spread(table: NDArray[np.float32]) -> Spread:
-    """The spread of each column, in float64."""
-    blocks = [table[part] for part in row_blocks(*table.shape)]
-    low = np.min([block.min(0) for block in blocks], 0).astype(np.float64)
-    high = np.max([block.max(0) for block in blocks], 0).astype(np.float64)
-    mean = np.sum([block.sum(0, dtype=np.float64) for block in blocks], 0) / len(table)
-    square = np.sum([((block - mean) ** 2).sum(0) for block in blocks], 0) / len(table)
-    return Spread(low, high, mean, np.sqrt(square))
-
-
-def _duplicates(table: NDArray[np.float32]) -> int:
-    """The number of rows that equal an earlier one, bit by bit.
-
-    Rows are sorted by a hash, their bits times random odd numbers summed modulo 2^64, and only neighbours
-    with the same hash are compared.
-    """
-    odd = np.random.default_rng(0).integers(2**64, size=table.shape[1], dtype=np.uint64) | np.uint64(1)
-    bits = table.view(np.uint32)
-    hashes = np.concatenate([bits[part].astype(np.uint64) @ odd for part in row_blocks(*bits.shape)])
-    order = np.argsort(hashes, kind="stable")
-    alike = np.flatnonzero(hashes[order[1:]] == hashes[order[:-1]])
-    parts = (alike[part] for part in row_blocks(len(alike), bits.shape[1]))
-    return sum(int((bits[order[part]] == bits[order[part + 1]]).all(1).sum()) for part in parts)
-
-
 def _numbered(name: str, which: Sequence[int]) -> str:
     """Name numbers by their indices, with runs in short: `observations 3, 27 to 110`."""
     runs = np.split(np.array(which), np.flatnonzero(np.diff(which) > 1) + 1)
@@ -159,8 +141,8 @@ def _numbered(name: str, which: Sequence[int]) -> str:
     return f"{name}{'' if len(which) == 1 else 's'} {', '.join(places)}"
 
 
-def describe(inspection: Inspection, task: Task | None = None) -> str:
-    """Put an inspection into lines of text; a task's references give the behaviour's score."""
+def describe(inspection: Inspection, task: Task) -> str:
+    """Put an inspection into lines of text; the task's references give the behaviour's score."""
     i, p = inspection, inspection.provenance
     lines = [p.line()]
     if p.file:
@@ -169,7 +151,7 @@ def describe(inspection: Inspection, task: Task | None = None) -> str:
         f"episodes   {i.episodes:,}: {i.terminated:,} terminated, {i.truncated:,} truncated, "
         f"{i.unflagged:,} without a flag; {p.episodes:,} complete"
     )
-    if task is not None and p.return_mean is not None:
+    if p.return_mean is not None:
         score = task.score(p.return_mean)
         lines.append(
             "score      none: there are no reference returns for these data"
@@ -177,48 +159,35 @@ def describe(inspection: Inspection, task: Task | None = None) -> str:
             else f"score      {score:.1f} is the behaviour's, by {task.benchmark}'s references: "
             f"0 is a return of {task.random_return:,.1f}, 100 of {task.expert_return:,.1f}"
         )
-        lines += [f"note       {task.note}"] if task.note else []
+    lines += [f"note       {task.note}"] if task.note else []
     if len(i.returns):
         low, mean, high = i.lengths.min(), i.lengths.mean(), i.lengths.max()
-        lines += [
-            "",
-            f"returns of {len(i.returns):,} complete episodes, lengths {low:,} to {high:,}, mean {mean:,.1f}",
-            *_histogram(i.returns),
-        ]
+        title = (
+            f"returns of {len(i.returns):,} complete episodes, lengths {low:,} to {high:,}, mean {mean:,.1f}"
+        )
+        lines += ["", title]
+        counts, edges = np.histogram(i.returns, bins=BINS if i.returns.min() < i.returns.max() else 1)
+        for left, right, count in zip(edges[:-1], edges[1:], counts, strict=True):
+            bar = "#" * -(-BAR * count // counts.max())
+            lines.append(f"{left:>12,.1f} to {right:>12,.1f}{count:>9,}  {bar}".rstrip())
     lines += ["", f"{'':14}{'mean':>12}{'std':>12}{'lowest':>12}{'highest':>12}{'at bounds':>12}"]
-    lines += [*_rows("reward", i.rewards), *_rows("action", i.actions, i.at_bounds)]
-    lines += _rows("observation", i.observations)
+    for name, spread in (("reward", i.rewards), ("action", i.actions), ("observation", i.observations)):
+        constant = spread.constant
+        for k in (k for k in range(len(spread.low)) if k not in constant):
+            label = f"{name} {k}" if len(spread.low) > 1 else name
+            fraction = f"{i.at_bounds[k]:>12.1%}" if name == "action" else ""
+            lines.append(f"{label:<14}{''.join(f'{numbers[k]:>12.4g}' for numbers in spread)}{fraction}")
+        lines += [f"{_numbered(name, constant)}: constant"] if constant else []
     return "\n".join([*lines, "", *([f"warning: {each}" for each in i.findings] or ["no findings"])])
 
 
-def _histogram(returns: Numbers) -> list[str]:
-    varied = returns.min() < returns.max()
-    counts, edges = np.histogram(returns, bins=BINS if varied else 1)
-    edges = edges if varied else returns[:1].repeat(2)
-    return [
-        f"{low:>12,.1f} to {high:>12,.1f}{count:>9,}  {'#' * -(-BAR * count // counts.max())}".rstrip()
-        for low, high, count in zip(edges[:-1].tolist(), edges[1:].tolist(), counts.tolist(), strict=True)
-    ]
-
-
-def _rows(name: str, spread: Spread, at_bounds: Numbers | None = None) -> list[str]:
-    """A row for each number that changes, and one for all that don't."""
-    constant, lines = spread.constant, []
-    for k in (k for k in range(len(spread.low)) if k not in constant):
-        label = f"{name} {k}" if len(spread.low) > 1 else name
-        cells = (f"{numbers[k]:>12.4g}" for numbers in (spread.mean, spread.std, spread.low, spread.high))
-        fraction = "" if at_bounds is None else f"{at_bounds[k]:>12.1%}"
-        lines.append(f"{label:<14}{''.join(cells)}{fraction}")
-    return [*lines, f"{_numbered(name, constant)}: constant"] if constant else lines
-
-
-def picture(inspection: Inspection, path: str | os.PathLike[str], task: Task | None = None) -> Path:
+def picture(inspection: Inspection, path: str | os.PathLike[str], task: Task) -> Path:
     """Draw returns, lengths and actions.
 
     Args:
         inspection: of the dataset.
         path: the PNG file, replaced if it exists.
-        task: whose references give the behaviour's score; None if there is none.
+        task: whose references give the behaviour's score.
 
     Raises:
         DataError: it can't be written.
@@ -228,21 +197,15 @@ def picture(inspection: Inspection, path: str | os.PathLike[str], task: Task | N
     i, p, path = inspection, inspection.provenance, Path(path)
     figure = Figure(figsize=(11, 3.6), layout="constrained")
     returns, lengths, actions = figure.subplots(1, 3)
-    for axes, values, title in (
-        (returns, i.returns, f"returns of {len(i.returns):,} complete episodes"),
-        (lengths, i.lengths, "their lengths in steps"),
-    ):
-        if len(values):
-            axes.hist(values, bins=30, color="C0")
-        else:
-            axes.text(0.5, 0.5, "no episode is complete", ha="center", transform=axes.transAxes)
-        axes.set(title=title, ylabel="episodes")
+    returns.set(title=f"returns of {len(i.returns):,} complete episodes", ylabel="episodes")
+    lengths.set(title="their lengths in steps", ylabel="episodes")
+    for axes, values in ((returns, i.returns), (lengths, i.lengths)):
+        axes.hist(values, bins=30)
         axes.ticklabel_format(useOffset=False)
     if p.return_mean is not None:
-        label = f"mean {p.return_mean:,.1f}"
-        if task is not None and (score := task.score(p.return_mean)) is not None:
-            label += f", score {score:.1f} ({task.benchmark}'s references)"
-        returns.axvline(p.return_mean, color="C1", label=label)
+        score = task.score(p.return_mean)
+        scored = "" if score is None else f", score {score:.1f} ({task.benchmark}'s references)"
+        returns.axvline(p.return_mean, color="C1", label=f"mean {p.return_mean:,.1f}{scored}")
         returns.legend(fontsize=8)
     places = np.arange(len(i.at_bounds))
     actions.errorbar(places, i.actions.mean, i.actions.std, fmt="o", color="C0", label="mean ± std")

@@ -32,7 +32,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import AfterValidator, Field, Json, TypeAdapter, ValidationError
 
-from cpql.data.d4rl import Origin, array_of, object_of, origin, refuse_bomb
+from cpql.data.d4rl import array_of, object_of, origin, refuse_bomb
 from cpql.data.transitions import TimeLimits, Transitions
 from cpql.environments import action_bounds, make_environment
 from cpql.errors import ConfigError, DataError
@@ -200,18 +200,15 @@ def read(where: Where, task: Task | None = None, *, time_limits: TimeLimits = "k
             low, high = action_bounds(made)
     else:
         raise DataError(f"{about.dataset_id}: neither 'action_space' nor 'env_spec' in {METADATA}")
-    known = Origin("minari", about.dataset_id, {"environment": environment and environment.id})
+    known: dict[str, Any] = {
+        "source": "minari",
+        "id": about.dataset_id,
+        "details": {"environment": environment and environment.id},
+    }
     if about.cpql_origin is not None:
         known = origin(about.cpql_origin, f"{folder.parent.name}/data/{METADATA}")
-    return Transitions.from_dict(
-        arrays,
-        **known._asdict(),
-        file=ARRAYS,
-        sha256=sha256,
-        time_limits=time_limits,
-        action_low=low,
-        action_high=high,
-    )
+    known |= {"file": ARRAYS, "sha256": sha256, "time_limits": time_limits}
+    return Transitions.from_dict(arrays, action_low=low, action_high=high, **known)
 
 
 def _arrays(

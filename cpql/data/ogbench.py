@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cpql.data.d4rl import ORIGIN, Origin, npz, origin
+from cpql.data.d4rl import ORIGIN, npz, origin
 from cpql.data.download import fetch, verify_recorded
 from cpql.data.request import AnotherDatasetError, Request, Source
 from cpql.data.transitions import Transitions
@@ -77,7 +77,7 @@ class OGBench(Source):
             raise AnotherDatasetError(
                 f"{path.name}: carries '{ORIGIN}', as cpql's own files do: expected OGBench's {id}"
             )
-        data = _transitions(path, arrays, request, Origin("ogbench", id, {}))
+        data = _transitions(path, arrays, request, {"source": "ogbench", "id": id})
         verify_recorded(path, data.provenance.sha256)
         return data
 
@@ -100,7 +100,7 @@ def read(path: Path, request: Request) -> Transitions:
     return _transitions(path, arrays, request, found)
 
 
-def _arrays(path: Path) -> tuple[dict[str, NDArray[Any]], Origin | None]:
+def _arrays(path: Path) -> tuple[dict[str, NDArray[Any]], dict[str, Any] | None]:
     """The arrays of a file in OGBench's layout, and its origin if cpql wrote it."""
     arrays = npz(path, "OGBench's", KEYS)
     for key in NEEDED:
@@ -127,7 +127,9 @@ def _check(path: Path, id: str) -> None:
         raise AnotherDatasetError(f"{path.name}: cpql's own: expected OGBench's {id}")
 
 
-def _transitions(path: Path, arrays: dict[str, NDArray[Any]], request: Request, about: Origin) -> Transitions:
+def _transitions(
+    path: Path, arrays: dict[str, NDArray[Any]], request: Request, about: dict[str, Any]
+) -> Transitions:
     task = request.task if request.task.id else load_task(request.task.name)
     last = arrays["terminals"].astype(np.bool_)
     kept = ~last
@@ -144,7 +146,7 @@ def _transitions(path: Path, arrays: dict[str, NDArray[Any]], request: Request, 
             # A row with both flags would count as truncated; OGBench doesn't bootstrap from it.
             "timeouts": last[1:][kept[:-1]] & ~terminated,
         },
-        **about._asdict(),
+        **about,
         file=path.name,
         sha256=sha256_of(path),
         **request.reading,

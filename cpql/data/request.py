@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +29,7 @@ class Request:
     Attributes:
         task: the task whose dataset it is.
         id: the id of another dataset than the task's own; None for the task's own.
-        path: a file or folder of the user's; only for the source `file`.
+        path: a file in D4RL's layout, HDF5 or NPZ, or the folder of a Minari dataset; for the source `file`.
         size: number of transitions to collect, for sources that collect.
         seed: of the collection.
         time_limits: see `cpql.data.transitions.Reading`.
@@ -38,7 +39,7 @@ class Request:
 
     task: Task
     id: str | None = None
-    path: Path | None = None
+    path: str | os.PathLike[str] | None = None
     size: int = 1_000_000
     seed: int = 0
     time_limits: TimeLimits = "keep"

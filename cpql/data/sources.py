@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Sequence
+from typing import Any
 
 from cpql.data import inspection
 from cpql.data.d4rl import D4RL
@@ -14,9 +14,8 @@ from cpql.data.minari import Minari
 from cpql.data.ogbench import OGBench
 from cpql.data.regenerated import Regenerated
 from cpql.data.request import AnotherDatasetError, Request, Source
-from cpql.data.transitions import TimeLimits, Transitions
+from cpql.data.transitions import Transitions
 from cpql.errors import ConfigError, DataError, did_you_mean
-from cpql.io import Progress
 from cpql.tasks import Task
 
 __all__ = ["AUTO", "SOURCES", "Request", "Source", "check_source", "load"]
@@ -41,32 +40,17 @@ def check_source(name: str) -> None:
         raise ConfigError(f"no dataset source '{name}': {did_you_mean(name, ('auto', *SOURCES))}")
 
 
-def load(
-    task: Task,
-    *,
-    source: str = "auto",
-    path: str | None = None,
-    id: str | None = None,
-    size: int,
-    seed: int = 0,
-    time_limits: TimeLimits = "keep",
-    progress: Progress | None = None,
-    say: Callable[[str], None] = print,
-) -> tuple[Task, Transitions]:
+def load(task: Task, *, source: str = "auto", **options: Any) -> tuple[Task, Transitions]:
     """Load a task's dataset, on the CPU.
 
     Args:
         task: the task whose dataset it is.
         source: a name in `SOURCES`, used strictly; "auto" tries D4RL, then embedded, or OGBench, then
             regenerated, with a warning that gives the reason.
-        path: a file in D4RL's layout, HDF5 or NPZ, or the folder of a Minari dataset; overrides `source`.
-        id: the id of another dataset than the task's own, of D4RL or Minari; embedded data never replace it.
-        size: number of transitions to collect, for the embedded source.
-        seed: of the collection.
-        time_limits: "drop" leaves out the rows at a time limit, as `d4rl.qlearning_dataset` does.
-        progress: called during a download or a collection.
-        say: takes a line for the user: a warning if embedded data replace D4RL's, and one for each finding of
-            `cpql.data.inspection` in data that cpql didn't collect itself.
+        **options: the other fields of `Request`. A `path` overrides `source`; with an `id` "auto" tries the
+            first of the two alone, as the second replaces the task's own dataset only. `say` takes a warning
+            if it does, and one for each finding of `cpql.data.inspection` in data that cpql didn't collect
+            itself.
 
     Returns:
         The task of the data (a Minari dataset names its own environment and references), and the data, with
@@ -77,28 +61,27 @@ def load(
         DataError: the data aren't available, or aren't valid.
     """
     check_source(source)
-    if path is None and id is None and not task.datasets:
+    request = Request(task, **options)
+    if not (request.path or request.id or task.datasets):
         raise DataError(
             f"{task.name} has no dataset: expected mode=online, a task that has one, such as hopper-medium, "
             "or dataset.path=FILE"
         )
-    names: tuple[str, ...] = (source if path is None else "file",)
-    if names == ("auto",):
-        # Embedded data replace the task's own dataset only.
-        both = next((names for names in AUTO if names[0] in task.datasets), AUTO[0])
-        names = both if id is None else both[:1]
-    request = Request(task, id, Path(path) if path else None, size, seed, time_limits, progress, say)
+    both = next((pair for pair in AUTO if pair[0] in task.datasets), AUTO[0])
+    auto = both if request.id is None else both[:1]
+    names = ("file",) if request.path else auto if source == "auto" else (source,)
     request, data = _first(names, request)
     if request.spec is not None:
         data.validate_for(*request.spec.widths)
     if data.provenance.source != "embedded":
         for finding in inspection.Inspection(data).findings:
-            say(f"warning: {data.provenance.name}: {finding}")
+            request.say(f"warning: {data.provenance.name}: {finding}")
     return without_foreign_references(request.task, data), data
 
 
-def _first(names: tuple[str, ...], request: Request) -> tuple[Request, Transitions]:
+def _first(names: Sequence[str], request: Request) -> tuple[Request, Transitions]:
     """Read from the first source that has the data; a later one gives the reason in a warning."""
+    task = request.task
     reasons: list[DataError] = []
     for name in names:
         source = SOURCES[name]
@@ -106,20 +89,23 @@ def _first(names: tuple[str, ...], request: Request) -> tuple[Request, Transitio
             path = source.locate(request)
             if reasons:
                 request.say(
-                    f"warning: {request.task.name} is {source.description}, not "
-                    f"{SOURCES[names[0]].description} {request.task.dataset}, because {reasons[0]}"
+                    f"warning: {task.name} is {source.description}, not {SOURCES[names[0]].description} "
+                    f"{task.dataset}, because {reasons[0]}"
                 )
-            data = path or source.fetch(request)
+            found = path or source.fetch(request)
         except DataError as error:
             reasons.append(error)
             continue
-        if isinstance(data, Path):
-            path, task = data, source.task(data, request)
-            if task is not request.task:  # else the request knows the environment already
-                request = dataclasses.replace(request, task=task)
+        if isinstance(found, Transitions):
+            data = found
+        else:
+            if (
+                own := source.task(found, request)
+            ) is not task:  # else the request knows the environment already
+                request = dataclasses.replace(request, task=own)
             _ = request.spec  # raises before anything is read if the environment can't be made
             try:
-                data = source.read(path, request)
+                data = source.read(found, request)
             except AnotherDatasetError as error:
                 reasons.append(error)
                 continue
@@ -129,4 +115,4 @@ def _first(names: tuple[str, ...], request: Request) -> tuple[Request, Transitio
         return request, data
     if len(reasons) == 1:
         raise reasons[0]
-    raise DataError(f"no data for {request.task.name}: {'; and '.join(map(str, reasons))}") from reasons[-1]
+    raise DataError(f"no data for {task.name}: {'; and '.join(map(str, reasons))}") from reasons[-1]

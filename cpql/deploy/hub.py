@@ -5,19 +5,20 @@ Nothing else in cpql imports huggingface_hub, the extra `cpql[hub]`; the card ne
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import textwrap
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import yaml
 from pydantic_core import from_json
 
 from cpql.deploy.config import PolicyConfig
 from cpql.deploy.summary import summary
-from cpql.errors import CheckpointError, ConfigError
+from cpql.errors import CheckpointError, ConfigError, brief
 
 __all__ = [
     "PREFIX",
@@ -25,7 +26,6 @@ __all__ = [
     "download",
     "find_result",
     "is_id",
-    "one_line",
     "read_object",
     "read_result",
     "upload",
@@ -34,18 +34,10 @@ __all__ = [
 PREFIX = "hf://"
 MOST_JSON_BYTES = 4 << 20
 
-T = TypeVar("T")
-
 
 def is_id(name: str) -> bool:
     """Whether a name has the form of a repository's, `owner/name`."""
     return re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) is not None
-
-
-def one_line(error: Exception) -> str:
-    """An error's message in one line of at most 500 characters; it may quote a stranger's file."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 500 else f"{text[:500]}..."
 
 
 def read_object(path: Path, what: str) -> dict[str, Any]:
@@ -61,40 +53,38 @@ def read_object(path: Path, what: str) -> dict[str, Any]:
             raise ValueError(f"expected an object, found {type(found).__name__}")
         return found
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: no readable {what}: {one_line(error)}") from error
+        raise CheckpointError(f"{path}: no readable {what}: {brief(error)}") from error
 
 
 def find_result(folder: Path, origin: Mapping[str, Any]) -> dict[str, Any] | None:
     """The result in a policy's folder or in its run's folder; None if there is none of this very policy."""
     folder = folder.resolve()
     for place in (folder, *folder.parents[2:3]):  # run/checkpoints/step_00005000/policy
-        path = place / "result.json"
-        if path.is_file() and not _difference(result := read_object(path, "result"), origin):
-            return result
+        with contextlib.suppress(CheckpointError):
+            return read_result(place / "result.json", origin)
     return None
 
 
 def read_result(path: Path, origin: Mapping[str, Any]) -> dict[str, Any]:
     """Read a result as a run or `scripts/evaluate.py` writes it; CheckpointError for another policy's."""
     result = read_object(path, "result")
-    if difference := _difference(result, origin):
-        raise CheckpointError(f"{path}: is another policy's: {difference}")
-    return result
-
-
-def _difference(result: dict[str, Any], origin: Mapping[str, Any]) -> str:
-    """What tells the policy that a result belongs to from the one of this origin; empty for the same one."""
     own = result.get("policy")  # in the results of scripts/evaluate.py
     if not isinstance(own, dict):
         own = result | {"seed": result.get("training_seed")}
-    for key in ("agent", "step", "seed"):
-        if own.get(key) != origin.get(key):
-            return f"expected {key} {origin.get(key)}, found {own.get(key)}"
-    expected, found = (
-        data.get("sha256") if isinstance(data := each.get("data"), Mapping) else None
-        for each in (origin, own)
-    )
-    return "" if found == expected else f"expected dataset's sha256 {expected}, found {found}"
+    found = _identity(own)
+    for key, expected in _identity(origin).items():
+        if found[key] != expected:
+            raise CheckpointError(
+                f"{path}: is another policy's: expected {key} {expected}, found {found[key]}"
+            )
+    return result
+
+
+def _identity(origin: Mapping[str, Any]) -> dict[str, Any]:
+    """What tells one policy's provenance from another's."""
+    data = origin.get("data")
+    sha256 = data.get("sha256") if isinstance(data, Mapping) else None
+    return {**{key: origin.get(key) for key in ("agent", "step", "seed")}, "dataset's sha256": sha256}
 
 
 CARD = """\
@@ -159,7 +149,7 @@ def card(config: PolicyConfig, steps: int, result: Mapping[str, Any] | None, nam
             head["model-index"] = [{"name": f"{agent}-{task.name}", "results": [_entry(result)]}]
         except (KeyError, TypeError, ValueError, AttributeError) as error:  # JSON of another form
             raise CheckpointError(
-                f"the policy's result is damaged, or of another version of cpql: {one_line(error)}"
+                f"the policy's result is damaged, or of another version of cpql: {brief(error)}"
             ) from error
         files = "`result.json` has the return of every episode.\n"
     texts = {"front": _yaml(head), "evaluation": evaluation, "origin": _block(_yaml(about))}
@@ -198,30 +188,27 @@ def download(name: str) -> Path:
     if not is_id(id) or (revision and not re.fullmatch(r"(?!.*\.\.)\w[\w./-]*", revision)):
         raise CheckpointError(f"{name}: expected {PREFIX}owner/name or {PREFIX}owner/name@revision")
     files = ["config.json", "model.safetensors", "result.json"]
-    return _ask(
-        name, lambda hub: Path(hub.snapshot_download(id, revision=revision or None, allow_patterns=files))
-    )
+    with _client(name) as hub:
+        return Path(hub.snapshot_download(id, revision=revision or None, allow_patterns=files))
 
 
 def upload(folder: Path, id: str, *, private: bool | None, token: str | None, message: str) -> str:
     """Upload a folder's files, see `Policy.push_to_hub`."""
-
-    def act(hub: Any) -> str:
+    with _client(PREFIX + id) as hub:
         api = hub.HfApi(token=token)
         url = api.create_repo(id, private=private, exist_ok=True)
         api.upload_folder(repo_id=url.repo_id, folder_path=folder, commit_message=message)
         return str(url)
 
-    return _ask(PREFIX + id, act)
 
-
-def _ask(name: str, act: Callable[[Any], T]) -> T:
-    """Call the Hub's client, which raises many kinds of errors."""
+@contextlib.contextmanager
+def _client(name: str) -> Iterator[Any]:
+    """The Hub's client, which raises many kinds of errors."""
     try:
         import huggingface_hub
     except ImportError:
         raise ConfigError("the Hugging Face Hub needs a package: pip install 'cpql[hub]'") from None
     try:
-        return act(huggingface_hub)
+        yield huggingface_hub
     except Exception as error:
-        raise CheckpointError(f"{name}: {one_line(error)}") from error
+        raise CheckpointError(f"{name}: {brief(error)}") from error

@@ -9,7 +9,7 @@ import tempfile
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -25,7 +25,7 @@ from cpql.deploy.config import PolicyConfig
 from cpql.deploy.fold import fold
 from cpql.deploy.folded import LARGEST, FoldedPolicy
 from cpql.device import choose_device
-from cpql.errors import CheckpointError, ConfigError
+from cpql.errors import CheckpointError, ConfigError, brief
 from cpql.io import aside
 from cpql.migration import upgrade
 from cpql.settings import build
@@ -179,7 +179,10 @@ class Policy:
     def _write(self, folder: Path, **others: str) -> None:
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise CheckpointError(f"{folder}: expected a new folder or an empty one, found something in it")
-        weights = _joined(self.actor, self.critic).state_dict()
+        modules = (
+            {"actor": self.actor} if self.critic is None else {"actor": self.actor, "critic": self.critic}
+        )
+        weights = nn.ModuleDict(modules).state_dict()
         model = packed({name: tensor.contiguous() for name, tensor in weights.items()})
         head = {"format": FORMAT, "sha256": hashlib.sha256(model).hexdigest()}
         others["config.json"] = json.dumps({**head, **asdict(self.config)}, indent=2, allow_nan=False) + "\n"
@@ -283,54 +286,45 @@ class Policy:
         content = hub.read_object(about, "policy")
         if content.pop("format", None) != FORMAT:
             raise CheckpointError(f"{about}: not a policy of format {FORMAT}")
-        at, sha256 = folder, content.pop("sha256", None)  # older policies have none
+        sha256 = content.pop("sha256", None)  # older policies have none
         try:
             config = build(PolicyConfig, upgrade(content), str(about))
             with torch.device("meta"):  # shapes alone
-                actor = ACTORS[config.actor.kind](config.state_dim, config.action_dim, config.actor)
-                critic = None
-                if config.critic_hidden:
-                    critic = TwinCritic(
-                        config.state_dim,
-                        config.action_dim,
-                        config.critic_hidden,
-                        layer_norm=config.critic_layer_norm,
-                        activation=config.critic_activation,
-                    )
-            modules = _joined(actor, critic)
-            size = model.stat().st_size
-            most = sum(4 * each.numel() for each in modules.parameters()) + MOST_HEADER_BYTES
-            if size > most:
-                raise CheckpointError(
-                    f"{model}: size mismatch: expected at most {most:,} bytes, by config.json, found {size:,}"
-                )
-            at, weights = model, model.read_bytes()
+                modules = _modules(config)
+        except Exception as error:
+            raise CheckpointError(f"{folder}: no readable policy: {brief(error)}") from error
+        try:
+            size, most = model.stat().st_size, sum(4 * each.numel() for each in modules.parameters())
+            if size > most + MOST_HEADER_BYTES:
+                raise ValueError(f"size mismatch: expected {most:,} bytes, by config.json, found {size:,}")
+            weights = model.read_bytes()
             actual = hashlib.sha256(weights).hexdigest()
-            modules.load_state_dict(unpacked(weights), assign=True)
             if sha256 not in (None, actual):
-                raise CheckpointError(
-                    f"{model}: damaged, or another policy's: expected SHA-256 {str(sha256)[:64]}, by "
-                    f"config.json, found {actual}"
+                raise ValueError(
+                    f"damaged, or another policy's: expected SHA-256 {str(sha256)[:64]}, by config.json, "
+                    f"found {actual}"
                 )
+            modules.load_state_dict(unpacked(weights), assign=True)
             for name, tensor in modules.state_dict().items():
                 if tensor.dtype != torch.float32 or not (tensor.abs() <= LARGEST).all():
-                    raise CheckpointError(
-                        f"{model}: {name}: expected finite float32 of at most {LARGEST:g}, found others"
-                    )
-            modules.to(device)
+                    raise ValueError(f"{name}: expected finite float32 of at most {LARGEST:g}, found others")
+            actor, critic = (cast(Any, each) for each in (*modules.to(device).values(), None)[:2])
             fold(actor, None, config).check()
-            policy = cls(actor, critic, config)
-        except CheckpointError:
-            raise
         except Exception as error:
-            raise CheckpointError(f"{at}: no readable policy: {hub.one_line(error)}") from error
+            raise CheckpointError(f"{model}: no readable policy: {brief(error)}") from error
+        policy = cls(actor, critic, config)
         policy.folder = folder
         return policy
 
 
-def _joined(actor: Actor, critic: TwinCritic | None) -> nn.ModuleDict:
-    """Both networks under the names that they have in the weights' file."""
-    return nn.ModuleDict({"actor": actor} if critic is None else {"actor": actor, "critic": critic})
+def _modules(config: PolicyConfig) -> nn.ModuleDict:
+    """Both networks, or one, under the names that they have in the weights' file."""
+    dims = config.state_dim, config.action_dim
+    modules = nn.ModuleDict({"actor": ACTORS[config.actor.kind](*dims, config.actor)})
+    if config.critic_hidden:
+        norm, activation = config.critic_layer_norm, config.critic_activation
+        modules["critic"] = TwinCritic(*dims, config.critic_hidden, layer_norm=norm, activation=activation)
+    return modules
 
 
 def find_policy(name: str | Path) -> Path:

@@ -23,9 +23,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from cpql.deploy.hub import one_line
 from cpql.deploy.policy import Policy, find_policy
-from cpql.errors import CheckpointError
+from cpql.errors import CheckpointError, brief
 from cpql.io import aside, aside_of, flush_folder, sha256_of
 
 __all__ = [
@@ -134,7 +133,7 @@ def load_training(folder: Path, step: int) -> tuple[dict[str, Tensor], dict[str,
             raise ValueError(f"state.json: expected step {step} and SHA-256 {digest}, found {found}")
         return load_file(path / "state.safetensors"), state
     except Exception as error:
-        raise CheckpointError(f"{path}: no readable training state: {one_line(error)}") from error
+        raise CheckpointError(f"{path}: no readable training state: {brief(error)}") from error
 
 
 def find_training(path: str | Path) -> tuple[Path, int]:

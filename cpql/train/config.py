@@ -212,15 +212,14 @@ def group_agent_config(configs: Sequence[TrainConfig]) -> tuple[type[Agent], Age
     """
     chosen = [agent_config(config) for config in configs]
     kind, first = chosen[0]
-    rest = vars(configs[0]).keys() - set(OWN)
+    rates = {name: getattr(first, name) for name in kind.by_member}
+    own = {name: getattr(configs[0], name) for name in OWN}
     for config, (other, settings) in zip(configs, chosen, strict=True):
-        same = {name: getattr(first, name) for name in kind.by_member}
-        if other is not kind or replace(settings, **same) != first:
+        if other is not kind or replace(settings, **rates) != first or replace(config, **own) != configs[0]:
             raise ConfigError(
-                f"members may differ in {', '.join(kind.by_member)}, not in other settings of the agent"
+                f"members may differ in seed, run_dir and the agent's {', '.join(kind.by_member)}, "
+                "not in other settings"
             )
-        if any(getattr(config, name) != getattr(configs[0], name) for name in rest):
-            raise ConfigError("members may differ in seed, run_dir and by member, not in other settings")
-    every = {name: tuple(getattr(settings, name) for _, settings in chosen) for name in kind.by_member}
-    differing: dict[str, Any] = {name: values for name, values in every.items() if len(set(values)) > 1}
+    every = {name: tuple(getattr(settings, name) for _, settings in chosen) for name in rates}
+    differing: dict[str, Any] = {name: values for name, values in every.items() if len({*values}) > 1}
     return kind, replace(first, **differing)

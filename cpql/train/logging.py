@@ -228,7 +228,7 @@ def progress_bars(console: Console) -> Iterator[io.Progress]:
             if title not in bars:
                 bars[title] = stack.enter_context(closing(Bar(console, title, total)))
             bars[title].update(done)
-            if done >= total:
+            if 0 < total <= done:  # a total of 0 is unknown
                 bars.pop(title).close()
 
         yield show

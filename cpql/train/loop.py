@@ -106,7 +106,7 @@ def _load(runs: Sequence[Run], console: Console) -> Members:
             "expected agent.lr_decay=none"
         )
     seeds = [run.config.seed for run in runs]
-    task, source = load_source(config, seeds, device, console, settings)
+    source = load_source(config, seeds, device, console, settings)
     agent = kind(
         source.state_dim,
         source.action_dim,
@@ -120,7 +120,7 @@ def _load(runs: Sequence[Run], console: Console) -> Members:
             f"budget.log_every={config.budget.log_every}: expected a multiple of {agent.cycle}, as not every "
             f"update of {agent.name} has all metrics"
         )
-    return Members(runs, task, agent, source, console)
+    return Members(runs, agent, source, console)
 
 
 def _run_to_end(members: Members) -> list[dict[str, Any]]:

@@ -19,7 +19,6 @@ from cpql.deploy.policy import Policy
 from cpql.environments import spec_of
 from cpql.errors import CheckpointError, CpqlError, Interrupted
 from cpql.io import versions
-from cpql.tasks import Task
 from cpql.train.checkpoint import find_training, load_training
 from cpql.train.logging import say
 from cpql.train.runs import Run
@@ -80,7 +79,6 @@ class Members:
 
     Args:
         runs: one for each member.
-        task: as the source has it.
         agent: with a member axis if there are several runs.
         source: what they learn from.
         console: for progress and warnings.
@@ -92,17 +90,15 @@ class Members:
         CheckpointError: the checkpoints can't be read, or are another training's.
     """
 
-    def __init__(
-        self, runs: Sequence[Run], task: Task, agent: Agent, source: Source, console: Console
-    ) -> None:
+    def __init__(self, runs: Sequence[Run], agent: Agent, source: Source, console: Console) -> None:
         self.runs, self.agent, self.source, self.console = runs, agent, source, console
-        self.config = replace(runs[0].config, env=task)
+        self.config = replace(runs[0].config, env=source.task)
         self.generators = [torch.Generator(source.device).manual_seed(run.config.seed) for run in runs]
         self.means = Means(agent.members)
         self.diverged: dict[int, CpqlError] = {}
         self.bounds = ((-1.0,) * agent.action_dim, (1.0,) * agent.action_dim)
-        if task.id is not None:
-            spec = spec_of(task)
+        if source.task.id is not None:
+            spec = spec_of(source.task)
             self.bounds = tuple(spec.action_low.tolist()), tuple(spec.action_high.tolist())
         self.step = self.saved = self._restore()
         # A run that starts from another one's checkpoint counts from 0; its agent counts on.

@@ -96,8 +96,8 @@ class Source:
 
 def load_source(
     config: TrainConfig, seeds: Sequence[int], device: torch.device, console: Console, agent: AgentConfig
-) -> tuple[Task, Source]:
-    """Load the task as its data have it, and what the members learn from.
+) -> Source:
+    """Load what the members learn from; its task is the one of the settings as the data have it.
 
     Args:
         config: of the training.
@@ -117,7 +117,7 @@ def load_source(
         for key, default in vars(DatasetConfig()).items():
             if key in ("reward", "normalise_observations", "n_step") and getattr(d, key) != default:
                 raise ConfigError(f"dataset.{key}={getattr(d, key)}: expected {default} without a dataset")
-        return config.env, Source(config.env, online, seeds, device)
+        return Source(config.env, online, seeds, device)
     with progress_bars(console) as progress:
         task, data = cpql.data.load(
             config.env,
@@ -144,4 +144,4 @@ def load_source(
             data = transforms.n_step(data, d.n_step, agent.discount)
     elif d.n_step != 1:
         raise ConfigError(f"dataset.n_step={d.n_step}: an agent that acts meanwhile learns from single steps")
-    return task, Source(task, online, seeds, device, data.to(device), rule)
+    return Source(task, online, seeds, device, data.to(device), rule)
