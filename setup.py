@@ -34,7 +34,7 @@ setup(
     install_requires=[
         "torch>=2.6",
         "numpy>=1.26",
-        "scipy>=1.11",
+        "scipy>=1.15",
         "gymnasium[mujoco]>=1.0",
         "h5py>=3.10",
         "filelock>=3.24",
@@ -73,6 +73,7 @@ setup(
             "cpql-evaluate=cpql.cli:evaluate",
             "cpql-export=cpql.cli:export",
             "cpql-data=cpql.data_cli:main",
+            "cpql-results=cpql.results_cli:main",
         ],
     },
 )

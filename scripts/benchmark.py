@@ -76,6 +76,10 @@ COMMANDS: dict[str, tuple[str, dict[str, Any]]] = {
             "seconds": 2.0,
         },
     ),
+    "parity": (
+        "the papers' own updates beside ours in float64, from the same checkouts",
+        {"cpql": Path, "cac": Path, "widths": [16, 256]},
+    ),
     "objectives": (
         "scores, diversity and Q bias of finished runs, by objective, beside those measured before",
         {"runs": [Path]},

@@ -20,8 +20,8 @@ FLOORS = (
     ("agents",),
     ("deploy",),
     ("train",),
-    ("interop",),
-    ("configuration", "cli", "data_cli"),
+    ("experiments", "interop"),
+    ("configuration", "cli", "data_cli", "results_cli"),
 )
 LONGEST = 400
 

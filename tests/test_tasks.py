@@ -386,16 +386,18 @@ def test_every_task_with_every_agent(composed: Composed) -> None:
 
 
 @pytest.mark.parametrize(
-    ("agent", "settings", "online"),
+    ("agent", "updates", "settings", "online"),
     [
-        ("cpql_online", {"alpha": 0.05, "q_loss": "normalised", "candidates": 1}, OnlineConfig()),
+        ("cpql_online", 1_000_000, {"alpha": 0.05, "q_loss": "normalised", "candidates": 1}, OnlineConfig()),
         (
             "cpql_online_published",
+            990_000,
             {"alpha": 0.05, "q_loss": "min", "critic_layer_norm": False, "candidates": 50},
             OnlineConfig(start_steps=10_000, candidates=50, time_limits="terminal"),
         ),
         (
             "consistency_ac_online_published",
+            250_000,
             {"alpha": 0.0, "actor_lr": 1e-5, "max_grad_norm": 1.0, "q_normalisation": False},
             OnlineConfig(
                 environments=2, start_steps=0, updates_per_step=0.125, candidates=50, epsilon=1.0,
@@ -405,14 +407,14 @@ def test_every_task_with_every_agent(composed: Composed) -> None:
     ],
 )  # fmt: skip
 def test_what_is_published_for_learning_online(
-    agent: str, settings: dict[str, Any], online: OnlineConfig
+    agent: str, updates: int, settings: dict[str, Any], online: OnlineConfig
 ) -> None:
     configuration.register()
     with initialize_config_dir(str(config_folder()), version_base="1.3"):
         words = ["mode=online", "env=walker2d-medium", f"agent={agent}", "configuration=x"]
         config = built(compose("train", words))
     assert config.online == online and config.env.id == "Walker2d-v4"
-    assert config.budget.updates == (250_000 if online.environments == 2 else 1_000_000)
+    assert config.budget.updates == updates
     _, found = agent_config(config)
     assert {key: getattr(found, key) for key in settings} == settings
 

@@ -261,7 +261,7 @@ def test_what_is_done_to_the_data_reaches_the_agent_and_the_policy(dataset: Path
     # Whole triples of an episode of 20; the file's rewards, normalised, discounted.
     with h5py.File(dataset) as file:
         raw, states = file["rewards"][:], file["observations"][:]
-    r = (raw - raw.mean()) / raw.std()
+    r = (raw - raw.mean()) / raw.std(ddof=1)
     np.testing.assert_allclose(
         data.rewards[:3], [r[i] + 0.9 * r[i + 1] + 0.81 * r[i + 2] for i in range(3)], rtol=1e-4
     )

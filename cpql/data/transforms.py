@@ -39,7 +39,7 @@ RewardRule = Literal[
 
 REWARD_RULES: dict[str, tuple[float, float] | None] = {
     "none": (0.0, 1.0),
-    "normalize": None,  # (r - mean r) / std r, over all transitions
+    "normalize": None,  # (r - mean r) / std r, over all transitions, std of a sample
     "antmaze": (0.25, 2.0),
     "cql_antmaze": (0.5, 4.0),
     "iql_antmaze": (1.0, 1.0),

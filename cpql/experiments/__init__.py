@@ -1,0 +1,1 @@
+"""Finished runs beside one another: what their folders hold, and statistics over tasks and seeds."""
