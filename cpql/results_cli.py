@@ -187,9 +187,7 @@ def _notes(
         notes.append(
             f"scored by {text}" + ("" if len(conditions) == 1 else f": {', '.join(dict.fromkeys(where))}")
         )
-    notes.append(
-        "settings: how many of the configuration the given runs of the task have, this one among them"
-    )
+    notes.append("settings: the number of settings of the configuration among the given runs of the task")
     if any(len(row.runs) == 1 for row in found):
         notes.append("an interval needs two seeds of every task")
     return notes

@@ -33,7 +33,6 @@ from cpql.agents import (
     TargetConfig,
     TD3BCConfig,
 )
-from cpql.data import transforms
 from cpql.data.transitions import Transitions
 
 torch.set_num_threads(1)
@@ -133,13 +132,10 @@ def make_agent(request: pytest.FixtureRequest) -> Callable[..., Agent]:
 
 @pytest.fixture
 def data() -> Transitions:
-    """500 random transitions of a 4-wide observation and a 2-wide action, with episodes of 25 steps.
-
-    They have next actions, which the agents that don't need them ignore.
-    """
+    """500 random transitions of a 4-wide observation and a 2-wide action, with episodes of 25 steps."""
     random = np.random.default_rng(0)
     ends = np.arange(1, 501) % 25 == 0
-    transitions = Transitions.from_dict(
+    return Transitions.from_dict(
         {
             "observations": random.normal(size=(500, 4)),
             "actions": random.uniform(-1, 1, size=(500, 2)),
@@ -149,4 +145,3 @@ def data() -> Transitions:
             "timeouts": ends & (np.arange(500) >= 250),
         }
     )
-    return transforms.next_actions(transitions)

@@ -27,12 +27,19 @@ from cpql.agents import (
     TD3BCConfig,
 )
 from cpql.critics import Critic
+from cpql.data import transforms
 from cpql.data.transitions import Batch, Transitions
 from cpql.errors import ConfigError
 from cpql.noise import Noise
 from cpql.optimisation import value_and_grad
 
 Maker = Callable[..., Agent]
+
+
+@pytest.fixture(name="data")
+def with_next_actions(data: Transitions) -> Transitions:
+    """The data with next actions, which the agents that don't need them ignore."""
+    return transforms.next_actions(data)
 
 
 def run(agent: Agent, data: Transitions, updates: int, seed: int = 0) -> list[dict[str, float]]:

@@ -499,7 +499,7 @@ def test_download_says_file_size_and_checksum(
     assert (output.code, output.out) == (1, line)
     error, progress = output.err.splitlines()
     assert re.fullmatch(r"error hopper_expert-v2\.hdf5 can't be downloaded from .* by hand", error)
-    assert progress.startswith(f"download {path.name} {len(served):,}/{len(served):,}  ")
+    assert progress.startswith(f"download {path.name} {len(served):,}/{len(served):,}")
     assert path.read_bytes() == served
     monkeypatch.setenv("CPQL_D4RL_MIRROR", NOWHERE)
     assert data("download", "hopper-medium") == Output(0, line, "")

@@ -257,19 +257,20 @@ def test_a_numpy_file_that_is_none_of_ours(tmp_path: Path) -> None:
 
 
 def test_numpy_files_of_older_and_newer_versions(policy: Policy, tmp_path: Path) -> None:
-    """Format 1 knew consistency actors and Mish alone, and named neither."""
+    """Format 1 knew consistency actors, Mish and LayerNorm before it alone, and named none of them."""
     policy.candidates = C
     path = export(policy, tmp_path / "policy.npz", "numpy").path
     with np.load(path) as archive:
         arrays = dict(archive)
     head = json.loads(str(arrays.pop("head")))
-    assert head.pop("format") == 2 and head.pop("activations") == {"actor": "mish", "critic": "mish"}
+    assert head.pop("format") == 3 and head.pop("activations") == {"actor": "mish", "critic": "mish"}
+    assert head.pop("draws") == len(head["steps"]) and head.pop("norm_after") is False
     np.savez(path, head=np.array(json.dumps({"format": 1, **head})), **arrays)
     given_to = given(policy, 50)
     np.testing.assert_allclose(runner(path)(given_to)["action"], expected(policy, given_to), atol=5e-5)
-    np.savez(path, head=np.array(json.dumps({"format": 3, **head})), **arrays)
+    np.savez(path, head=np.array(json.dumps({"format": 4, **head})), **arrays)
     with pytest.raises(
-        ValueError, match=r"policy\.npz: not an exported policy: format: expected 1 or 2, found 3"
+        ValueError, match=r"policy\.npz: not an exported policy: format: expected 1 to 3, found 4"
     ):
         folded.load(path)
 

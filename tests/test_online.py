@@ -218,6 +218,8 @@ def test_settings_that_make_no_sense(settings: dict[str, Any], message: str) -> 
 
 
 def test_every_agent_learns_from_its_own_experience(make_agent: Maker) -> None:
+    if "critic" not in make_agent().state:
+        pytest.skip("it has no critic, and isn't trained online")
     agent = make_agent(candidates=2)
     experience = Source(TASK, OnlineConfig(start_steps=20, candidates=2), [0], CPU)
     generator = torch.Generator().manual_seed(0)
@@ -236,6 +238,9 @@ def test_a_member_explores_as_it_would_alone() -> None:
         agent = agent_of(seed)
         for batch in batches:
             for found, expected in zip(batch, alone.batch(agent, [generator]), strict=True):
+                if found is None or expected is None:  # next actions
+                    assert found is expected
+                    continue
                 torch.testing.assert_close(found[member], expected, rtol=1e-4, atol=1e-4)
 
 

@@ -243,10 +243,10 @@ def test_what_a_buffer_must_hold() -> None:
         transitions(made(line, spaces.Discrete(2)))
     with pytest.raises(DataError, match="mine: an episode's last observation isn't kept"):
         transitions(made(line, torque, optimize_memory_usage=True, handle_timeout_termination=False), "mine")
-    with pytest.raises(DataError, match="'observations' has 0 rows"):
+    with pytest.raises(DataError, match=r"'observations' has shape \[0, 3\]: expected \[N, S\]"):
         transitions(made(line, torque))
     for space, action, message in (
-        (image, 0.5, r"'observations' has shape \[1, 3, 8, 8\]: expected \[rows, width\]"),
+        (image, 0.5, r"'observations' has shape \[1, 3, 8, 8\]: expected \[N, S\]"),
         (line, 1.7, "'actions'"),  # filled by hand, with the environment's torques
     ):
         buffer = made(space, torque)

@@ -24,7 +24,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from cpql import cli, configuration, data_cli
 from cpql.actors.consistency import ActorConfig, ConsistencyActor
-from cpql.agents import AGENTS
+from cpql.agents import AGENTS, ActorCriticConfig
 from cpql.cli import EvaluateConfig, ExportConfig
 from cpql.critics import TwinCritic
 from cpql.data import d4rl
@@ -265,6 +265,7 @@ def test_a_quick_budget_chooses_a_preset(
         content = compose("train", [*words, "configuration=x"])
     (config,) = configuration.members(content, [word.partition("=")[0] for word in words])
     _, agent = agent_config(config)
+    assert isinstance(agent, ActorCriticConfig)
     assert (agent.actor_lr, agent.critic_target.rate) == (actor_lr, rate)
     assert getattr(agent, "eta_warmup", None) == eta_warmup
 

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from omegaconf import DictConfig, open_dict
 
 from cpql import configuration
-from cpql.agents import CPQLConfig, TargetConfig
+from cpql.agents import ActorCriticConfig, ConsistencyACConfig, CPQLConfig, TargetConfig
 from cpql.environments import make_environment
 from cpql.errors import ConfigError
 from cpql.tasks import Task, config_folder, expand, load_task, task_names, task_patterns
@@ -502,12 +502,14 @@ def test_sampling_levels(agent: str, env: str, refinements: tuple[float, ...], c
 
 def test_the_rest_of_a_published_agent(composed: Composed) -> None:
     _, settings = agent_config(composed("hopper-medium", "consistency_ac_published"))
+    assert isinstance(settings, ConsistencyACConfig)
+    assert isinstance(settings, ActorCriticConfig)
     assert settings.actor.objective_options == {"weight": "interval", "scale": 100.0, "s1": 149}
-    assert getattr(settings, "curriculum_restarts") == 40  # noqa: B009
+    assert settings.curriculum_restarts == 40
     assert settings.candidates == 50
     assert settings.actor_target == TargetConfig(0.005, period=5, start=1001)
     _, settings = agent_config(composed("hopper-medium", "cpql"))
-    assert settings.candidates == 1
+    assert isinstance(settings, CPQLConfig) and settings.candidates == 1
     limits = {agent: composed("hopper-medium", agent).dataset.time_limits for agent in AGENTS}
     assert {agent for agent, rule in limits.items() if rule == "drop"} == {
         agent for agent in AGENTS if agent.endswith("published")

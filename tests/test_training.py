@@ -21,7 +21,7 @@ import yaml
 from rich.console import Console
 from trainings import AGENTS, Killed, die, everything, run, run_group, settings, write_dataset
 
-from cpql.agents import TD3BC
+from cpql.agents import TD3BC, CPQLConfig
 from cpql.data import d4rl
 from cpql.deploy.policy import Policy
 from cpql.deploy.summary import summary
@@ -255,7 +255,7 @@ def test_policy_of_a_run(dataset: Path, tmp_path: Path) -> None:
 def test_what_is_done_to_the_data_reaches_the_agent_and_the_policy(dataset: Path, tmp_path: Path) -> None:
     chosen = DatasetConfig(path=str(dataset), reward="normalize", normalise_observations=True, n_step=3)
     config = settings(dataset, tmp_path / "run", dataset=chosen)
-    source = load_source(config, [0], torch.device("cpu"), Console(file=StringIO()), 0.9)
+    source = load_source(config, [0], torch.device("cpu"), Console(file=StringIO()), CPQLConfig(discount=0.9))
     assert source.data is not None
     data = source.data
     # Whole triples of an episode of 20; the file's rewards, normalised, discounted.

@@ -15,7 +15,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cpql.data.transitions import Transitions
+from cpql.data.transitions import Batch, Transitions
 from cpql.errors import DataError
 
 
@@ -309,14 +309,15 @@ def test_samples_are_rows_of_the_data(members: tuple[int, ...]) -> None:
     assert batch.observations.shape == (*members, 64, 1) and batch.actions.shape == (*members, 64, 2)
     assert batch.rewards.shape == batch.discounts.shape == (*members, 64)
     assert batch.next_actions is None
-    assert all(torch.equal(a, b) for a, b in zip(batch[:-1], again[:-1], strict=True))
+    for column in Batch._fields[:-1]:
+        assert torch.equal(getattr(batch, column), getattr(again, column)), column
     alone = data.sample(64, torch.Generator().manual_seed(1))
     assert torch.equal(batch.rewards[0] if members else batch.rewards, alone.rewards)
     # In the drawing the reward is the row's number.
     rows = batch.rewards.long()
     assert set(rows.flatten().tolist()) == set(range(8))
-    for column, drawn in zip((data.observations, data.actions, data.rewards), batch, strict=False):
-        assert torch.equal(column[rows], drawn)
+    for column in ("observations", "actions", "rewards"):
+        assert torch.equal(getattr(data, column)[rows], getattr(batch, column)), column
     assert torch.equal(data.next_observations[rows], batch.next_observations)
     assert torch.equal(1.0 - data.terminated[rows].float(), batch.discounts)
 

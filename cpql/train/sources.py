@@ -111,6 +111,8 @@ def load_source(
         DataError: there are no such data, or they aren't valid.
     """
     d, online = config.dataset, config.online
+    if online is not None and not isinstance(agent, ActorCriticConfig):
+        raise ConfigError("mode: expected offline for an agent without a critic, which only imitates")
     if online is not None and agent.next_actions:
         raise ConfigError("agent.critic_penalty: expected 0 while acting, as the paper has it online")
     if online is not None and not online.offline_fraction:

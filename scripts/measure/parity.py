@@ -95,7 +95,7 @@ def settings(case: Case) -> tuple[type[Agent], AgentConfig]:
         words.append(f"agent.curriculum_restarts={UPDATES / CURRICULUM}")
     configuration.register()
     with initialize_config_dir(str(config_folder()), version_base="1.3"):
-        ((config, _),) = configuration.members(compose("train", words), [])
+        (config,) = configuration.members(compose("train", words), [])
     return agent_config(config)
 
 
@@ -119,10 +119,10 @@ def inputs(agent: Agent) -> Iterator[tuple[Batch, dict[str, Tensor]]]:
 
     for _ in range(UPDATES):
         states, actions, next_states = normal(STATE_DIM), normal(ACTION_DIM).tanh(), normal(STATE_DIM)
-        batch = Batch(states, actions, normal(), next_states, (normal() < 1.0).float())
+        columns = (states, actions, normal(), next_states, (normal() < 1.0).float())
         noise = agent.draw(generator).items()
         floats = {name: one.double() if one.is_floating_point() else one for name, one in noise}
-        yield Batch(*(column.double() for column in batch)), floats
+        yield Batch(*(column.double() for column in columns)), floats
 
 
 def ours(case: Case, width: int) -> Found:
@@ -177,8 +177,9 @@ def fed(agent: Agent, case: Case) -> Iterator[Callable[[int], Any]]:
         return high - 1 - n if "main.py" in case.table else n  # CPQL's levels descend
 
     def sample(_: int) -> Any:
-        states, actions, rewards, next_states, going_on = next(batches)
-        rewards, going_on = rewards.unsqueeze(-1), going_on.unsqueeze(-1)
+        batch = next(batches)
+        states, actions, next_states = batch.observations, batch.actions, batch.next_observations
+        rewards, going_on = batch.rewards.unsqueeze(-1), batch.discounts.unsqueeze(-1)
         if case.table != CAC_ONLINE:
             return states, actions, next_states, rewards, going_on
         return SimpleNamespace(

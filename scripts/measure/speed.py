@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from torch.utils.flop_counter import FlopCounterMode
 
-from cpql.agents import CPQL, Agent, AgentConfig, ConsistencyAC, ConsistencyACConfig, CPQLConfig
+from cpql.agents import CPQL, ActorCriticConfig, Agent, ConsistencyAC, ConsistencyACConfig, CPQLConfig
 from cpql.data.transitions import Transitions
 from measure.turns import rates
 
@@ -25,7 +25,7 @@ __all__ = ["ACTION_DIM", "ROWS", "STATE_DIM", "Cell", "arrays", "speed", "update
 STATE_DIM, ACTION_DIM = 11, 3  # Hopper's
 ROWS = 50_000
 
-KINDS: dict[str, tuple[type[Agent], AgentConfig]] = {
+KINDS: dict[str, tuple[type[Agent], ActorCriticConfig]] = {
     "cpql": (CPQL, CPQLConfig()),
     "cpiql": (CPQL, CPQLConfig(critic="expectile")),
     "consistency_ac": (ConsistencyAC, ConsistencyACConfig()),
