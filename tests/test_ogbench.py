@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 import cpql.data
 from cpql.actors import ActorConfig, ConsistencyActor
-from cpql.data import ogbench, oracles, regenerated
+from cpql.data import files, ogbench, oracles, regenerated
 from cpql.data.oracles import Recipe
 from cpql.data.request import Request
 from cpql.data.sources import SOURCES
@@ -291,6 +291,23 @@ def test_a_damaged_file_is_refused_in_one_line(changed: Any, message: str, folde
     with pytest.raises(DataError, match=message) as error:
         cpql.data.load(task, source="ogbench", size=1)
     assert "\n" not in str(error.value) and "pointmaze-medium-navigate-v0.npz" in str(error.value)
+
+
+def test_images_are_refused_before_they_are_downloaded(folder: Path) -> None:
+    id = "visual-cube-single-play-v0"
+    with pytest.raises(DataError, match=f"^{id}: its observations are images: expected numbers in one axis$"):
+        cpql.data.load(load_task("pointmaze-medium-navigate"), source="ogbench", id=id, size=1)
+
+
+def test_a_file_of_ones_own_has_the_rewards_of_the_task(folder: Path) -> None:
+    task = load_task("pointmaze-medium-navigate")
+    path = keep(task, folder).rename(folder / "mine.npz")
+    _, data = cpql.data.load(task, path=path, size=1)
+    assert (data.provenance.source, data.provenance.file) == ("file", "mine.npz") and data.terminated.any()
+    with pytest.raises(DataError, match=r"mine.npz: has no rewards: expected env to name the task"):
+        files.read(path)
+    written = files.write(data, folder / "as-d4rls.npz")
+    assert np.array_equal(files.read(written).table, data.table)
 
 
 def test_the_rewards_need_a_single_task(folder: Path) -> None:

@@ -195,7 +195,8 @@ class Agent:
         self, actor: Tensor, batch: Batch, noise: Noise, progress: Tensor
     ) -> tuple[Tensor, Metrics]:
         """The actor's own loss on the data, mean over the batch; a consistency actor's target teaches it."""
-        state, options, config = batch.observations, dict[str, Any](), self.config.actor
+        state, config = batch.observations, self.config.actor
+        options: dict[str, Any] = {}
         if isinstance(config, ActorConfig):
 
             def network(x: Tensor, *times: Tensor) -> Tensor:

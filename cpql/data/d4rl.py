@@ -202,9 +202,9 @@ def origin(text: str, name: str) -> dict[str, Any]:
 def origin_of(provenance: Provenance) -> dict[str, str]:
     """`ORIGIN` to write into a file, as JSON: of data from cpql or Minari; nothing for any other data.
 
-    A copy of D4RL's data gets none: anyone could have changed it, so that it isn't D4RL's any more.
+    A copy of D4RL's or OGBench's data gets none: anyone could have changed it, so that it is theirs no more.
     """
-    if provenance.source in ("d4rl", "file", "dict"):
+    if provenance.source in ("d4rl", "ogbench", "file", "dict"):
         return {}
     return {ORIGIN: json.dumps({key: getattr(provenance, key) for key in ("source", "id", "details")})}
 

@@ -1,7 +1,8 @@
 """A user's own dataset in one of three forms: D4RL's HDF5, NPZ with D4RL's keys, a Minari folder.
 
 HDF5 and NPZ files keep actions in the environment's bounds, which the caller gives; a Minari folder names its
-own. `cpql.data.d4rl` and `cpql.data.minari` describe their forms.
+own. `cpql.data.d4rl` and `cpql.data.minari` describe their forms. NPZ files in OGBench's layout
+are read too.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import h5py  # type: ignore[import-untyped]
 import numpy as np
 from numpy.typing import ArrayLike
 
-from cpql.data import d4rl, minari
+from cpql.data import d4rl, minari, ogbench
 from cpql.data.d4rl import ENDINGS, form
 from cpql.data.request import Request, Source
 from cpql.data.transitions import Reading, Transitions
@@ -58,7 +59,8 @@ def read(
         path: of the dataset.
         id: for the provenance, by default the file's name without its ending. A Minari folder, or a file that
             cpql collected or converted, names its own.
-        task: its `observation` selects the arrays where a Minari dataset's observations are dicts.
+        task: its `observation` selects the arrays where a Minari dataset's observations are dicts; the
+            rewards of a file in OGBench's layout are of this task.
         **reading: see `Reading`; for a Minari folder only `time_limits` is used.
 
     Raises:
@@ -67,6 +69,8 @@ def read(
     path = Path(path)
     if path.is_dir():
         return minari.read(path, task, time_limits=reading.get("time_limits", "keep"))
+    if ogbench.fits(path):
+        return ogbench.read(path, task, id or path.stem, **reading)
     return d4rl.read(path, id or path.stem, **reading)
 
 

@@ -10,8 +10,9 @@ knows.
 from __future__ import annotations
 
 import os
+import zipfile
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,13 +20,13 @@ from numpy.typing import NDArray
 from cpql.data.d4rl import ORIGIN, npz, origin
 from cpql.data.download import fetch, verify_recorded
 from cpql.data.request import AnotherDatasetError, Request, Source
-from cpql.data.transitions import Transitions
+from cpql.data.transitions import Reading, Transitions
 from cpql.environments import make_task_environment
 from cpql.errors import ConfigError, DataError
 from cpql.io import sha256_of, user_folder
-from cpql.tasks import Task, load_task
+from cpql.tasks import Task, load_task, task_names
 
-__all__ = ["OGBench", "cache_folder", "read", "relabel"]
+__all__ = ["OGBench", "cache_folder", "fits", "read", "relabel"]
 
 HOST = "https://rail.eecs.berkeley.edu/datasets/ogbench/"
 # A copy that OGBench's authors name (OGBench issue 49).
@@ -58,6 +59,8 @@ class OGBench(Source):
             raise DataError(
                 f"{request.task.name}: OGBench has no counterpart: expected dataset.id to name one"
             )
+        if entry["id"].startswith(("visual-", "powderworld-")):
+            raise DataError(f"{entry['id']}: its observations are images: expected numbers in one axis")
         _ = request.spec  # raises before the download if the environment can't be made
         name = f"{entry['id']}.npz"
         own = [f"{folder.rstrip('/')}/" for folder in os.environ.get("CPQL_OGBENCH_MIRROR", "").split()]
@@ -72,12 +75,11 @@ class OGBench(Source):
     def read(self, path: Path, request: Request) -> Transitions:
         """See `Source`."""
         id = request.about("ogbench")["id"]
-        arrays, found = _arrays(path)
-        if found is not None:
+        data = read(path, request.task, id, source="ogbench", **request.reading)
+        if data.provenance.source != "ogbench":
             raise AnotherDatasetError(
                 f"{path.name}: carries '{ORIGIN}', as cpql's own files do: expected OGBench's {id}"
             )
-        data = _transitions(path, arrays, request, {"source": "ogbench", "id": id})
         verify_recorded(path, data.provenance.sha256)
         return data
 
@@ -87,17 +89,51 @@ def cache_folder() -> Path:
     return user_folder("OGBENCH_DATASET_DIR", "~/.ogbench/data")
 
 
-def read(path: Path, request: Request) -> Transitions:
-    """Read and check a file in OGBench's layout that cpql wrote, with the rewards of a request's task.
+def fits(path: Path) -> bool:
+    """Whether a file is in OGBench's layout rather than D4RL's."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return "qpos.npy" in archive.namelist()
+    except (OSError, zipfile.BadZipFile):
+        return False
+
+
+def read(
+    path: Path, task: Task | None, id: str, *, source: str = "file", **reading: Unpack[Reading]
+) -> Transitions:
+    """Read and check a file in OGBench's layout, with the rewards of a task.
+
+    The origin in a file that cpql wrote overrides `source` and `id`.
 
     Raises:
-        DataError: it isn't such a file, or is damaged.
+        DataError: it isn't such a file, is damaged, or there is no task.
         ConfigError: the task isn't one of OGBench's single tasks, or its environment can't be made.
     """
     arrays, found = _arrays(path)
-    if found is None:
-        raise AnotherDatasetError(f"{path.name}: no '{ORIGIN}': expected a file that cpql wrote")
-    return _transitions(path, arrays, request, found)
+    if task is not None and task.id is None and task.name in task_names():
+        task = load_task(task.name)  # its goal is needed even where nothing is to be evaluated
+    if task is None or task.id is None:
+        raise DataError(f"{path.name}: has no rewards: expected env to name the task that they are to be of")
+    last = arrays["terminals"].astype(np.bool_)
+    kept = ~last
+    rewards, terminated = relabel(task, {key: arrays[key][kept] for key in STATE if key in arrays})
+    observations = arrays["observations"]
+    about = found or {"source": source, "id": id}
+    return Transitions.from_dict(
+        {
+            "observations": observations[kept],
+            "actions": arrays["actions"][kept],
+            "next_observations": observations[1:][kept[:-1]],
+            "rewards": rewards,
+            "terminals": terminated,
+            # A row with both flags would count as truncated; OGBench doesn't bootstrap from it.
+            "timeouts": last[1:][kept[:-1]] & ~terminated,
+        },
+        **about,
+        file=path.name,
+        sha256=sha256_of(path),
+        **reading,
+    )
 
 
 def _arrays(path: Path) -> tuple[dict[str, NDArray[Any]], dict[str, Any] | None]:
@@ -125,32 +161,6 @@ def _check(path: Path, id: str) -> None:
     _, found = _arrays(path)
     if found is not None:
         raise AnotherDatasetError(f"{path.name}: cpql's own: expected OGBench's {id}")
-
-
-def _transitions(
-    path: Path, arrays: dict[str, NDArray[Any]], request: Request, about: dict[str, Any]
-) -> Transitions:
-    task = request.task if request.task.id else load_task(request.task.name)
-    last = arrays["terminals"].astype(np.bool_)
-    kept = ~last
-    state = {key: arrays[key][kept] for key in STATE if key in arrays}
-    rewards, terminated = relabel(task, state)
-    observations = arrays["observations"]
-    return Transitions.from_dict(
-        {
-            "observations": observations[kept],
-            "actions": arrays["actions"][kept],
-            "next_observations": observations[1:][kept[:-1]],
-            "rewards": rewards,
-            "terminals": terminated,
-            # A row with both flags would count as truncated; OGBench doesn't bootstrap from it.
-            "timeouts": last[1:][kept[:-1]] & ~terminated,
-        },
-        **about,
-        file=path.name,
-        sha256=sha256_of(path),
-        **request.reading,
-    )
 
 
 def relabel(task: Task, state: dict[str, NDArray[Any]]) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:

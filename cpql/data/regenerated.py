@@ -104,8 +104,9 @@ class Regenerated(Source):
 
     def read(self, path: Path, request: Request) -> Transitions:
         """See `Source`."""
-        data = ogbench.read(path, request)
-        found, id = data.provenance, prepare(request).id
+        id = prepare(request).id
+        data = ogbench.read(path, request.task, id, **request.reading)
+        found = data.provenance
         if (found.source, found.id) != (SOURCE, id):
             raise DataError(f"{path.name}: holds {found.id}, {found.source}: expected {id}, {SOURCE}")
         return data

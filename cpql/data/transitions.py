@@ -133,7 +133,7 @@ class Provenance:
     """Where a dataset came from and what it holds.
 
     Attributes:
-        source: "d4rl", "minari", "embedded", "file", "dict" or "stable-baselines3".
+        source: "d4rl", "minari", "ogbench", "embedded", "regenerated", "file", "dict" or "stable-baselines3".
         id: the dataset's id, `hopper-medium-v2`.
         file: the file's name, without the folder.
         sha256: of the file.
