@@ -395,7 +395,9 @@ def test_swapping_the_task_is_composing_with_it(composed: Composed) -> None:
 @pytest.mark.slow
 def test_every_task_with_every_agent(composed: Composed) -> None:
     assert sorted(AGENTS) == configuration.choices("agent")
-    for env, agent in itertools.product(task_names(), AGENTS):
+    # OGBench's tasks of one environment differ in their goals alone.
+    names = [name for name in task_names() if "-task" not in name]
+    for env, agent in itertools.product(names, AGENTS):
         config = composed(env, agent)
         assert config.env == load_task(env)
         _, settings = agent_config(config)
