@@ -251,7 +251,8 @@ def _drop_inapplicable(agent: dict[str, Any], overrides: list[str]) -> None:
         presets = (cast(DictConfig, OmegaConf.load(file)) for file in (config_folder() / "preset").iterdir())
         fields = kind.config_class.__dataclass_fields__.keys()
         drop(agent, "agent", {str(key) for preset in presets for key in preset} - fields)
-    if actor := ACTORS.get(str(agent["actor"].get("kind"))):
+    actor = ACTORS.get(str(agent["actor"].get("kind"))) if isinstance(agent["actor"], dict) else None
+    if actor:
         drop(agent["actor"], "agent.actor", agent["actor"].keys() - actor.config_class.__dataclass_fields__)
     options = "agent.actor.objective_options"
     if "agent.actor.objective" in overrides and options not in overrides:

@@ -98,9 +98,9 @@ def test_numpy_and_onnx_agree_with_the_module(policy: Policy, tmp_path: Path) ->
     target = expected(policy, observations, noise)
     assert np.ptp(target, axis=0).min() > 0.5  # actions differ, or agreeing would be easy
     actor = policy.folded
-    np.testing.assert_allclose(actor.scale(actor.sample(observations, noise)), target, atol=2e-5)
+    np.testing.assert_allclose(actor.scale(actor.sample(observations, noise)), target, atol=5e-5)
     one = actor.scale(actor.sample(observations[3], noise[:, 3]))
-    np.testing.assert_allclose(one, target[3], atol=2e-5)
+    np.testing.assert_allclose(one, target[3], atol=5e-5)
     path = export(policy, tmp_path / "actor.onnx").path
     assert [file.name for file in tmp_path.iterdir()] == ["actor.onnx"]
     session = onnxruntime.InferenceSession(path)
@@ -109,7 +109,7 @@ def test_numpy_and_onnx_agree_with_the_module(policy: Policy, tmp_path: Path) ->
     for count in (1, 7, 10_000):
         given = dict(zip(names, (observations[:count], noise[:, :count]), strict=False))
         # of actions ten wide
-        np.testing.assert_allclose(session.run(["action"], given)[0], target[:count], atol=2e-5)
+        np.testing.assert_allclose(session.run(["action"], given)[0], target[:count], atol=5e-5)
 
 
 def test_one_observation_gets_the_same_action_as_a_batch(policy: Policy) -> None:
@@ -120,7 +120,7 @@ def test_one_observation_gets_the_same_action_as_a_batch(policy: Policy) -> None
         single = [policy.predict(o, deterministic=deterministic)[0] for o in observations]
         policy.seed(4)
         batch = [policy.predict(o[None], deterministic=deterministic)[0][0] for o in observations]
-        np.testing.assert_allclose(single, batch, atol=2e-5)
+        np.testing.assert_allclose(single, batch, atol=5e-5)
         assert single[0].dtype == batch[0].dtype == np.float32 and single[0].shape == (2,)
 
 
@@ -176,7 +176,7 @@ def test_ranked_candidates_are_those_of_the_modules(actor: str, layer_norm: bool
                 ).numpy()
             policy.seed(3)
             actions, _ = policy.predict(observations[:count], deterministic=deterministic)
-            same = np.isclose(actions, LOW + (unit + 1) / 2 * (HIGH - LOW), rtol=0, atol=2e-5).all(1)
+            same = np.isclose(actions, LOW + (unit + 1) / 2 * (HIGH - LOW), rtol=0, atol=5e-5).all(1)
             assert (~same).sum() <= count // 50, "but for two candidates that are worth the same to rounding"
 
 
