@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
+import absl.logging
 import numpy as np
 import pytest
 import torch
@@ -36,6 +38,10 @@ from cpql.agents import (
 from cpql.data.transitions import Transitions
 
 torch.set_num_threads(1)
+
+# OGBench's logger writes to what sys.stderr was when it was made, and closes that when Hydra resets logging,
+# unless it is the process's own: here it would be pytest's.
+absl.logging.get_absl_handler().python_handler.stream = sys.__stderr__
 
 SMALL = {"hidden": (32, 32)}
 
