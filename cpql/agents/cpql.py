@@ -71,8 +71,11 @@ class CPQL(GenerativeAgent):
 
     def networks(self, members: tuple[int, ...]) -> dict[str, nn.Module]:
         """A consistency actor, twin critics and CPIQL's V."""
-        critic = self.new_critic(members, self.has_value, self.config.value_layer_norm)
-        return {"actor": self.new_actor(ConsistencyActor, members), "critic": critic}
+        actor = self.new_actor(ConsistencyActor, members)
+        return {
+            "actor": actor,
+            "critic": self.new_critic(members, self.has_value, self.config.value_layer_norm),
+        }
 
     def critic_loss(self, critic: Tensor, batch: Batch, noise: Noise) -> tuple[Tensor, Metrics]:
         """Squared Bellman error of both critics, and CPIQL's expectile loss."""
