@@ -646,7 +646,7 @@ def test_help_names_every_task_in_a_few_lines(tmp_path: Path) -> None:
     text = run("--help", "env=pen-human", "agent=consistency_ac", folder=tmp_path)
     start = text.index("env      ")
     lines = text[start : text.index("agent    ")].split()[1:]
-    assert lines == task_patterns() and len(lines) == 6
+    assert lines == task_patterns() and len(lines) == 11
     named = []
     for line in lines:  # as a shell would expand the braces
         lists = [part.split(",") for part in re.findall(r"\{(.*?)\}", line)]

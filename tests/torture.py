@@ -300,6 +300,9 @@ def contents(folder: Path) -> dict[str, bytes]:
             found[name] = b"folder"
         elif path.name == "timing.csv":
             found[name] = ",".join(column(path, "step")).encode()
+        elif path.name == "config.yaml":  # names the run's folder
+            lines = path.read_bytes().splitlines()
+            found[name] = b"\n".join(line for line in lines if not line.startswith(b"run_dir:"))
         else:
             found[name] = path.read_bytes()
     return found
