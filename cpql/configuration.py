@@ -10,7 +10,7 @@ from typing import Any, cast
 
 import yaml
 from hydra import compose, initialize_config_dir
-from hydra.core.config_store import ConfigStore
+from hydra.core.config_store import ConfigNode, ConfigStore
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
@@ -31,11 +31,20 @@ __all__ = ["check_words", "choices", "members", "register"]
 GROUPS = ("mode", "env", "agent", "preset", "dataset", "budget")
 
 
-class _Shared(dict[str, Any]):
-    """A group of Hydra's store that isn't copied with it: Hydra's 75 copies for a --help take seconds."""
+class _Tasks(dict[str, Any]):
+    """Hydra's group of tasks, hundreds of which one is chosen: each is made then.
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Shared:
+    It isn't copied with Hydra's store: the 75 copies for a --help take seconds.
+    """
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Tasks:
         return self
+
+    def __getitem__(self, file: str) -> ConfigNode:
+        node = asdict(load_task(file.removesuffix(".yaml")))
+        if node["id"] is None:  # any environment, and called by its id
+            node["name"] = "${env.id}"
+        return ConfigNode(file, OmegaConf.create(node), "env", None, None)
 
 
 def register(**commands: Any) -> None:
@@ -45,12 +54,7 @@ def register(**commands: Any) -> None:
         **commands: dataclasses with all settings of a command, for `/schema/NAME`.
     """
     store = ConfigStore.instance()
-    store.repo["env"] = _Shared()
-    for name in task_names():
-        node = asdict(load_task(name))
-        if node["id"] is None:  # any environment, and called by its id
-            node["name"] = "${env.id}"
-        store.store(group="env", name=name, node=node)
+    store.repo["env"] = _Tasks.fromkeys(f"{name}.yaml" for name in task_names())
     for name in ("auto", *SOURCES):
         node = asdict(DatasetConfig(source=name))
         node |= {"size": "${budget.dataset_size}", "reward": "${published:reward,none}"}
