@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import io
 import json
 import re
 import sys
@@ -17,7 +16,7 @@ import hydra
 from omegaconf import MISSING, DictConfig, OmegaConf
 
 from cpql.deploy.hub import PREFIX
-from cpql.errors import CheckpointError, ConfigError, errors_in_one_line, printable
+from cpql.errors import CheckpointError, ConfigError, errors_in_one_line, escape_unknown_characters, printable
 from cpql.settings import Candidates, Count, NonNegative, Seed, Threads, build
 from cpql.tasks import config_folder, with_own_references
 
@@ -56,8 +55,7 @@ def _main(config_name: str, command: Callable[[DictConfig], None]) -> None:
             command(content)
 
     with errors_in_one_line("traceback=true" in sys.argv):
-        if isinstance(sys.stdout, io.TextIOWrapper):
-            sys.stdout.reconfigure(errors="backslashreplace")  # not every encoding has a ±
+        escape_unknown_characters()
         try:
             Path.home()
         except RuntimeError:

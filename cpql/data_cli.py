@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import fnmatch
-import io
 import json
 import os
 import re
@@ -41,6 +40,7 @@ from cpql.errors import (
     DataError,
     did_you_mean,
     errors_in_one_line,
+    escape_unknown_characters,
     print_error,
     printable,
 )
@@ -64,8 +64,7 @@ def main(arguments: list[str] | None = None) -> int:
     Raises:
         SystemExit: after an error, with its exit code.
     """
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # not every encoding has a ±
+    escape_unknown_characters()
     options = _parser().parse_args(arguments)
     with errors_in_one_line(options.traceback):
         try:

@@ -6,6 +6,7 @@ The command line prints these as one line and exits with 1; from Python they are
 from __future__ import annotations
 
 import difflib
+import io
 import os
 import sys
 from collections.abc import Iterable, Iterator
@@ -22,6 +23,7 @@ __all__ = [
     "brief",
     "did_you_mean",
     "errors_in_one_line",
+    "escape_unknown_characters",
     "print_error",
     "printable",
 ]
@@ -89,6 +91,12 @@ def print_error(error: CpqlError) -> None:
     if not isinstance(error, Interrupted):
         line = Text.assemble(("error", "red"), " ", line)
     Console(stderr=True, soft_wrap=True).print(line)
+
+
+def escape_unknown_characters() -> None:
+    """Let standard output escape what its encoding doesn't have, such as a ±."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 @contextmanager

@@ -13,7 +13,6 @@ import argparse
 import csv
 import io
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,14 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from cpql.errors import CheckpointError, ConfigError, did_you_mean, errors_in_one_line, printable
+from cpql.errors import (
+    CheckpointError,
+    ConfigError,
+    did_you_mean,
+    errors_in_one_line,
+    escape_unknown_characters,
+    printable,
+)
 from cpql.experiments import statistics
 from cpql.experiments.results import Comparison, Group, Row, compare, find_runs, groups, read_run, rows
 from cpql.experiments.statistics import Estimate
@@ -47,8 +53,7 @@ def main(arguments: list[str] | None = None) -> None:
     Raises:
         SystemExit: after an error, with its exit code.
     """
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # not every encoding has a ±
+    escape_unknown_characters()
     options = _parser().parse_args(arguments)
     with errors_in_one_line(options.traceback):
         _run(options)
@@ -258,7 +263,7 @@ def _group_record(group: Group, comparisons: Comparisons) -> dict[str, Any]:
             for agent, own in group.complete.items()
         },
         "expected_best": [
-            {"task": task, "agent": agent, "of_1_2_settings": best.tolist()}
+            {"task": task, "agent": agent, "score_by_number_of_settings": best.tolist()}
             for (task, agent), best in group.expected_best().items()
         ],
         "comparisons": [

@@ -9,7 +9,7 @@ from __future__ import annotations
 import glob
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -24,6 +24,7 @@ from cpql.agents import AGENTS
 from cpql.errors import CheckpointError, brief
 from cpql.experiments.statistics import Estimate, Scores, estimate, expected_best, improvement, mean
 from cpql.migration import upgrade
+from cpql.settings import flat
 from cpql.train.config import DatasetConfig
 
 __all__ = ["Comparison", "Group", "Result", "Row", "compare", "find_runs", "groups", "read_run", "rows"]
@@ -157,18 +158,14 @@ def _settings(config: Mapping[str, Any]) -> dict[str, str]:
     own = {key: config[key] for key in ("agent", "dataset", "online") if config.get(key)}
     kind = AGENTS.get(config["agent"]["name"])
     defaults = {"agent": asdict(kind.config_class()) if kind else {}, "dataset": asdict(DatasetConfig())}
-    flat = dict(_flat(defaults)) | dict(_flat(own)) | {"precision": str(config.get("precision", "fp32"))}
+    values = flat(defaults) | flat(own) | {"precision": config.get("precision", "fp32")}
     if config.get("checkpoint"):
-        flat["checkpoint"] = "given"  # each seed has its own
-    return {key: value for key, value in flat.items() if key not in IDENTITY | {"agent.updates"}}
-
-
-def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    for key, value in settings.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", str(list(value) if isinstance(value, tuple) else value)
+        values["checkpoint"] = "given"  # each seed has its own
+    return {
+        key: str(list(value) if isinstance(value, tuple) else value)
+        for key, value in values.items()
+        if not isinstance(value, Mapping) and key not in IDENTITY | {"agent.updates"}
+    }
 
 
 @dataclass(frozen=True)
