@@ -51,10 +51,7 @@ def fold(actor: Actor, critic: TwinCritic | None, config: PolicyConfig) -> Folde
 
 def _consistency(actor: ConsistencyActor, config: PolicyConfig) -> tuple[Arrays, dict[str, Any]]:
     p, levels, device = actor.parameterisation, actor.levels, next(actor.parameters()).device
-    (first, bias), arrays = _layers(actor.mlp, "actor")
-    widths = [actor.action_dim, p.times * actor.config.time_width, actor.state_dim]
-    x_part, time_part, state_part = torch.split(first, widths, -1)
-    arrays["actor.state_weight"], arrays["actor.state_bias"] = _first(state_part, bias, config)
+    x_part, time_part, arrays = _denoiser(actor, p.times * actor.config.time_width, config)
     steps = []
     for k, level in enumerate((levels.t_max, *actor.config.refinements)):
         t = torch.tensor(level, dtype=torch.float64)
@@ -76,10 +73,7 @@ def _one_action(
 
 
 def _diffusion(actor: DiffusionActor, config: PolicyConfig) -> tuple[Arrays, dict[str, Any]]:
-    (first, bias), arrays = _layers(actor.mlp, "actor")
-    widths = [actor.action_dim, actor.config.time_width, actor.state_dim]
-    x_part, time_part, state_part = torch.split(first, widths, -1)
-    arrays["actor.state_weight"], arrays["actor.state_bias"] = _first(state_part, bias, config)
+    x_part, time_part, arrays = _denoiser(actor, actor.config.time_width, config)
     steps, spread, blend = [], 1.0, (0.0, 1.0)
     for k, (a, b, c, d, s) in enumerate(actor.coefficients()):
         time = torch.tensor(actor.steps - 1.0 - k, device=next(actor.parameters()).device)
@@ -91,9 +85,7 @@ def _diffusion(actor: DiffusionActor, config: PolicyConfig) -> tuple[Arrays, dic
 
 
 def _flow(actor: FlowActor, config: PolicyConfig) -> tuple[Arrays, dict[str, Any]]:
-    (first, bias), arrays = _layers(actor.mlp, "actor")
-    x_part, time_part, state_part = torch.split(first, [actor.action_dim, 1, actor.state_dim], -1)
-    arrays["actor.state_weight"], arrays["actor.state_bias"] = _first(state_part, bias, config)
+    x_part, time_part, arrays = _denoiser(actor, 1, config)
     for k in range(actor.steps):
         arrays[f"actor.steps.{k}.weight"] = _array(x_part.T)
         arrays[f"actor.steps.{k}.bias"] = _array(time_part[:, 0] * (k / actor.steps))
@@ -102,11 +94,9 @@ def _flow(actor: FlowActor, config: PolicyConfig) -> tuple[Arrays, dict[str, Any
 
 
 def _one_step(actor: OneStepActor, config: PolicyConfig) -> tuple[Arrays, dict[str, Any]]:
-    (first, bias), arrays = _layers(actor.mlp, "actor")
-    z_part, state_part = torch.split(first, [actor.action_dim, actor.state_dim], -1)
-    arrays["actor.state_weight"], arrays["actor.state_bias"] = _first(state_part, bias, config)
+    z_part, _, arrays = _denoiser(actor, 0, config)
     arrays["actor.steps.0.weight"] = _array(z_part.T)
-    arrays["actor.steps.0.bias"] = _array(torch.zeros_like(bias))
+    arrays["actor.steps.0.bias"] = _array(torch.zeros(len(z_part)))
     activation = actor.config.activation
     return arrays, {"steps": [[1.0, 0.0, 1.0]], "inside": False, "tanh": False, "activation": activation}
 
@@ -120,6 +110,16 @@ FOLDS: Mapping[str, Callable[[Any, PolicyConfig], tuple[Arrays, dict[str, Any]]]
     "one_step": _one_step,
 }
 """By kind of actor: its arrays and what its `head` has, see `FoldedPolicy`."""
+
+
+def _denoiser(
+    actor: ConsistencyActor | DiffusionActor | FlowActor | OneStepActor, times: int, config: PolicyConfig
+) -> tuple[Tensor, Tensor, Arrays]:
+    """The parts of a first layer for x and for `times` features of the time; the arrays of all else."""
+    (first, bias), arrays = _layers(actor.mlp, "actor")
+    x_part, time_part, state_part = torch.split(first, [actor.action_dim, times, actor.state_dim], -1)
+    arrays["actor.state_weight"], arrays["actor.state_bias"] = _first(state_part, bias, config)
+    return x_part, time_part, arrays
 
 
 def _critic(critic: TwinCritic, k: int, config: PolicyConfig) -> Arrays:
