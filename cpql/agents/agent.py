@@ -15,7 +15,7 @@ from cpql.agents.config import ActorCriticConfig, AgentConfig, TargetConfig
 from cpql.critics import Critic, TwinCritic, ValueFunction
 from cpql.data.transitions import Batch
 from cpql.errors import ConfigError
-from cpql.networks import set_matmul_dtype
+from cpql.networks import Norm, set_matmul_dtype
 from cpql.noise import Draw, Noise, draw
 from cpql.optimisation import FlatModule, adam, clip_gradient, value_and_grad
 
@@ -162,23 +162,18 @@ class Agent:
         """An actor of a kind, by the config."""
         return kind(self.state_dim, self.action_dim, self.config.actor, members=members)
 
-    def new_critic(
-        self, members: tuple[int, ...], value: bool = False, value_layer_norm: bool = True
-    ) -> Critic:
-        """Twin critics by an `ActorCriticConfig`, with a value function if `value`.
-
-        `value_layer_norm=False` leaves out its LayerNorm where the critics have one.
-        """
+    def new_critic(self, members: tuple[int, ...]) -> Critic:
+        """Twin critics by an `ActorCriticConfig`."""
         c = self.config
-        options: dict[str, Any] = {
-            "layer_norm": c.critic_layer_norm,
-            "activation": c.critic_activation,
-            "initial": c.critic_init,
-        }
-        twin = TwinCritic(self.state_dim, self.action_dim, c.critic_hidden, members=members, **options)
-        options["layer_norm"] = value_layer_norm and c.critic_layer_norm
-        v = ValueFunction(self.state_dim, c.critic_hidden, members=members, **options) if value else None
-        return Critic(twin, v)
+        options = {"activation": c.critic_activation, "initial": c.critic_init, "members": members}
+        dims = self.state_dim, self.action_dim
+        return Critic(TwinCritic(*dims, c.critic_hidden, layer_norm=c.critic_layer_norm, **options))
+
+    def new_value(self, members: tuple[int, ...], layer_norm: Norm) -> ValueFunction:
+        """A value function of the critics' form, but for its LayerNorm."""
+        c = self.config
+        options = {"activation": c.critic_activation, "initial": c.critic_init, "members": members}
+        return ValueFunction(self.state_dim, c.critic_hidden, layer_norm=layer_norm, **options)
 
     def bellman_target(self, batch: Batch, next_value: Tensor) -> Tensor:
         """`r + gamma (1 - d) V(s')`, [*members, B], without gradient; 1 - d is `batch.discounts`."""
@@ -240,7 +235,7 @@ class Agent:
         c, s = self.config, self.state
         if phase is None:
             phase = int(s["step"]) % self.cycle if self.cycle > 1 else 0
-        cosine = 0.5 * (1.0 + torch.cos(math.pi * self.progress))
+        cosine = 1.0 if c.lr_decay == "none" else 0.5 * (1.0 + torch.cos(math.pi * self.progress))
         before = {name: s[name].clone() for name, target in self.targets().items() if target.lagged}
         pending: list[Callable[[], None]] = []
         metrics: Metrics = {}

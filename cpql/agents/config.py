@@ -58,9 +58,9 @@ class AgentConfig:
     max_grad_norm: Positive | None = 10.0
 
     @property
-    def next_actions(self) -> bool:
-        """Whether the critic's target takes the data's action at the next state."""
-        return False
+    def next_actions(self) -> str | None:
+        """The setting for which a batch needs the data's actions at the next states, if there is one."""
+        return None
 
     @property
     def schedule(self) -> str | None:
@@ -84,7 +84,6 @@ class ActorCriticConfig(AgentConfig):
         critic_activation: between the critic's layers: `mish`, `relu` or `gelu`.
         critic_init: the critic's initial weights, see `cpql.networks.Initialisation`.
         critic_target: how the target critic follows.
-        actor_target: how the target (EMA) actor follows.
         candidates: actions drawn when acting, of which one is chosen by its value; 1 is the actor alone.
             All published scores of Consistency-AC and CPQL come from 50.
         temperature: of the choice, softmax(min(Q1, Q2) / temperature) under the target critic; 0 is argmax.
@@ -97,6 +96,5 @@ class ActorCriticConfig(AgentConfig):
     critic_activation: Activation = "mish"
     critic_init: Initialisation = "torch"
     critic_target: TargetConfig = field(default_factory=TargetConfig)
-    actor_target: TargetConfig = field(default_factory=TargetConfig)
     candidates: Candidates = 1
     temperature: NonNegative = 1.0

@@ -71,11 +71,11 @@ class CPQL(GenerativeAgent):
 
     def networks(self, members: tuple[int, ...]) -> dict[str, nn.Module]:
         """A consistency actor, twin critics and CPIQL's V."""
-        actor = self.new_actor(ConsistencyActor, members)
-        return {
-            "actor": actor,
-            "critic": self.new_critic(members, self.has_value, self.config.value_layer_norm),
-        }
+        actor, critic = self.new_actor(ConsistencyActor, members), self.new_critic(members)
+        if self.has_value:
+            c = self.config
+            critic.value = self.new_value(members, c.value_layer_norm and c.critic_layer_norm)
+        return {"actor": actor, "critic": critic}
 
     def critic_loss(self, critic: Tensor, batch: Batch, noise: Noise) -> tuple[Tensor, Metrics]:
         """Squared Bellman error of both critics, and CPIQL's expectile loss."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from cpql.actors import Actor, ActorConfig, ConsistencyActor
 from cpql.agents.agent import Agent, Metrics, Step
-from cpql.agents.config import ActorCriticConfig
+from cpql.agents.config import ActorCriticConfig, TargetConfig
 from cpql.data.transitions import Batch
 from cpql.noise import Draw, Noise
 from cpql.optimisation import FlatModule
@@ -27,6 +27,7 @@ class GenerativeAgentConfig(ActorCriticConfig):
 
     Attributes:
         actor: the generative actor.
+        actor_target: how the target (EMA) actor follows.
         alpha: weight of the actor's imitation loss; at 0 it isn't computed.
         eta: weight of the policy's Q-loss.
         eta_warmup: gradient steps over which that weight rises from 0, linearly. A young critic's values look
@@ -40,6 +41,7 @@ class GenerativeAgentConfig(ActorCriticConfig):
     """
 
     actor: Any = field(default_factory=ActorConfig)
+    actor_target: TargetConfig = field(default_factory=TargetConfig)
     alpha: NonNegative = 1.0
     eta: NonNegative | tuple[NonNegative, ...] = 1.0
     eta_warmup: Natural = 0

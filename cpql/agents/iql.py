@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from cpql.actors import ACTORS, DeterministicActor, DeterministicConfig, GaussianActor, GaussianConfig
 from cpql.agents.agent import Agent, Metrics, Step
 from cpql.agents.config import ActorCriticConfig, TargetConfig
-from cpql.critics import Critic, ValueFunction
+from cpql.critics import ValueFunction
 from cpql.data.transitions import Batch
 from cpql.networks import Activation
 from cpql.noise import Draw, Noise
@@ -78,9 +78,8 @@ class IQL(Agent):
     def networks(self, members: tuple[int, ...]) -> dict[str, nn.Module]:
         """The actor, twin critics, and V."""
         actor = self.new_actor(ACTORS[self.config.actor.kind], members)
-        critic = self.new_critic(members, value=True)
-        assert critic.value is not None
-        return {"actor": actor, "critic": Critic(critic.twin), "value": critic.value}
+        critic, value = self.new_critic(members), self.new_value(members, self.config.critic_layer_norm)
+        return {"actor": actor, "critic": critic, "value": value}
 
     def steps(self) -> Sequence[Step]:
         """V's, then the actor's and the critic's."""

@@ -53,9 +53,9 @@ class ReBRACConfig(TD3Config):
     critic_penalty: NonNegative | tuple[NonNegative, ...] = 0.01
 
     @property
-    def next_actions(self) -> bool:
-        """Whether there is a penalty on the critic."""
-        return self.critic_penalty != 0.0
+    def next_actions(self) -> str | None:
+        """The penalty on the critic, where there is one."""
+        return f"agent.critic_penalty={self.critic_penalty}" if self.critic_penalty else None
 
 
 class ReBRAC(TD3):

@@ -30,6 +30,7 @@ class TD3Config(ActorCriticConfig):
 
     Attributes:
         actor: the deterministic actor.
+        actor_target: how the target actor follows, as the critic's does.
         policy_noise: standard deviation of the noise on the target policy's action.
         noise_clip: that noise stays within +- this.
         policy_period: updates between steps of the policy. The targets move at the same updates.

@@ -101,7 +101,7 @@ def _unchanged(agent: Agent) -> Iterator[None]:
 def zeros(agent: Agent) -> tuple[Batch, dict[str, Tensor]]:
     """A batch of zeros, laid out in memory as batches are, and some noise."""
     device, c = agent.state["step"].device, agent.config
-    width = 2 * agent.state_dim + agent.action_dim * (1 + c.next_actions) + 2
+    width = 2 * agent.state_dim + agent.action_dim * (2 if c.next_actions else 1) + 2
     rows = torch.zeros(*agent.members, c.batch_size, width, device=device)
     generators = [torch.Generator(device) for _ in range(*agent.members or (1,))]
     noise = agent.draw(generators if agent.members else generators[0])

@@ -112,9 +112,12 @@ def load_source(
     """
     d, online = config.dataset, config.online
     if online is not None and not isinstance(agent, ActorCriticConfig):
-        raise ConfigError("mode: expected offline for an agent without a critic, which only imitates")
+        name = config.agent["name"]
+        raise ConfigError(f"agent={name}: expected mode=offline for an agent that has no critic")
     if online is not None and agent.next_actions:
-        raise ConfigError("agent.critic_penalty: expected 0 while acting, as the paper has it online")
+        raise ConfigError(
+            f"{agent.next_actions}: expected 0 while acting, as only a dataset has next actions"
+        )
     if online is not None and not online.offline_fraction:
         for key, default in vars(DatasetConfig()).items():
             if key in ("reward", "normalise_observations", "n_step") and getattr(d, key) != default:

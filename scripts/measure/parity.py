@@ -108,7 +108,7 @@ def made(case: Case, width: int) -> Agent:
     if isinstance(config.actor, OneStepConfig):
         flow = replace(config.actor.flow, hidden=(width,) * len(config.actor.flow.hidden))
         small["actor"] = replace(small["actor"], flow=flow)
-    for name in ("actor_target", "critic_target"):
+    for name in {"actor_target", "critic_target"} & vars(config).keys():
         target = getattr(config, name)
         small[name] = replace(target, start=max(0, target.start - EARLIER))
     return kind(STATE_DIM, ACTION_DIM, replace(config, **small), seed=0)
