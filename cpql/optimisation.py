@@ -121,6 +121,7 @@ def adam(
     beta1: float = 0.9,
     beta2: float = 0.999,
     epsilon: float = 1e-8,
+    decay: float = 0.0,
 ) -> None:
     """One step of Adam (Kingma and Ba 2015, Algorithm 1), in place on weights and both moments.
 
@@ -129,7 +130,10 @@ def adam(
         step: how many steps were taken, this one included; a tensor, so that nothing waits for it.
         rate: learning rate.
         beta1, beta2, epsilon: the paper's.
+        decay: of the weights, decoupled (AdamW: Loshchilov and Hutter 2019, Algorithm 2).
     """
+    if decay:
+        weights.mul_(1.0 - rate * decay)
     mean.lerp_(gradient, 1.0 - beta1)
     square.mul_(beta2).addcmul_(gradient, gradient, value=1.0 - beta2)
     first = rate / (1.0 - beta1**step)

@@ -610,18 +610,20 @@ def test_each_state_chooses_among_its_own_candidates() -> None:
 # Optimisation
 
 
-@pytest.mark.parametrize("members", [(), (3,)])
-def test_adam_is_torchs(members: tuple[int, ...]) -> None:
+@pytest.mark.parametrize(("members", "decay"), [((), 0.0), ((3,), 0.0), ((3,), 0.1)])
+def test_adam_is_torchs(members: tuple[int, ...], decay: float) -> None:
+    """And AdamW's, where weights decay."""
     start = torch.randn(*members, 11, dtype=torch.float64, generator=seeded())
     mine, mean, square = start.clone(), torch.zeros_like(start), torch.zeros_like(start)
     theirs = nn.Parameter(start.clone())
-    optimiser = torch.optim.Adam([theirs], lr=3e-3)
+    optimiser = torch.optim.AdamW([theirs], lr=3e-3, weight_decay=decay)
     generator = seeded(1)
     for step in range(1, 21):
         gradient = torch.randn(start.shape, dtype=torch.float64, generator=generator) * 10.0 ** (step % 5 - 3)
         theirs.grad = gradient.clone()
         optimiser.step()
-        adam(mine, gradient, mean, square, torch.tensor(float(step), dtype=torch.float64), 3e-3)
+        count = torch.tensor(float(step), dtype=torch.float64)
+        adam(mine, gradient, mean, square, count, 3e-3, decay=decay)
         torch.testing.assert_close(mine, theirs.detach(), rtol=1e-12, atol=1e-14)
     assert (mine - start).abs().min() > 1e-4
 

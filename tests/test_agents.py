@@ -338,6 +338,16 @@ def test_eta_rises_over_its_warmup(data: Transitions) -> None:
     torch.testing.assert_close(torch.tensor(weights), torch.tensor([0.2 * i for i in range(10)] + [2.0] * 3))
 
 
+def test_imitation_may_come_first(data: Transitions) -> None:
+    for warmup, expected in ((0, [0.0] * 3 + [2.0] * 4), (2, [0.0] * 4 + [1.0] + [2.0] * 2)):
+        agent = CPQL(4, 2, small(CPQLConfig(eta=2.0), eta_start=3, eta_warmup=warmup))
+        weights = []
+        for _ in range(7):
+            weights.append(float(agent.eta))
+            run(agent, data, 1)
+        assert weights == expected
+
+
 def test_ct_curriculum_runs_once_over_the_training(data: Transitions) -> None:
     """N(k) ends at the paper's 151 levels, and `curriculum_restarts` gives the published sawtooth."""
     agent = ConsistencyAC(4, 2, small(ConsistencyACConfig()))
@@ -405,8 +415,82 @@ def test_the_coin_chooses_the_critic(data: Transitions) -> None:
     action = agent.actor(agent.state["actor"]).sample(batch.observations, noise=noise["action"])
     q = agent.critic(agent.state["critic"]).q(batch.observations, action)
     for coin in (0, 1):
-        loss, _ = agent.q_loss(agent.state["actor"], batch, {**noise, "coin": torch.tensor(coin)})
+        loss = agent.q_loss(q, batch, {**noise, "coin": torch.tensor(coin)})
         torch.testing.assert_close(loss, -q[coin].mean() / q[1 - coin].abs().mean())
+
+
+def test_the_spread_of_q_ignores_a_constant(data: Transitions) -> None:
+    """It is measured between the data's action at a state and at the one before in the batch."""
+    agent = CPQL(4, 2, small(CPQLConfig(q_loss="spread")))
+    batch = data.sample(16, torch.Generator().manual_seed(0))
+    q, critic = torch.randn(2, 16), agent.network("critic")
+    assert isinstance(critic, Critic)
+    own = critic.q(batch.observations, batch.actions)
+    other = critic.q(batch.observations, batch.actions[torch.arange(-1, 15)])
+    for coin in (0, 1):
+        loss = agent.q_loss(q, batch, {"coin": torch.tensor(coin)})
+        torch.testing.assert_close(loss, -q[coin].mean() / (own - other)[1 - coin].abs().mean())
+
+
+@pytest.mark.parametrize("rule", ["softmax", "exponential"])
+def test_better_actions_of_the_data_count_more(rule: Any, data: Transitions) -> None:
+    config = CPQLConfig(imitation_weight=rule, imitation_temperature=0.5)
+    agent = CPQL(4, 2, small(config))
+    generator = torch.Generator().manual_seed(0)
+    batch, noise = data.sample(16, generator), agent.draw(generator)
+    actor, critic = agent.network("actor"), agent.network("critic")
+    assert isinstance(actor, Actor) and isinstance(critic, Critic)
+    with torch.no_grad():
+        action = actor.sample(batch.observations, noise=noise["action"])
+        mine, theirs = (critic.q(batch.observations, a).numpy().min(0) for a in (action, batch.actions))
+        each = actor.loss(batch.observations, batch.actions, noise=noise)[0].numpy()
+    x = (theirs - mine) / np.abs(mine).mean() / 0.5
+    pair = np.exp(np.stack([theirs, mine]) / np.abs(mine).mean() / 0.5)
+    weight = 2 * pair[0] / pair.sum(0) if rule == "softmax" else np.minimum(np.exp(x), 100)
+    _, metrics = agent.actor_loss(agent.state["actor"], batch, noise)
+    assert float(metrics["actor/imitation"]) == pytest.approx((weight * each).mean(), rel=1e-4)
+
+
+def test_smoothing_and_the_mean_of_the_twins(data: Transitions) -> None:
+    agent = CPQL(4, 2, small(CPQLConfig(policy_noise=0.4, noise_clip=0.3, q_aggregation="mean")))
+    generator = torch.Generator().manual_seed(0)
+    batch, noise = data.sample(16, generator), agent.draw(generator)
+    actor, critic = agent.network("actor"), agent.network("critic_target")
+    assert isinstance(actor, Actor) and isinstance(critic, Critic)
+    with torch.no_grad():
+        action = actor.sample(batch.next_observations, noise=noise["next_action"]).numpy()
+        action = np.clip(action + np.clip(0.4 * noise["smoothing"].numpy(), -0.3, 0.3), -1, 1)
+        expected = critic.q(batch.next_observations, torch.from_numpy(action)).mean(0)
+    torch.testing.assert_close(agent.next_q(batch, noise), expected)
+
+
+def test_a_delayed_policy_waits(data: Transitions) -> None:
+    agent = CPQL(4, 2, small(CPQLConfig(policy_period=3)))
+    moved = []
+    for _ in range(6):
+        before = agent.state["actor"].clone()
+        run(agent, data, 1)
+        moved.append(not torch.equal(before, agent.state["actor"]))
+    assert moved == [False, False, True] * 2
+
+
+@pytest.mark.parametrize("name", ["cpql", "td3_bc", "iql", "bc-flow", "fql"])
+def test_an_average_of_the_actor_acts(name: str, data: Transitions) -> None:
+    """By hand over six updates: rate 9 / (9 + k), and at least 0.8; resumed as everything is."""
+    kind, config = CONFIGS[name]
+    agent = kind(4, 2, replace(small(config), actor_average=0.8))
+    data, average = transforms.next_actions(data), agent.state["actor"].clone()
+    for k in range(1, 7):
+        run(agent, data, 1, seed=k)
+        average += max(0.8, 9 / (9 + k)) * (agent.state["actor"] - average)
+    torch.testing.assert_close(agent.state["actor_average"], average)
+    states = torch.randn(5, 4)
+    actor, _ = agent.deployed()
+    noise = torch.randn(actor.noise_shape(5))
+    expected = agent.actor(average).sample(states, noise=noise)
+    torch.testing.assert_close(actor.sample(states, noise=noise), expected)
+    acts = agent.act(states, torch.Generator().manual_seed(0))
+    torch.testing.assert_close(acts, actor.sample(states, generator=torch.Generator().manual_seed(0)))
 
 
 def test_td3_bc_by_hand(data: Transitions) -> None:

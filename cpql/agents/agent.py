@@ -113,6 +113,8 @@ class Agent:
             self.state[name] = weights.clone()
             if name in self.targets():
                 self.state[f"{name}_target"] = weights.clone()
+            if name == "actor" and self.config.actor_average:
+                self.state["actor_average"] = weights.clone()
             self.state[f"{name}_mean"] = torch.zeros_like(weights)
             self.state[f"{name}_square"] = torch.zeros_like(weights)
         self.cycle = math.lcm(*(step.period for step in self.steps()))
@@ -187,9 +189,17 @@ class Agent:
         return loss, {"critic/q": q.mean((-2, -1)), "critic/target": target.mean(-1)}
 
     def imitation_loss(
-        self, actor: Tensor, batch: Batch, noise: Noise, progress: Tensor
+        self, actor: Tensor, batch: Batch, noise: Noise, progress: Tensor, weight: Tensor | None = None
     ) -> tuple[Tensor, Metrics]:
-        """The actor's own loss on the data, mean over the batch; a consistency actor's target teaches it."""
+        """The actor's own loss on the data, mean over the batch; a consistency actor's target teaches it.
+
+        Args:
+            actor: flat weights.
+            batch: the data.
+            noise: from `draw`.
+            progress: fraction of the training that is done.
+            weight: of each example, [*members, B]; by default 1.
+        """
         state, config = batch.observations, self.config.actor
         options: dict[str, Any] = {}
         if isinstance(config, ActorConfig):
@@ -202,6 +212,7 @@ class Agent:
             options = {"teacher": config.function(network), "progress": progress}
         loss, metrics = self.actor(actor).loss(state, batch.actions, noise=noise, **options)
         means = {name: value.mean(-1) if value.ndim else value for name, value in metrics.items()}
+        loss = loss if weight is None else weight * loss
         return loss.mean(-1), {f"actor/{name}": value for name, value in means.items()}
 
     @property
@@ -250,7 +261,16 @@ class Agent:
             taken = s["step"] + 1 if period == 1 else torch.floor((s["step"] + 1) / period)
             moments = s[f"{name}_mean"], s[f"{name}_square"]
             pending.append(
-                partial(adam, s[name], gradient, *moments, taken, rate * cosine if decays else rate)
+                partial(
+                    adam,
+                    s[name],
+                    gradient,
+                    *moments,
+                    taken,
+                    rate * cosine if decays else rate,
+                    epsilon=c.adam_epsilon,
+                    decay=c.weight_decay,
+                )
             )
             if not self.simultaneous:
                 pending.pop()()
@@ -261,13 +281,15 @@ class Agent:
         for name, target in self.targets().items():
             due = ((s["step"] - target.start) % target.period == 0) & (s["step"] >= target.start)
             s[f"{name}_target"].lerp_(before.get(name, s[name]), torch.where(due, target.rate, 0.0))
+        if c.actor_average:
+            s["actor_average"].lerp_(s["actor"], (9.0 / (9.0 + s["step"])).clamp(min=c.actor_average))
         return metrics
 
     # The outside.
 
     def network(self, name: str, member: int = 0) -> nn.Module:
         """A copy of a network as an ordinary module, such as `actor`, `actor_target`, `critic_target`."""
-        weights, base = self.state_dict(member)[name], name.removesuffix("_target")
+        weights, base = self.state_dict(member)[name], name.partition("_")[0]
         with torch.random.fork_rng(devices=[]):
             module = self.networks(())[base]
         parts = self._alone[base].unflatten(weights)
@@ -280,9 +302,14 @@ class Agent:
         c = self.config
         return (c.candidates, c.temperature) if isinstance(c, ActorCriticConfig) else (1, 1.0)
 
+    @property
+    def acting(self) -> str:
+        """Whose weights act: the actor's, or their average's."""
+        return "actor_average" if self.config.actor_average else "actor"
+
     def deployed(self, member: int = 0) -> tuple[Actor, TwinCritic | None]:
-        """What acts after training: the online actor, and the target critic that ranks candidates."""
-        actor = self.network("actor", member)
+        """What acts after training: the actor or its average, and the target critic that ranks candidates."""
+        actor = self.network(self.acting, member)
         assert isinstance(actor, Actor)
         if "critic_target" not in self.state:
             return actor, None
@@ -309,7 +336,7 @@ class Agent:
         weights = self.state_dict(member)
         actor: FlatModule[Actor] = self._alone["actor"]
         return choose(
-            lambda s: actor(weights["actor"]).sample(s, generator=generator),
+            lambda s: actor(weights[self.acting]).sample(s, generator=generator),
             lambda s, a: self._alone["critic"](weights["critic_target"]).q(s, a),
             state,
             candidates=self.rule[0] if candidates is None else candidates,

@@ -48,6 +48,12 @@ class AgentConfig:
             alone. (Both official codes step their cosine at the wrong pace: it does nothing in
             Consistency-AC and oscillates in CPQL.)
         max_grad_norm: the gradient of each network is clipped to this norm; null doesn't clip.
+        adam_epsilon: of Adam, for all networks.
+        weight_decay: decoupled from the gradient, as in AdamW (Loshchilov and Hutter 2019): an update takes
+            this times the learning rate off each weight.
+        actor_average: the rate at which an average of the actor's weights follows them, which then acts and
+            is saved as the policy; 0 has none. IDQL acts so, at rate 0.001. At update k the rate is at least
+            9 / (9 + k), so that the initial weights don't linger.
     """
 
     actor: Any = None
@@ -56,6 +62,9 @@ class AgentConfig:
     actor_lr: Positive | tuple[Positive, ...] = 3e-4
     lr_decay: Literal["none", "cosine", "actor_cosine"] = "none"
     max_grad_norm: Positive | None = 10.0
+    adam_epsilon: Positive = 1e-8
+    weight_decay: NonNegative = 0.0
+    actor_average: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
 
     @property
     def next_actions(self) -> str | None:
