@@ -625,7 +625,7 @@ def test_adam_is_torchs(members: tuple[int, ...], decay: float) -> None:
         count = torch.tensor(float(step), dtype=torch.float64)
         adam(mine, gradient, mean, square, count, 3e-3, decay=decay)
         torch.testing.assert_close(mine, theirs.detach(), rtol=1e-12, atol=1e-14)
-    assert (mine - start).abs().min() > 1e-4
+    assert (mine - start).abs().max() > 1e-2
 
 
 def test_adam_takes_its_rate_as_a_tensor_and_its_own_constants() -> None:
