@@ -67,13 +67,7 @@ def main(arguments: list[str] | None = None) -> int:
     escape_unknown_characters()
     options = _parser().parse_args(arguments)
     with errors_in_one_line(options.traceback):
-        try:
-            code = int(options.run(options) or 0)
-            print(end="", flush=True)
-        except BrokenPipeError:  # the reader has seen enough (`| head`)
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            code = 1
-    return code
+        return int(options.run(options) or 0)
 
 
 def _print(text: str) -> None:
@@ -145,15 +139,16 @@ def list_tasks(options: argparse.Namespace) -> None:
     if options.json:
         print(json.dumps(rows, indent=2))
         return
-    table = Table("name", "transitions", "d4rl", "minari", "here", show_edge=False, pad_edge=False)
+    table = Table("name", "transitions", "d4rl", "minari", "ogbench", "here", show_edge=False, pad_edge=False)
     terminal = bool(sys.stdout and sys.stdout.isatty())
     notes: dict[tuple[str, str], None] = {}
     if not terminal:
-        print("name", "transitions", "d4rl", "minari", "here", "note", sep="\t")
+        print("name", "transitions", "d4rl", "minari", "ogbench", "here", "note", sep="\t")
     for row in rows:
         here = [source for source, found in row["here"].items() if found]
-        here += ["can be collected"] if row["collectable"] and "embedded" not in here else []
-        cells = [row["name"], str(row["transitions"] or ""), row["d4rl"], row["minari"], ", ".join(here)]
+        here += ["can be collected"] if row["collectable"] and not COLLECTED.keys() & set(here) else []
+        ids = (row[source] for source in ("d4rl", "minari", "ogbench"))
+        cells = [row["name"], str(row["transitions"] or ""), *ids, ", ".join(here)]
         if not terminal:
             print(*cells, row["note"], sep="\t")
             continue
@@ -172,13 +167,14 @@ def _row(task: Task) -> dict[str, Any]:
     """What is known of a task's data, as JSON-able values."""
     here: dict[str, Any] = {name: [str(path) for path in _on_disk(task, name)] for name in WAYS}
     here |= {name: next(iter(paths), None) for name, paths in here.items() if name not in COLLECTED}
-    d4rl, minari = (task.datasets.get(source, {}) for source in ("d4rl", "minari"))
+    d4rl, minari, ogbench = (task.datasets.get(source, {}) for source in ("d4rl", "minari", "ogbench"))
     return {
         "name": task.name,
         "environment": task.id,
         "transitions": d4rl.get("rows"),
         "d4rl": d4rl.get("path", "").rpartition("/")[2],
         "minari": minari.get("id", ""),
+        "ogbench": ogbench.get("id", ""),
         "here": here,
         "bytes": os.path.getsize(here["d4rl"]) if here["d4rl"] else None,
         "collectable": _collectable(task),
@@ -196,7 +192,7 @@ def _on_disk(task: Task, source: str) -> list[Path]:
 
 def _collectable(task: Task) -> bool:
     with suppress(DataError):
-        return bool(embedded.prepare(task, 1_000_000, 0))
+        return "regenerated" in task.datasets or bool(embedded.prepare(task, 1_000_000, 0))
     return False
 
 

@@ -107,7 +107,8 @@ def errors_in_one_line(traceback: bool = False) -> Iterator[None]:
         traceback: let exceptions pass instead.
 
     Raises:
-        SystemExit: with the error's exit code, after `CpqlError`, `OSError` and `KeyboardInterrupt`.
+        SystemExit: with the error's exit code, after `CpqlError`, `OSError` and `KeyboardInterrupt`; silently
+            where the reader of the output is gone.
     """
     if traceback:
         yield
@@ -119,6 +120,9 @@ def errors_in_one_line(traceback: bool = False) -> Iterator[None]:
         _exit(error)
     except KeyboardInterrupt:
         _exit(Interrupted("interrupted"))
+    except BrokenPipeError:  # the reader has seen enough (`| head`)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except OSError as error:
         where = error.filename
         try:

@@ -332,17 +332,20 @@ def test_list_says_what_is_on_this_disk(data: Any, monkeypatch: pytest.MonkeyPat
     d4rl.write("cache/hopper-expert-embedded-60-seed0-abc.hdf5", hopper(), {})
     files.write(Transitions.from_dict(hopper()), "minari", id="mujoco/hopper/medium-v0")
     lines = data("list").out.splitlines()
-    assert lines[0] == "name\ttransitions\td4rl\tminari\there\tnote"
+    assert lines[0] == "name\ttransitions\td4rl\tminari\togbench\there\tnote"
     table = {line.split("\t")[0]: line.split("\t")[1:] for line in lines[1:]}
     assert table["hopper-medium"] == [
-        "1000000", "hopper_medium-v2.hdf5", "mujoco/hopper/medium-v0", "d4rl, minari, can be collected", ""
-    ]  # fmt: skip
-    assert table["hopper-expert"][3] == "embedded"
+        *("1000000", "hopper_medium-v2.hdf5", "mujoco/hopper/medium-v0", ""),
+        *("d4rl, minari, can be collected", ""),
+    ]
+    assert table["hopper-expert"][4] == "embedded"
     assert table["hopper-medium-replay"][0] == ""
-    assert table["antmaze-umaze-v0"][3] == "d4rl"
-    assert table["antmaze-umaze-v2"][3] == ""
+    assert table["antmaze-umaze-v0"][4] == "d4rl"
+    assert table["antmaze-umaze-v2"][4] == ""
+    assert table["cube-single-play-task2"][3:] == ["cube-single-play-v0", "can be collected", ""]
+    assert table["antmaze-large-navigate"][3:] == ["antmaze-large-navigate-v0", "", ""]
     assert "hopper" not in table and "gymnasium" not in table  # which have no dataset
-    assert table["kitchen-mixed"][4].startswith("FrankaKitchen-v1 works only with mujoco below 3.12")
+    assert table["kitchen-mixed"][5].startswith("FrankaKitchen-v1 works only with mujoco below 3.12")
     assert [line.split("\t")[0] for line in data("list", "antmaze-*-v2").out.splitlines()[1:]] == [
         f"antmaze-{maze}-v2"
         for maze in (

@@ -238,8 +238,8 @@ def test_a_worker_that_was_killed_is_said_to_be() -> None:
             os.kill(worker, signal.SIGKILL)
 
     expected = (
-        "collecting pendulum: a worker process ended with exit code -9, "
-        "which is -9 if the system killed it as memory ran out"
+        "collecting pendulum: a worker process ended with exit code -9: "
+        "the system killed it, perhaps as memory ran out"
     )
     with pytest.raises(DataError) as caught:
         in_workers(rollout, [(task, None, steps, np.random.SeedSequence(0)) for steps in (5, 10**7)], 1, kill)

@@ -84,8 +84,10 @@ def in_workers(
             for k in share:
                 answers.put((k, pickle.load(worker.stdout)))
         except (OSError, EOFError, pickle.UnpicklingError):
-            code = f"exit code {worker.wait()}, which is -9 if the system killed it as memory ran out"
-            answers.put((k, DataError(f"collecting {task.name}: a worker process ended with {code}")))
+            code = worker.wait()
+            why = ": the system killed it, perhaps as memory ran out" if code == -9 else ""
+            error = f"collecting {task.name}: a worker process ended with exit code {code}{why}"
+            answers.put((k, DataError(error)))
 
     done: dict[int, Arrays] = {}
     # Leaving the block ends the workers first, then joins the threads that wait for their answers.
