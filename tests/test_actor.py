@@ -18,6 +18,7 @@ from cpql.actors import ActorConfig, ConsistencyActor, choose
 from cpql.critics import TwinCritic, ValueFunction
 from cpql.errors import ConfigError
 from cpql.networks import MLP, Mish, TimeEmbedding
+from cpql.noise import draw
 from cpql.optimisation import FlatModule, adam, clip_gradient, value_and_grad
 from cpql.settings import build
 
@@ -252,6 +253,32 @@ def test_the_loss_passes_on_more_noise(objective: str) -> None:
     assert torch.equal(actor.loss(state, action, progress=0.4, noise={"z": z, "u": u, "u2": u2})[0], expected)
     drawn, _ = actor.loss(state, action, progress=0.4, noise={"z": z, "u": u}, generator=seeded(4))
     assert torch.equal(drawn, expected)
+
+
+def test_the_levels_that_act() -> None:
+    """A share of 0.75 and three steps: a quarter of the examples at each level, the last quarter drawn."""
+    actor, u = make_actor((1.0, 0.3), acting_share=0.75), torch.arange(8) / 8
+    expected = [5.0, 5.0, 1.0, 1.0, 0.3, 0.3, 0.0, 0.0]
+    assert actor.acting_levels(u).tolist() == pytest.approx(expected)
+    assert make_actor((), acting_share=1.0).acting_levels(u).tolist() == [5.0] * 8
+
+
+@pytest.mark.parametrize(
+    "objective", [name for name, row in consistency.OBJECTIVES.items() if row.takes("acting")]
+)
+def test_the_loss_passes_on_the_levels_that_act(objective: str) -> None:
+    actor = make_actor((1.0, 0.3), objective=objective, acting_share=0.75)
+    state, action = torch.randn(8, S, generator=seeded()), torch.rand(8, A, generator=seeded(1))
+    noise = {**draw(actor.loss_noise(8), seeded(2)), "acting": torch.arange(8) / 8}
+    plain = make_actor((1.0, 0.3), objective=objective)
+    found, without = (each.loss(state, action, progress=0.4, noise=noise)[0] for each in (actor, plain))
+    assert torch.equal(found[6:], without[6:])
+    assert not torch.isclose(found[:6], without[:6]).all()
+
+
+def test_without_a_share_nothing_more_is_drawn() -> None:
+    assert "acting" not in make_actor().loss_noise(4)
+    assert list(make_actor(acting_share=0.1).loss_noise(4)) == ["z", "u", "acting"]
 
 
 @pytest.mark.parametrize("objective", ["cd", "distill"])
@@ -737,6 +764,7 @@ def test_value_and_gradient_as_a_compiler_sees_it() -> None:
         ({"objective": "meanflow", "clamp": "inside"}, "clamp=inside doesn't go with objective=meanflow"),
         ({"objective": "cd", "action_norm": True}, "action_norm doesn't go with objective=cd"),
         ({"objective": "distill", "refinements": (0.8,)}, "distill learns one step"),
+        ({"objective": "distill", "acting_share": 0.5}, "acting_share doesn't go with objective=distill"),
         ({"objective": "meanflow", "objective_options": {"u2": 1}}, "meanflow has no 'u2'"),
         ({"t_max": 0.001}, "need 0 < t_min < t_max, found 0.002 and 0.001"),
         ({"objective": "ct", "objective_options": {"s2": 3}}, "ct has no 's2': did you mean s1 or s0"),

@@ -26,6 +26,7 @@ from cpql.agents import (
     TargetConfig,
     TD3BCConfig,
 )
+from cpql.consistency import OBJECTIVES
 from cpql.critics import Critic
 from cpql.data import transforms
 from cpql.data.transitions import Batch, Transitions
@@ -171,7 +172,10 @@ def test_every_objective_compiles_as_one_graph_and_equals_eager(
     Tracing is what may fail, so one is enough for the code that comes of it: the one with most inputs and a
     derivative.
     """
-    agent = CPQL(4, 2, small(CONFIGS[f"cpql-{objective}"][1]), seed=(0, 1))
+    config = small(CONFIGS[f"cpql-{objective}"][1])
+    share = 0.5 if OBJECTIVES[objective].takes("acting") else 0.0
+    actor = replace(config.actor, acting_share=share)
+    agent = CPQL(4, 2, replace(config, actor=actor), seed=(0, 1))
     generators = [torch.Generator().manual_seed(k) for k in range(2)]
     torch._dynamo.reset()
 

@@ -24,6 +24,7 @@ from cpql.consistency import (
     cd,
     consistency_function,
     ct,
+    denoise,
     distill,
     easy_ratio,
     ect,
@@ -35,6 +36,7 @@ from cpql.consistency import (
     scm,
     shortcut,
 )
+from cpql.consistency.levels import acting_or_index
 
 D, BATCH = 3, 40
 LEVELS = Levels(0.01, 5.0)
@@ -351,6 +353,8 @@ def test_the_tangent_of_scm_is_the_derivative_of_f() -> None:
         {"fraction": 1.0, "power": 0.5, "c": 0.1},
         {"fraction": 0.0},
         {"fraction": 0.6, "mean": 0.5, "std": 2.0},
+        {"larger": "all"},
+        {"larger": "all", "fraction": 0.6, "std": 2.0},
     ],
 )
 def test_meanflow_against_a_loop(options: dict[str, Any]) -> None:
@@ -365,6 +369,8 @@ def test_meanflow_against_a_loop(options: dict[str, Any]) -> None:
         s = r = time(c)
         if c2 < share:
             s, r, apart = max(s, time(c2 / share)), min(s, time(c2 / share)), apart + 1
+        elif "larger" in options:
+            s = r = max(s, time((c2 - share) / (1 - share)))
         x, v = (1 - s) * x_0 + s * noise, noise - x_0
         change = np.imag(net_slowly(x + 1j * h * v, s + 1j * h, s - r + 1j * h)) / h
         error = sum((net_slowly(x, s, s - r) - v + (s - r) * change) ** 2)
@@ -437,6 +443,95 @@ def test_distillation_against_a_loop() -> None:
         guide = function("flow", other)
         loss, _ = distill(function("edm"), refuse, x0, z, u, number(0.5), LEVELS, guide=guide, steps=steps)
         check(loss, expected)
+
+
+# Examples at given levels
+
+
+ACTING = torch.tensor([5.0, 0.7, 0.011, 0.0], dtype=torch.float64).repeat(BATCH // 4)
+
+
+def acting_or_drawn(objective: Callable[..., Any], f: Any, teacher: Any, **options: Any) -> list[Tensor]:
+    """The losses with `ACTING` and those without, which have to agree where it is 0."""
+    x0, z, u, _ = inputs()
+    given = (f, teacher, x0, z, u, number(0.5), LEVELS)
+    found, drawn = (objective(*given, acting=acting, **options)[0] for acting in (ACTING, None))
+    assert torch.equal(found[ACTING == 0], drawn[ACTING == 0])
+    return [found[ACTING > 0], drawn[ACTING > 0]]
+
+
+@pytest.mark.parametrize("noise", ["uniform", "lognormal"])
+def test_denoising_at_given_levels(noise: Any) -> None:
+    expected = []
+    for (a, b, _, _), t in zip(rows(), ACTING.tolist(), strict=True):
+        if t:
+            error = edm_slowly(net_slowly, a + t * b, t) - a
+            expected.append((1 / t**2 + 4) * sum(error**2) / D)
+    check(acting_or_drawn(denoise, function("edm"), refuse, noise=noise)[0], expected)
+
+
+@pytest.mark.parametrize("noise", ["uniform", "lognormal"])
+def test_pairs_whose_upper_level_is_at_or_above_a_given_one(noise: Any) -> None:
+    """The pair is the one that some u draws, found by hand: the same loss."""
+    x0, z, _, _ = inputs()
+    low = [sum(level > t for t in karras(24)[1:23]) for level in ACTING.tolist()]
+    assert low[:4] == [22, 13, 0, 0]
+    u = torch.tensor([(index + 0.5) / 23 for index in low], dtype=torch.float64)
+    f, g = function("edm"), function("edm", other)
+    for objective, options in ((ct, {"s0": 24, "s1": 23, "noise": noise}), (cd, {"count": 24, "guide": g})):
+        found, _ = acting_or_drawn(objective, f, g, **options)
+        options = {**options, "noise": "uniform"} if objective is ct else options
+        same, _ = objective(f, g, x0, z, u, number(0.5), LEVELS, **options)
+        check(found, same[ACTING > 0].tolist())
+
+
+def test_a_level_of_the_grid_is_the_upper_one_of_its_pair_in_single_precision() -> None:
+    for count in (2, 11, 40, 151, 1281):
+        n, index = torch.full((count - 1,), float(count)), torch.arange(count - 1.0)
+        level = LEVELS.level(index + 1, n)
+        assert torch.equal(acting_or_index(level, torch.zeros_like(index), n, LEVELS), index)
+
+
+@pytest.mark.parametrize(
+    ("objective", "kind", "mean", "std"), [(ect, "edm", -1.1, 2.0), (scm, "trig", -1.0, 1.4)]
+)
+def test_continuous_levels_that_are_given(objective: Any, kind: Any, mean: float, std: float) -> None:
+    """As if u had been the level's place in the lognormal's distribution."""
+    x0, z, _, _ = inputs()
+    below, above, *places = (
+        math.erf((math.log(max(t, 1e-9)) - mean) / math.sqrt(2) / std) for t in (0.01, 5.0, *ACTING.tolist())
+    )
+    u = torch.tensor([(place - below) / (above - below) for place in places], dtype=torch.float64).clamp(0, 1)
+    found, _ = acting_or_drawn(objective, function(kind), refuse)
+    same, _ = objective(function(kind), refuse, x0, z, u, number(0.5), LEVELS)
+    check(found, same[ACTING > 0].tolist())
+
+
+def test_meanflow_at_given_levels_learns_the_jump_to_the_data() -> None:
+    _, _, _, u2 = inputs()
+    h, expected = 1e-30, []
+    for (x_0, noise, _, _), t in zip(rows(), ACTING.tolist(), strict=True):
+        if t:
+            s = t / (1 + t)
+            x, v = (1 - s) * x_0 + s * noise, noise - x_0
+            change = np.imag(net_slowly(x + 1j * h * v, s + 1j * h, s + 1j * h)) / h
+            expected.append(sum((net_slowly(x, s, s) - v + s * change) ** 2))
+    check(acting_or_drawn(meanflow, function("average"), refuse, u2=u2)[0], expected)
+
+
+@pytest.mark.parametrize("grid", [0, 8])
+def test_shortcuts_at_given_levels_are_jumps_to_the_data(grid: int) -> None:
+    _, _, _, u2 = inputs()
+    expected = []
+    for (x_0, noise, _, _), t in zip(rows(), ACTING.tolist(), strict=True):
+        if t:
+            s = t / (1 + t)
+            x, d = (1 - s) * x_0 + s * noise, s / 2
+            first = other_slowly(x, s, d)
+            error = net_slowly(x, s, s) - (first + other_slowly(x - d * first, d, d)) / 2
+            expected.append(sum(error**2) / D)
+    f, teacher = function("average"), function("average", other)
+    check(acting_or_drawn(shortcut, f, teacher, u2=u2, grid=grid)[0], expected)
 
 
 def test_flow_matching_against_a_loop() -> None:

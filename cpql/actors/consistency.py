@@ -64,6 +64,10 @@ class ActorConfig:
             sides of a target; iCT and ECT have it for images.
         hidden: widths of the hidden layers.
         time_width: width of the time embedding, an even number.
+        acting_share: fraction of the loss's examples that are noised to a level at which sampling asks the
+            function, t_max or a refinement, in place of the objective's own draw. One-step acting uses t_max
+            alone, and most objectives rarely draw it. Objectives with a grid take its lowest level that isn't
+            below; those of jumps, the jump from there to the data. `distill` learns nothing but t_max.
         kind: names the class.
     """
 
@@ -79,6 +83,7 @@ class ActorConfig:
     dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     hidden: Widths = (256, 256, 256)
     time_width: Annotated[int, Field(ge=4, le=1024, multiple_of=2)] = 16
+    acting_share: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
     kind: Literal["consistency"] = field(default="consistency", kw_only=True)
 
     def __post_init__(self) -> None:
@@ -98,6 +103,8 @@ class ActorConfig:
             raise ConfigError(f"action_norm doesn't go with {mine}, whose paths are straight")
         if self.refinements and self.objective == "distill":
             raise ConfigError("objective=distill learns one step: it has no refinements")
+        if self.acting_share and not self.row.takes("acting"):
+            raise ConfigError(f"acting_share doesn't go with {mine}, which learns no level but t_max")
         if not 0.0 < self.t_min < self.t_max:
             raise ConfigError(f"noise levels need 0 < t_min < t_max, found {self.t_min} and {self.t_max}")
         levels = (self.t_max, *self.refinements, self.t_min)
@@ -255,13 +262,23 @@ class ConsistencyActor(NoiseConditioned, Actor):
         )
 
     def loss_noise(self, *batch: int) -> dict[str, Draw]:
-        """The random tensors that `loss` takes: those of the objective, `z`, `u` and `u2`, and dropout's."""
+        """The random tensors that `loss` takes: of the objective, of dropout, and of `acting_share`."""
         draws = {"z": Draw("normal", (*batch, self.action_dim)), "u": Draw("uniform", batch)}
         if self.config.row.takes("u2"):
             draws["u2"] = Draw("uniform", batch)
         if self.config.dropout:
             draws["drop"] = Draw("uniform", (*batch, sum(self.config.hidden)))
+        if self.config.acting_share:
+            draws["acting"] = Draw("uniform", batch)
         return draws
+
+    def acting_levels(self, u: Tensor) -> Tensor:
+        """The level at which each example acts, from u ~ U[0, 1); 0 for all but `acting_share` of them."""
+        step = u * (self.steps / self.config.acting_share)  # uniform in [0, steps) for those that act
+        t = torch.full_like(u, self.levels.t_max)
+        for i, refinement in enumerate(self.config.refinements, start=1):
+            t = torch.where(step < i, t, refinement)
+        return torch.where(step < self.steps, t, 0.0)
 
     def loss(
         self,
@@ -297,6 +314,8 @@ class ConsistencyActor(NoiseConditioned, Actor):
             options["tanh"] = c.action_norm
         if c.row.takes("u2"):
             options["u2"] = given["u2"]
+        if c.acting_share:
+            options["acting"] = self.acting_levels(given["acting"])
         f = self.function(state, given["drop"] if c.dropout else None)
         progress = torch.as_tensor(progress, dtype=action.dtype, device=action.device)
         inputs = (f if teacher is None else teacher, action, given["z"], given["u"], progress, self.levels)

@@ -5,6 +5,8 @@ Their common signature is described in `cpql.consistency.objectives`.
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
@@ -39,9 +41,11 @@ def meanflow(
     levels: Levels,
     *,
     u2: Tensor,
+    acting: Tensor | None = None,
     fraction: float = 0.25,
     mean: float = -0.4,
     std: float = 1.0,
+    larger: Literal["apart", "all"] = "apart",
     power: float = 0.0,
     c: float = 1e-3,
 ) -> tuple[Tensor, Metrics]:
@@ -52,10 +56,12 @@ def meanflow(
     gradient. Where r = s it is flow matching. Geng et al. 2025, Algorithm 1, taken from public code of it.
 
     Args:
-        f, teacher, x0, z, u, progress, levels, u2: see the module's text; the teacher is not used. f's
-            parameterisation is `average`.
+        f, teacher, x0, z, u, progress, levels, u2, acting: see the module's text; the teacher is not used.
+            f's parameterisation is `average`.
         fraction: of the examples with r < s.
-        mean, std: of the logit of s and r, which is ln t, `lognormal_level`; s is the larger of two.
+        mean, std: of the logit of s and r, which is ln t, `lognormal_level`.
+        larger: which examples take for s the larger of two draws: those with r < s (`apart`), or `all`, as in
+            the official code, where the examples of flow matching are noised more.
         power, c: of the weight. The paper's power is 1, for images, whose errors are all about as long. With
             the few dimensions of an action it makes of the velocity, which is a mean, something between a
             mean and a mode, and modes get lost (docs/consistency.md): so there is no weight here.
@@ -66,8 +72,10 @@ def meanflow(
     f = network_of(f, "average")
     apart, u2 = _coin(u2, fraction)
     one, two = (t / (1.0 + t) for t in (lognormal_level(v, levels, mean, std) for v in (u, u2)))
-    s = torch.where(apart, torch.maximum(one, two), one)
-    span = torch.where(apart, (one - two).abs(), 0.0)
+    s = torch.maximum(one, two)
+    if larger == "apart":
+        s = torch.where(apart, s, one)
+    s, span = _acting_or_jump(acting, s, torch.where(apart, (one - two).abs(), 0.0))
     x, slope, ones = _flow(x0, s, z), z - x0, torch.ones_like(s)
     out, change = derivative(f.network, (x, s, span), (slope, ones, ones))
     error = (out - (slope - span.unsqueeze(-1) * change).detach()).square().sum(-1)
@@ -84,6 +92,7 @@ def shortcut(
     levels: Levels,
     *,
     u2: Tensor,
+    acting: Tensor | None = None,
     fraction: float = 0.25,
     grid: int = 128,
 ) -> tuple[Tensor, Metrics]:
@@ -95,8 +104,8 @@ def shortcut(
     is asked at the smallest span, 1/grid, in the place of 0).
 
     Args:
-        f, teacher, x0, z, u, progress, levels, u2: see the module's text. The parameterisation of f and
-            teacher is `average`.
+        f, teacher, x0, z, u, progress, levels, u2, acting: see the module's text. The parameterisation of f
+            and teacher is `average`.
         fraction: of the examples that jump.
         grid: jumps span 2d = 1, 1/2, 1/4, ... 2/grid and start from a multiple of it. With 0 they start and
             end anywhere: then f is trained from every level, and not from s = 1, 1/2, 1/4, ... alone.
@@ -112,12 +121,12 @@ def shortcut(
         s = (torch.floor(u / span) + 1.0) * span
     else:
         s, span = u, u * u2
-    s, span = torch.where(jumps, s, u), torch.where(jumps, span, 0.0)
+    s, span = _acting_or_jump(acting, torch.where(jumps, s, u), torch.where(jumps, span, 0.0))
     x, half = _flow(x0, s, z), 0.5 * span
     with torch.no_grad():
         first = teacher.network(x, s, half)
         second = teacher.network(x - half.unsqueeze(-1) * first, s - half, half)
-    velocity = torch.where(jumps.unsqueeze(-1), 0.5 * (first + second).detach(), z - x0)
+    velocity = torch.where((span > 0).unsqueeze(-1), 0.5 * (first + second).detach(), z - x0)
     return (f.network(x, s, span) - velocity).square().mean(-1), {}
 
 
@@ -165,5 +174,15 @@ def _flow(x0: Tensor, s: Tensor, z: Tensor) -> Tensor:
 
 
 def _coin(u: Tensor, fraction: float) -> tuple[Tensor, Tensor]:
-    """An event of probability `fraction`, and the rest of u: uniform in [0, 1) again where it happened."""
-    return u < fraction, (u / max(fraction, 1e-12)).clamp(max=1.0)
+    """An event of probability `fraction`, and the rest of u: uniform in [0, 1) in either case."""
+    happened = u < fraction
+    rest = torch.where(happened, u / max(fraction, 1e-12), (u - fraction) / max(1.0 - fraction, 1e-12))
+    return happened, rest.clamp(max=1.0)
+
+
+def _acting_or_jump(acting: Tensor | None, s: Tensor, span: Tensor) -> tuple[Tensor, Tensor]:
+    """The jumps (s, span), and where `acting` isn't 0 the one that sampling takes there: from s to 0."""
+    if acting is None:
+        return s, span
+    start, given = acting / (1.0 + acting), acting > 0
+    return torch.where(given, start, s), torch.where(given, start, span)

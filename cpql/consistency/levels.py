@@ -16,6 +16,8 @@ from torch import Tensor
 
 __all__ = [
     "Levels",
+    "acting_or_index",
+    "acting_or_level",
     "ct_discretisation",
     "ct_teacher_decay",
     "easy_ratio",
@@ -109,6 +111,22 @@ def lognormal_level(u: Tensor, levels: Levels, mean: float, std: float) -> Tenso
     high = math.erf((math.log(levels.t_max) - mean) / scale)
     t = torch.exp(mean + scale * torch.erfinv(low + u * (high - low)))
     return t.clamp(levels.t_min, levels.t_max)
+
+
+def acting_or_level(acting: Tensor | None, t: Tensor) -> Tensor:
+    """The levels t, and those of `acting` in their place where it isn't 0."""
+    return t if acting is None else torch.where(acting > 0, acting, t)
+
+
+def acting_or_index(acting: Tensor | None, index: Tensor, count: Tensor, levels: Levels) -> Tensor:
+    """The indices n in 0..N-2 of pairs of levels (n, n + 1), by `acting` where it isn't 0.
+
+    There the pair's upper level is the lowest one of the grid that isn't below the acting level.
+    """
+    if acting is None:
+        return index
+    above = torch.ceil(levels.index(acting, count) - 1e-3)  # a level of the grid is itself, despite rounding
+    return torch.where(acting > 0, torch.minimum((above - 1).clamp(min=0), count - 2), index)
 
 
 def easy_ratio(t: Tensor, progress: Tensor, stages: int, q: float, k: float, b: float) -> Tensor:

@@ -14,6 +14,8 @@ from torch import Tensor
 from cpql.consistency.function import Function, derivative, network_of, perturb
 from cpql.consistency.levels import (
     Levels,
+    acting_or_index,
+    acting_or_level,
     ct_discretisation,
     easy_ratio,
     ict_discretisation,
@@ -40,6 +42,7 @@ def denoise(
     progress: Tensor,
     levels: Levels,
     *,
+    acting: Tensor | None = None,
     tanh: bool = False,
     noise: LevelDistribution = "uniform",
     count: int = 40,
@@ -55,7 +58,7 @@ def denoise(
     mode by construction. In a policy the Q-function moves that mode to the good actions.
 
     Args:
-        f, teacher, x0, z, u, progress, levels, tanh: see the module's text; the teacher is not used.
+        f, teacher, x0, z, u, progress, levels, acting, tanh: see the module's text; the teacher is not used.
         noise: how t is drawn: from the grid (`uniform`), or as EDM has it (`lognormal`, Karras et al. 2022,
             Table 1), which leaves less of the loss to the smallest levels.
         count: levels of the grid.
@@ -67,6 +70,7 @@ def denoise(
     else:
         n = torch.full_like(u, float(count))
         t = levels.level(uniform_index(u, n) + 1, n)
+    t = acting_or_level(acting, t)
     weight = t**-2 + sigma_data**-2
     error = f(perturb(x0, t, z, tanh=tanh), t) - x0
     return weight * error.square().mean(-1), {}
@@ -96,6 +100,7 @@ def ct(
     progress: Tensor,
     levels: Levels,
     *,
+    acting: Tensor | None = None,
     tanh: bool = False,
     curriculum: Literal["root", "doubling"] = "root",
     s0: int = 2,
@@ -115,7 +120,7 @@ def ct(
     al. 2023, equation 10 and Algorithm 3. Each of its choices is an argument; `ict` is another set of them.
 
     Args:
-        f, teacher, x0, z, u, progress, levels, tanh: see the module's text.
+        f, teacher, x0, z, u, progress, levels, acting, tanh: see the module's text.
         curriculum: how N(k) grows: `root`, `ct_discretisation`, or `doubling`, `ict_discretisation`.
         s0, s1: where it starts and ends.
         noise: how n is drawn: `uniform_index` or `lognormal_index`.
@@ -130,6 +135,7 @@ def ct(
         index = uniform_index(u, count)
     else:
         index = lognormal_index(u, count, levels, mean, std)
+    index = acting_or_index(acting, index, count, levels)
     low, high = levels.level(index, count), levels.level(index + 1, count)
     with torch.no_grad():
         x_target = (teacher if target == "ema" else f)(perturb(x0, low, z, tanh=tanh), low)
@@ -163,6 +169,7 @@ def ect(
     progress: Tensor,
     levels: Levels,
     *,
+    acting: Tensor | None = None,
     tanh: bool = False,
     stages: int = 8,
     q: float = 2.0,
@@ -183,14 +190,14 @@ def ect(
     the target and in the weight.
 
     Args:
-        f, teacher, x0, z, u, progress, levels, tanh: see the module's text; the teacher is not used.
+        f, teacher, x0, z, u, progress, levels, acting, tanh: see the module's text; the teacher is not used.
         stages, q, k, b: of the ratio r / t, `easy_ratio`.
         mean, std: of ln t, `lognormal_level`.
         metric, c: d, see `distance`.
         weight: w is 1 / (t - r) (`interval`), or 1 (`none`).
         scale: factor of the loss.
     """
-    t = lognormal_level(u, levels, mean, std)
+    t = acting_or_level(acting, lognormal_level(u, levels, mean, std))
     r = t * easy_ratio(t, progress, stages, q, k, b)
     r = torch.where(r < levels.t_min, 0.0, r)
     low = r.clamp(min=levels.t_min)  # what f is asked at where its answer isn't used
@@ -210,6 +217,7 @@ def cd(
     progress: Tensor,
     levels: Levels,
     *,
+    acting: Tensor | None = None,
     guide: Function,
     solver: Literal["heun", "euler"] = "heun",
     count: int = 18,
@@ -226,7 +234,7 @@ def cd(
     Algorithm 2.
 
     Args:
-        f, teacher, x0, z, u, progress, levels: see the module's text.
+        f, teacher, x0, z, u, progress, levels, acting: see the module's text.
         guide: the denoiser D(x, t).
         solver: `heun`, which the paper prefers, asks the denoiser twice, `euler` once.
         count: the fixed number of levels.
@@ -236,7 +244,7 @@ def cd(
         scale: factor of the loss.
     """
     n = torch.full_like(u, float(count))
-    index = uniform_index(u, n)
+    index = acting_or_index(acting, uniform_index(u, n), n, levels)
     low, high = levels.level(index, n), levels.level(index + 1, n)
     x = perturb(x0, high, z)
     with torch.no_grad():
@@ -259,6 +267,7 @@ def scm(
     progress: Tensor,
     levels: Levels,
     *,
+    acting: Tensor | None = None,
     mean: float = -1.0,
     std: float = 1.4,
     warmup: float = 0.1,
@@ -276,7 +285,7 @@ def scm(
     out: with a normalised tangent the loss is less than 1 / D at every level, and near it where |g| >> c.
 
     Args:
-        f, teacher, x0, z, u, progress, levels: see the module's text; the teacher is not used. f's
+        f, teacher, x0, z, u, progress, levels, acting: see the module's text; the teacher is not used. f's
             parameterisation is `trig`.
         mean, std: of ln(sigma_data tan a), which is ln t, `lognormal_level`.
         warmup: fraction of the training over which r grows from 0 to 1; the paper's is 10,000 updates.
@@ -287,7 +296,8 @@ def scm(
     """
     f = network_of(f, "trig")
     sigma_data = f.parameterisation.sigma_data
-    angle = torch.atan(lognormal_level(u, levels, mean, std) / sigma_data)
+    t = acting_or_level(acting, lognormal_level(u, levels, mean, std))
+    angle = torch.atan(t / sigma_data)
     cos, sin = torch.cos(angle).unsqueeze(-1), torch.sin(angle).unsqueeze(-1)
     x, slope = cos * x0 + sin * sigma_data * z, cos * sigma_data * z - sin * x0
     r = (progress / warmup).clamp(max=1.0) if warmup > 0 else 1.0

@@ -16,6 +16,7 @@ Some take more, as keyword arguments:
 
     u2         more uniform noise, like u
     guide      another function that is trained beside f and distilled into it: a denoiser or a velocity
+    acting     levels, like u: what an example is noised to in place of the level drawn by u; 0 leaves it
     tanh       noise the data under a tanh, see `perturb`; objectives on straight paths don't have it
 
 All other keyword arguments are settings, with the paper's values as defaults. Noise is an argument, so an
@@ -42,7 +43,7 @@ __all__ = ["OBJECTIVES", "Guide", "Loss", "Objective"]
 Loss = Callable[..., tuple[Tensor, Metrics]]
 """The signature that all objectives share; see the module's text."""
 
-INPUTS = ("u2", "guide", "tanh")
+INPUTS = ("u2", "guide", "acting", "tanh")
 
 
 class Guide(NamedTuple):
@@ -85,7 +86,7 @@ class Objective:
         return {name: kind for name, kind in self._keywords.items() if name not in INPUTS}
 
     def takes(self, name: str) -> bool:
-        """Whether it takes `u2`, `guide` or `tanh`."""
+        """Whether it takes `u2`, `guide`, `acting` or `tanh`."""
         return name in self._keywords
 
 
