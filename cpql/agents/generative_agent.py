@@ -42,7 +42,7 @@ class GenerativeAgentConfig(ActorCriticConfig):
             / (mean |Q| temperature)`, so that the better actions of mixed data count more: `2 sigmoid(x)`,
             GFP's softmax over the two actions (Tiofack et al. 2025), and `min(exp(x), 100)`, as in
             advantage-weighted regression (Peng et al. 2019).
-        imitation_temperature: of that weight.
+        imitation_temperature: of that weight; may be a value for each member.
         policy_period: updates between steps of the policy; TD3's is 2.
         policy_noise: standard deviation of TD3's noise on the next action in the critic's target.
         noise_clip: that noise stays within +- this.
@@ -60,7 +60,7 @@ class GenerativeAgentConfig(ActorCriticConfig):
     eta_warmup: Natural = 0
     q_loss: Literal["normalised", "spread", "min"] = "normalised"
     imitation_weight: Literal["none", "softmax", "exponential"] = "none"
-    imitation_temperature: Positive = 0.1
+    imitation_temperature: Positive | tuple[Positive, ...] = 0.1
     policy_period: Count = 1
     policy_noise: NonNegative = 0.0
     noise_clip: NonNegative = 0.5
@@ -80,7 +80,7 @@ class GenerativeAgent(Agent):
     """
 
     config: GenerativeAgentConfig
-    by_member: ClassVar[tuple[str, ...]] = ("actor_lr", "critic_lr", "eta")
+    by_member: ClassVar[tuple[str, ...]] = ("actor_lr", "critic_lr", "eta", "imitation_temperature")
     actor_class: ClassVar[type[Actor]] = ConsistencyActor
     actor: FlatModule[Any]
 
@@ -184,13 +184,13 @@ class GenerativeAgent(Agent):
 
     def example_weight(self, q: Tensor, batch: Batch) -> Tensor | None:
         """`imitation_weight` of each example, [*members, B], given Q(s, pi(s)) [*members, 2, B]."""
-        c = self.config
-        if c.imitation_weight == "none":
+        rule, temperature = self.config.imitation_weight, self.settings["imitation_temperature"]
+        if rule == "none":
             return None
         q = q.detach().amin(-2)
         advantage = self.data_q(batch, batch.actions).amin(-2) - q
-        x = advantage / (q.abs().mean(-1, keepdim=True) * c.imitation_temperature)
-        return 2.0 * torch.sigmoid(x) if c.imitation_weight == "softmax" else torch.exp(x).clamp(max=100.0)
+        x = advantage / (q.abs().mean(-1) * temperature).unsqueeze(-1)
+        return 2.0 * torch.sigmoid(x) if rule == "softmax" else torch.exp(x).clamp(max=100.0)
 
     def weighted_loss(
         self, actor: Tensor, batch: Batch, noise: Noise, progress: Tensor
