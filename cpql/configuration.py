@@ -6,6 +6,7 @@ import difflib
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, replace
 from fnmatch import fnmatchcase
+from pathlib import Path
 from typing import Any, cast
 
 import yaml
@@ -29,6 +30,7 @@ from cpql.train.config import BudgetConfig, DatasetConfig, OnlineConfig, TrainCo
 __all__ = ["check_words", "choices", "members", "register"]
 
 GROUPS = ("mode", "env", "agent", "preset", "dataset", "budget")
+GIVES = {"preset": "agent", "mode": "online"}  # the part of a run's settings that a group's choice is about
 
 
 class _Tasks(dict[str, Any]):
@@ -207,36 +209,58 @@ def members(content: DictConfig, overrides: list[str]) -> list[TrainConfig]:
 def _checked(plain: dict[str, Any], overrides: list[str]) -> TrainConfig:
     """Complete one run's settings, and check them."""
     del plain["seeds"]
-    if plain["env"]["name"] is None:
+    file = Path(str(plain["run_dir"])) / "config.yaml"
+    if plain["resume"] and "run_dir" in overrides and file.exists():
+        plain = _resumed(plain, file, overrides)
+    elif plain["env"]["name"] is None:
         raise ConfigError(
             "no environment: expected env.id, such as env.id=Pendulum-v1, or a task, such as env=hopper"
         )
-    if isinstance(plain["checkpoint"], str):
+    elif isinstance(plain["checkpoint"], str):
         plain |= _continued(plain, overrides)
     _drop_inapplicable(plain["agent"], overrides)
     return train_config(plain, "configuration")
 
 
+def _resumed(plain: dict[str, Any], file: Path, overrides: list[str]) -> dict[str, Any]:
+    """The settings of the run of a folder, with those of the command line in their place."""
+    words = {GIVES.get(key, key) for key in overrides} | {"resume", "run_dir", "traceback"}
+    given = {key: value for key, value in plain.items() if key in words}
+    return plain | _with_overrides(_read(file), plain, overrides) | given
+
+
 def _continued(plain: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
     """Task, agent and dataset of the run of `checkpoint`, except for what the command line gives."""
-    file = find_training(plain["checkpoint"])[0].parent / "config.yaml"
-    try:
-        before = upgrade(yaml.safe_load(file.read_text()))
-        parts = {part: before[part] for part in ("env", "agent", "dataset") if part not in overrides}
-    except (OSError, ValueError, TypeError, KeyError, yaml.YAMLError) as error:
-        raise CheckpointError(f"{file}: no readable configuration of a run: {brief(error)}") from error
+    before = _read(find_training(plain["checkpoint"])[0].parent / "config.yaml")
     if "agent" in overrides:
         raise ConfigError(
             f"agent=...: the agent is that of checkpoint={plain['checkpoint']}; "
             "agent.KEY=VALUE changes a setting"
         )
-    now, then = OmegaConf.create(plain), OmegaConf.create(parts)
+    parts = {part: before[part] for part in ("env", "agent", "dataset") if part not in overrides}
+    kept = _with_overrides(parts, plain, overrides)
+    return {**kept, "configuration": before.get("configuration", "")}
+
+
+def _read(file: Path) -> dict[str, Any]:
+    """A run's configuration, as this version would write it."""
+    try:
+        before = upgrade(yaml.safe_load(file.read_text()))
+        if not all(isinstance(before[part], dict) for part in ("env", "agent", "dataset")):
+            raise ValueError("env, agent or dataset has no settings")
+        return before
+    except (OSError, ValueError, TypeError, KeyError, yaml.YAMLError) as error:
+        raise CheckpointError(f"{file}: no readable configuration of a run: {brief(error)}") from error
+
+
+def _with_overrides(before: dict[str, Any], plain: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
+    """A run's settings with those of single keys, `agent.eta`, as the command line gives them."""
+    now, then = OmegaConf.create(plain), OmegaConf.create(before)
     for key in overrides:
         part, dot, _ = key.partition(".")
-        if dot and part in parts:
+        if dot and isinstance(before.get(part), dict):
             OmegaConf.update(then, key, OmegaConf.select(now, key), merge=False, force_add=True)
-    kept = cast(dict[str, Any], OmegaConf.to_container(then))
-    return {**kept, "configuration": before.get("configuration", "")}
+    return cast(dict[str, Any], OmegaConf.to_container(then))
 
 
 def _drop_inapplicable(agent: dict[str, Any], overrides: list[str]) -> None:

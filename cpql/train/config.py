@@ -152,7 +152,8 @@ class TrainConfig:
         configuration: name of the agent's configuration, a file of `configs/agent/`, under which results and
             loggers list the agent.
         run_dir: the run's folder; never overwritten.
-        resume: continue the run in `run_dir`.
+        resume: true continues the run in `run_dir`, which must be there; `auto` continues it where there is one,
+            and begins one elsewhere; false begins one, and there must be none.
         traceback: show Python's traceback with an error.
 
     Raises:
@@ -173,7 +174,7 @@ class TrainConfig:
     compile: bool | Literal["auto"] = "auto"
     configuration: str = ""
     run_dir: str = "runs/run"
-    resume: bool = False
+    resume: bool | Literal["auto"] = False
     traceback: bool = False
 
     def __post_init__(self) -> None:

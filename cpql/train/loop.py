@@ -86,7 +86,7 @@ def train_group(configs: Sequence[TrainConfig], console: Console) -> list[dict[s
         runs = [Run(own) for own in configs]
         if all(run.finished for run in runs):
             return [run.result() for run in runs]
-        if config.resume and not any(run.begun for run in runs):
+        if config.resume is True and not any(run.begun for run in runs):
             raise CheckpointError(f"{runs[0].folder} holds no run to resume (no config.yaml)")
         return _run_to_end(_load(runs, console))
 

@@ -98,7 +98,7 @@ class Run:
         self.settings = _read(self.config_file, yaml.safe_load, "the run's configuration", "budget.updates")
         before = train_config(upgrade(self.settings), str(self.config_file))
         then, now = _complete(before), _complete(train_config(asdict(self.config), "configuration"))
-        for key in sorted(then.keys() | now.keys()):
+        for key in sorted(then.keys() | now.keys(), key=lambda key: (not key.endswith(".name"), key)):
             if then.get(key) != now.get(key):
                 raise CheckpointError(
                     f"{self.config_file}: the run was started with {key}={then.get(key)}, not "
