@@ -60,12 +60,10 @@ def _main(config_name: str, command: Callable[[DictConfig], None]) -> None:
             Path.home()
         except RuntimeError:
             raise ConfigError("HOME isn't set, and this user has no name: set HOME to a folder") from None
-        from cpql.configuration import check_words, register  # loads PyTorch
+        from cpql.configuration import check_words, free, register  # loads PyTorch
 
         register(evaluate=EvaluateConfig(), export=ExportConfig())
-        # An objective's own settings depend on which it is: ++ lets Hydra take any, ActorConfig checks them.
-        own = "agent.actor.objective_options."
-        sys.argv[1:] = [f"++{word}" if word.startswith(own) else word for word in sys.argv[1:]]
+        sys.argv[1:] = [free(word) for word in sys.argv[1:]]
         check_words(config_name, sys.argv[1:])
         hydra.main(config_path=str(config_folder()), config_name=config_name, version_base="1.3")(run)()
 

@@ -27,7 +27,7 @@ from cpql.tasks import config_folder, load_task, task_names, task_patterns
 from cpql.train.checkpoint import find_training
 from cpql.train.config import BudgetConfig, DatasetConfig, OnlineConfig, TrainConfig, train_config
 
-__all__ = ["check_words", "choices", "members", "register"]
+__all__ = ["check_words", "choices", "compose_training", "free", "members", "register"]
 
 GROUPS = ("mode", "env", "agent", "preset", "dataset", "budget")
 GIVES = {"preset": "agent", "mode": "online"}  # the part of a run's settings that a group's choice is about
@@ -154,6 +154,27 @@ def check_words(command: str, words: list[str]) -> None:
                 if not key.startswith(free) and key not in known:
                     raise ConfigError(f"unknown setting {key!r}: {_instead(key, known)}") from None
             raise ConfigError(" ".join(str(error).split())) from None
+
+
+def compose_training(words: list[str]) -> list[TrainConfig]:
+    """The runs that a command line of these words would train.
+
+    Raises:
+        ConfigError: a word that doesn't exist, or a setting that isn't valid.
+        CheckpointError: there is no such run to continue from.
+    """
+    register()
+    agent = next((word.partition("=")[2] for word in words if word.startswith("agent=")), "")
+    words = [free(word) for word in words]
+    check_words("train", words)
+    with initialize_config_dir(str(config_folder()), version_base="1.3"):
+        content = compose("train", [*words, f"configuration={agent}"] if agent else words)
+    return members(content, [word.lstrip("+").partition("=")[0] for word in words])
+
+
+def free(word: str) -> str:
+    """A word as Hydra takes it. It can't know an objective's own settings, which ActorConfig checks."""
+    return f"++{word}" if word.startswith("agent.actor.objective_options") else word
 
 
 def _instead(key: str, known: set[str]) -> str:

@@ -140,7 +140,8 @@ class TrainConfig:
         budget: how long.
         online: how to act while learning; null learns offline.
         checkpoint: a run whose last checkpoint gives the initial networks and optimisers.
-        logger: where metrics go besides CSV, a name of `cpql.train.logging.LOGGERS`; `csv` for nowhere.
+        logger: where metrics go besides CSV, one or several names of `cpql.train.logging.LOGGERS`; `csv` for
+            nowhere.
         seed: of weights, data order and noise.
         device: `auto` takes a GPU if there is one.
         precision: of the update's matrix products: `fp32`; `bf16`, faster on processors that have units for
@@ -152,8 +153,8 @@ class TrainConfig:
         configuration: name of the agent's configuration, a file of `configs/agent/`, under which results and
             loggers list the agent.
         run_dir: the run's folder; never overwritten.
-        resume: true continues the run in `run_dir`, which must be there; `auto` continues it where there is one,
-            and begins one elsewhere; false begins one, and there must be none.
+        resume: true continues the run in `run_dir`, which must be there; `auto` continues it where there is
+            one, and begins one elsewhere; false begins one, and there must be none.
         traceback: show Python's traceback with an error.
 
     Raises:
@@ -166,7 +167,7 @@ class TrainConfig:
     budget: BudgetConfig = field(default_factory=BudgetConfig)
     online: OnlineConfig | None = None
     checkpoint: str | None = None
-    logger: str = "csv"
+    logger: str | tuple[str, ...] = "csv"
     seed: Seed = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["fp32", "bf16", "tf32"] = "fp32"
@@ -178,10 +179,15 @@ class TrainConfig:
     traceback: bool = False
 
     def __post_init__(self) -> None:
-        if self.logger != "csv" and self.logger not in LOGGERS:
-            raise ConfigError(
-                f"logger={self.logger} does not exist: {did_you_mean(self.logger, ('csv', *LOGGERS))}"
-            )
+        for name in self.loggers:
+            if name not in LOGGERS:
+                raise ConfigError(f"logger={name} does not exist: {did_you_mean(name, ('csv', *LOGGERS))}")
+
+    @property
+    def loggers(self) -> tuple[str, ...]:
+        """The names of the loggers besides CSV."""
+        names = (self.logger,) if isinstance(self.logger, str) else self.logger
+        return tuple(name for name in names if name != "csv")
 
 
 def train_config(values: Mapping[str, Any], where: str) -> TrainConfig:

@@ -2,29 +2,38 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import io
 from typing import Any
 
-from cpql.io import aside
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, LogFormatter
 
-__all__ = ["learning_curve"]
+__all__ = ["Picture", "learning_curve"]
+
+
+class Picture(Figure):
+    """A figure that a notebook shows."""
+
+    def png(self) -> bytes:
+        """The picture as a PNG file's content."""
+        buffer = io.BytesIO()
+        self.savefig(buffer, dpi=110, format="png")
+        return buffer.getvalue()
+
+    _repr_png_ = png
 
 
 def learning_curve(
-    path: Path, run: dict[str, Any], evaluations: list[dict[str, Any]], metrics: list[dict[str, float]]
-) -> None:
-    """Draw score (or return, without references), values and losses over gradient steps, as a PNG.
+    run: dict[str, Any], evaluations: list[dict[str, Any]], metrics: list[dict[str, float]]
+) -> Picture:
+    """Draw score (or return, without references), values and losses over gradient steps.
 
     Args:
-        path: of the PNG; replaced in one move.
         run: the entries that every result has, see `Run.provenance`.
         evaluations: of the run, in order; without any their panel is left out.
         metrics: the rows of `metrics.csv`.
     """
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import EngFormatter, LogFormatter
-
-    figure = Figure(figsize=(11, 3.6), layout="constrained")
+    figure = Picture(figsize=(11, 3.6), layout="constrained")
     panels = list(figure.subplots(1, 3 if evaluations else 2))
     if evaluations:
         _scores(panels[0], run, evaluations)
@@ -51,8 +60,7 @@ def learning_curve(
         axes.set_xlim(left=0)
     source = run["data"]["source"].replace("embedded", "self-collected data, not D4RL")
     figure.suptitle(f"{run['agent']} on {run['task']} ({source})", fontsize=11)
-    with aside(path) as temporary:
-        figure.savefig(temporary, dpi=110, format="png")
+    return figure
 
 
 def _scores(axes: Any, run: dict[str, Any], evaluations: list[dict[str, Any]]) -> None:

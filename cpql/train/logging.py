@@ -19,7 +19,18 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from cpql import io
 from cpql.errors import ConfigError, printable
 
-__all__ = ["LOGGERS", "Bar", "CSVTable", "Logger", "make_console", "progress_bars", "say"]
+__all__ = [
+    "LOGGERS",
+    "Bar",
+    "CSVTable",
+    "Callback",
+    "CallbackLogger",
+    "Logger",
+    "make_console",
+    "progress_bars",
+    "read_table",
+    "say",
+]
 
 
 class CSVTable:
@@ -55,10 +66,15 @@ class CSVTable:
 
     def rows(self) -> list[dict[str, float]]:
         """All rows as numbers."""
-        if not self.path.exists():
-            return []
-        with self.path.open(newline="") as file:
-            return [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
+        return read_table(self.path)
+
+
+def read_table(path: Path) -> list[dict[str, float]]:
+    """The rows of a CSV file of numbers; none where there is no file."""
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        return [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
 
 
 def _is_row(line: str, count: int) -> bool:
@@ -116,7 +132,24 @@ class WandbLogger:
         self.run.finish()
 
 
-Logger = TensorBoardLogger | WandbLogger
+Callback = Callable[[int, dict[str, float]], None]
+
+
+class CallbackLogger:
+    """Metrics to a function of the caller's, which takes the step and the metrics."""
+
+    def __init__(self, callback: Callback) -> None:
+        self.callback = callback
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Call it."""
+        self.callback(step, dict(metrics))
+
+    def close(self) -> None:
+        """Nothing is left to do."""
+
+
+Logger = TensorBoardLogger | WandbLogger | CallbackLogger
 LOGGERS: dict[str, Callable[[Path, str, dict[str, Any], int], Logger]] = {
     "tensorboard": TensorBoardLogger,
     "wandb": WandbLogger,

@@ -18,7 +18,7 @@ from cpql.deploy.summary import summary
 from cpql.device import choose_device
 from cpql.errors import ActingError, CheckpointError, ConfigError, Interrupted
 from cpql.train.config import TrainConfig, group_agent_config
-from cpql.train.logging import Bar, say
+from cpql.train.logging import Bar, Callback, say
 from cpql.train.members import Members
 from cpql.train.program import Update, program
 from cpql.train.runs import Run, claimed
@@ -59,7 +59,9 @@ def loop(members: Members, update: Update, stopped: Callable[[], bool]) -> None:
         raise Interrupted(f"{done}; {members.where()}")
 
 
-def train_group(configs: Sequence[TrainConfig], console: Console) -> list[dict[str, Any]]:
+def train_group(
+    configs: Sequence[TrainConfig], console: Console, callback: Callback | None = None
+) -> list[dict[str, Any]]:
     """Train one run, or several as the members of one program.
 
     Member k is, up to rounding, the run of its configuration alone, and its folder is an ordinary run's:
@@ -69,6 +71,7 @@ def train_group(configs: Sequence[TrainConfig], console: Console) -> list[dict[s
     Args:
         configs: of each run. They may differ in seed, folder and the agent's settings in its `by_member`.
         console: for progress and warnings.
+        callback: called with the step and the metrics of each member, whenever these are written.
 
     Returns:
         What each `result.json` holds.
@@ -88,7 +91,7 @@ def train_group(configs: Sequence[TrainConfig], console: Console) -> list[dict[s
             return [run.result() for run in runs]
         if config.resume is True and not any(run.begun for run in runs):
             raise CheckpointError(f"{runs[0].folder} holds no run to resume (no config.yaml)")
-        return _run_to_end(_load(runs, console))
+        return _run_to_end(_load(runs, console), callback)
 
 
 def _load(runs: Sequence[Run], console: Console) -> Members:
@@ -123,7 +126,7 @@ def _load(runs: Sequence[Run], console: Console) -> Members:
     return Members(runs, agent, source, console)
 
 
-def _run_to_end(members: Members) -> list[dict[str, Any]]:
+def _run_to_end(members: Members, callback: Callback | None) -> list[dict[str, Any]]:
     """Compile the update, train what is left, and write the results."""
     config, console = members.config, members.console
     if config.compile:
@@ -132,7 +135,7 @@ def _run_to_end(members: Members) -> list[dict[str, Any]]:
     made = program(members.agent, config.compile, cache, lambda line: say(console, line, "yellow"))
     with ExitStack() as stack:
         for run in members.runs:
-            run.start_logger(members.step, config.env, members.agent.name)
+            run.start_loggers(members.step, config.env, members.agent.name, callback)
             stack.callback(run.close)
         if made.compiled:
             # Compiling again during a run would mean that a shape depends on data.

@@ -25,15 +25,14 @@ from torch import Tensor
 
 from cpql.deploy.policy import Policy
 from cpql.errors import CheckpointError, brief
-from cpql.io import clear_leftovers, flush, held, versions, write_text
+from cpql.io import aside, clear_leftovers, flush, held, versions, write_text
 from cpql.migration import upgrade
 from cpql.settings import flat
 from cpql.tasks import Task
 from cpql.train.checkpoint import go_back, prune, save_checkpoint, saved_steps
 from cpql.train.config import TrainConfig, agent_config, train_config
-from cpql.train.curve import learning_curve
 from cpql.train.evaluation import evaluate
-from cpql.train.logging import LOGGERS, CSVTable, Logger
+from cpql.train.logging import LOGGERS, Callback, CallbackLogger, CSVTable, Logger
 from cpql.train.sources import Source
 
 __all__ = ["Run", "claimed"]
@@ -149,14 +148,14 @@ class Run:
         """The steps that the run can be resumed from; 0 is the beginning."""
         return {0, *saved_steps(self.checkpoints)} if self.begun else {0}
 
-    def start_logger(self, step: int, task: Task, algorithm: str) -> None:
-        """Start the logger besides CSV. It comes before anything is written, since it may fail."""
+    def start_loggers(self, step: int, task: Task, algorithm: str, callback: Callback | None) -> None:
+        """Start the loggers besides CSV. They come before anything is written, since they may fail."""
         self.task, self.algorithm = task, algorithm
         self.agent = self.config.configuration or algorithm
         name = f"{task.name}-{self.agent}-{self.folder.name}"
-        self.logger: Logger | None = None
-        if self.config.logger in LOGGERS:
-            self.logger = LOGGERS[self.config.logger](self.folder, name, self.settings, step)
+        self.loggers: list[Logger] = [] if callback is None else [CallbackLogger(callback)]
+        for kind in self.config.loggers:
+            self.loggers.append(LOGGERS[kind](self.folder, name, self.settings, step))
 
     def begin(self, step: int, program: str, source: Source) -> None:
         """Write the configuration and open the tables; whatever was written after `step` is dropped.
@@ -177,17 +176,17 @@ class Run:
         self.timing = CSVTable(self.folder / "timing.csv", step)
 
     def close(self) -> None:
-        """Write what the logger has buffered."""
-        if self.logger is not None:
-            self.logger.close()
+        """Write what the loggers have buffered."""
+        for logger in self.loggers:
+            logger.close()
 
     def log(self, step: int, metrics: dict[str, float], seconds: float, updates: int) -> None:
         """Write the means of an interval."""
         self.metrics.log(step, metrics)
         speed = {"seconds": round(seconds, 2), "updates_per_second": round(updates / seconds, 1)}
         self.timing.log(step, speed)
-        if self.logger is not None:
-            self.logger.log(step, metrics)
+        for logger in self.loggers:
+            logger.log(step, metrics)
 
     def evaluate(self, step: int, policy: Policy, episodes: int, stopped: Callable[[], bool]) -> None:
         """Evaluate a step's policy, unless that was done or there is no environment, and draw the curve.
@@ -201,11 +200,14 @@ class Run:
             seed, limit = self.config.seed + 100, self.config.budget.episode_limit
             found = evaluate(policy, self.task, episodes, seed=seed, episode_limit=limit, stopped=stopped)
             _write(file, {"step": step, **self.provenance(), **found.to_dict()})
-            if self.logger is not None:
-                score = {} if found.score is None else {"evaluation/score": found.score}
-                self.logger.log(step, {"evaluation/return": found.mean, **score})
-        path = self.folder / "learning_curve.png"
-        learning_curve(path, self.provenance(), self.evaluations(), self.metrics.rows())
+            score = {} if found.score is None else {"evaluation/score": found.score}
+            for logger in self.loggers:
+                logger.log(step, {"evaluation/return": found.mean, **score})
+        from cpql.train.curve import learning_curve  # loads matplotlib
+
+        picture = learning_curve(self.provenance(), self.evaluations(), self.metrics.rows())
+        with aside(self.folder / "learning_curve.png") as temporary:
+            temporary.write_bytes(picture.png())
 
     def provenance(self) -> dict[str, Any]:
         """Where a result comes from, for every result file."""
