@@ -15,6 +15,7 @@ extras = {
     "sb3": ["stable-baselines3~=2.9"],
     "torchrl": ["torchrl~=0.14.1"],
     "examples": ["scikit-learn>=1.4"],
+    "docs": ["sphinx>=8.2", "myst-parser>=4.0", "furo>=2024.8.6"],
 }
 
 setup(
@@ -57,8 +58,11 @@ setup(
             *extras["sb3"],
             *extras["torchrl"],
             *extras["examples"],
+            *extras["docs"],
             "hypothesis>=6.100",
+            "ipykernel>=6.29",
             "mypy>=1.15",
+            "nbclient>=0.10",
             "pytest>=8",
             "pytest-timeout>=2.3",
             "ruff>=0.9",
