@@ -15,6 +15,7 @@ extras = {
     "sb3": ["stable-baselines3~=2.9"],
     "torchrl": ["torchrl~=0.14.1"],
     "examples": ["scikit-learn>=1.4"],
+    "video": ["imageio[ffmpeg]>=2.34"],
     "docs": ["sphinx>=8.2", "myst-parser>=4.0", "furo>=2024.8.6"],
 }
 
@@ -59,6 +60,7 @@ setup(
             *extras["torchrl"],
             *extras["examples"],
             *extras["docs"],
+            *extras["video"],
             "hypothesis>=6.100",
             "ipykernel>=6.29",
             "mypy>=1.15",

@@ -17,7 +17,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 
 from cpql.deploy.hub import PREFIX
 from cpql.errors import CheckpointError, ConfigError, errors_in_one_line, escape_unknown_characters, printable
-from cpql.settings import Candidates, Count, NonNegative, Seed, Threads, build
+from cpql.settings import Candidates, Count, Natural, NonNegative, Seed, Threads, build
 from cpql.tasks import config_folder, with_own_references
 
 if TYPE_CHECKING:
@@ -113,6 +113,8 @@ class EvaluateConfig(CommandConfig):
         episode_limit: steps after which an episode is cut.
         device: `auto` takes a GPU where there is one.
         threads: CPU threads of PyTorch; 0 keeps its default.
+        video: of how many episodes to make videos, from the best to the worst: with 3 the best, the median
+            and the worst. They are written to the `evaluations/` of the policy's run, or beside `out`.
     """
 
     episodes: Count = 100
@@ -122,8 +124,11 @@ class EvaluateConfig(CommandConfig):
     episode_limit: Count = 10_000
     device: Literal["auto", "cpu", "cuda"] = "cpu"
     threads: Threads = 1
+    video: Natural = 0
 
     def __post_init__(self) -> None:
+        if self.video > self.episodes:
+            raise ConfigError(f"video={self.video}: expected at most episodes={self.episodes}")
         if self.deterministic and self.temperature is not None:
             found = f"temperature={self.temperature:g}"
             raise ConfigError(f"{found}: expected none with deterministic=true, where the best wins")
@@ -165,6 +170,7 @@ def _evaluate(content: DictConfig) -> None:
     from cpql.environments import import_environment
     from cpql.io import write_text
     from cpql.train.evaluation import evaluate as run
+    from cpql.train.video import check_video, record
 
     config = build(EvaluateConfig, cast(Any, OmegaConf.to_container(content)), "configuration")
     device = choose_device(config.device)
@@ -176,6 +182,8 @@ def _evaluate(content: DictConfig) -> None:
         task = with_own_references(dataclasses.replace(task, id=import_environment(config.env_id)), task)
     out = Path(config.out) if config.out is not None else folder / _file_name(policy, task, config)
     _check_writable(out)
+    if config.video:
+        check_video(task)
     evaluation = run(
         policy,
         task,
@@ -183,11 +191,16 @@ def _evaluate(content: DictConfig) -> None:
         seed=config.seed,
         deterministic=config.deterministic,
         episode_limit=config.episode_limit,
+        keep_actions=config.video > 0,
     )
     result = {"task": task.name, "policy": policy.config.origin, **evaluation.to_dict()}
     print(printable(summary(result)))
     write_text(out, json.dumps(result, indent=2, allow_nan=False) + "\n")
     print(printable(str(out)))
+    ours = folder.parent.parent  # of RUN/checkpoints/step_00050000
+    place = ours / "evaluations" if (ours / "config.yaml").exists() else out.parent
+    for path in record(evaluation, config.video, place, f"{folder.name}_{out.stem}"):
+        print(printable(str(path)))
 
 
 def _file_name(policy: Policy, task: Task, config: EvaluateConfig) -> str:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
+from contextlib import closing
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,8 +15,10 @@ from cpql.actors import ActorConfig, ConsistencyActor, choose
 from cpql.critics import TwinCritic
 from cpql.deploy.policy import Policy, PolicyConfig
 from cpql.environments import make_task_environment
+from cpql.errors import ConfigError
 from cpql.tasks import load_task
 from cpql.train.evaluation import evaluate
+from cpql.train.video import check_video, record
 
 CANDIDATES = 6
 
@@ -64,3 +69,39 @@ def test_a_seed_gives_its_returns_again(policy: Policy) -> None:
     task = policy.config.task
     first, again, other = (evaluate(policy, task, 4, seed=seed).returns for seed in (1, 1, 2))
     assert first == again != other
+
+
+def test_actions_are_kept_where_they_are_wanted(policy: Policy) -> None:
+    """Taken again from the same seed they give the same returns: what a video shows is the episode itself."""
+    task = policy.config.task
+    found = evaluate(policy, task, 3, seed=5, keep_actions=True, episode_limit=50)
+    assert evaluate(policy, task, 1, seed=5, episode_limit=5).actions == ()
+    for episode, actions in enumerate(found.actions):
+        assert actions.shape == (found.lengths[episode], 3)
+        with closing(make_task_environment(task)) as environment:
+            environment.reset(seed=5 + episode)
+            assert sum(float(environment.step(a)[1]) for a in actions) == found.returns[episode]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(120)
+def test_videos(policy: Policy, tmp_path: Path) -> None:
+    import imageio.v2
+
+    try:
+        check_video(policy.config.task)
+    except ConfigError as error:
+        pytest.skip(str(error))
+    found = evaluate(policy, policy.config.task, 4, seed=5, keep_actions=True, episode_limit=20)
+    paths = record(found, 3, tmp_path / "films", "x")
+    best, worst = max(found.returns), min(found.returns)
+    assert paths[0].name == f"x_best_{best:.0f}.mp4" and paths[-1].name == f"x_worst_{worst:.0f}.mp4"
+    with closing(imageio.v2.get_reader(paths[0])) as film:
+        assert len(list(film)) == found.lengths[found.returns.index(best)] + 1
+    assert sorted(path.name for path in (tmp_path / "films").iterdir()) == sorted(p.name for p in paths)
+
+
+def test_a_video_that_can_not_be_made_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "imageio_ffmpeg", None)
+    with pytest.raises(ConfigError, match=r"pip install 'cpql\[video\]'"):
+        check_video(load_task("hopper-medium"))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack, closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -32,6 +32,7 @@ class Evaluation:
         episode_limit: steps after which an unfinished episode was cut.
         cut: how many episodes were cut.
         successes: whether each episode succeeded, 1 or 0, where the task's score is made of that; else empty.
+        actions: of each episode, [T, A] in the environment's bounds, if they were to be kept; else empty.
     """
 
     task: Task
@@ -42,6 +43,7 @@ class Evaluation:
     episode_limit: int = 10_000
     cut: int = 0
     successes: tuple[float, ...] = ()
+    actions: tuple[NDArray[np.float32], ...] = field(default=(), repr=False)
 
     @property
     def mean(self) -> float:
@@ -121,6 +123,7 @@ def evaluate(
     deterministic: bool = False,
     at_once: int | None = None,
     episode_limit: int = 10_000,
+    keep_actions: bool = False,
     stopped: Callable[[], bool] = lambda: False,
 ) -> Evaluation:
     """Run whole episodes and collect their returns.
@@ -136,6 +139,7 @@ def evaluate(
         deterministic: see `Policy.predict`.
         at_once: how many environments run side by side; None takes the task's number.
         episode_limit: steps after which an unfinished episode is cut.
+        keep_actions: keep all actions, from which `cpql.train.video` shows an episode again.
         stopped: called at every step; True ends the evaluation.
 
     Raises:
@@ -147,6 +151,7 @@ def evaluate(
     at_once = at_once or task.at_once
     returns, lengths = np.zeros(episodes), np.zeros(episodes, np.int64)
     successes = np.zeros(episodes) if task.measure == "success" else None
+    kept: list[list[NDArray[np.float32]]] = [[] for _ in range(episodes)]
     cut = 0
     for start in range(0, episodes, at_once):
         indices = range(start, min(start + at_once, episodes))
@@ -170,6 +175,8 @@ def evaluate(
                 ended = set()
                 for i, action in zip(running, actions, strict=True):
                     observations[i], reward, terminated, truncated, info = environments[i].step(action)
+                    if keep_actions:
+                        kept[start + i].append(np.array(action, np.float32))
                     returns[start + i] += float(reward)
                     lengths[start + i] += 1
                     if successes is not None:
@@ -188,7 +195,8 @@ def evaluate(
     rule += f", {'sampled' if sampled else 'deterministic'}, {steps} step{'s' if steps > 1 else ''}"
     shares = () if successes is None else tuple(successes.tolist())
     every = tuple(returns.tolist()), tuple(lengths.tolist())
-    return Evaluation(task, *every, seed, rule, episode_limit, cut, shares)
+    taken = tuple(np.stack(episode) for episode in kept) if keep_actions else ()
+    return Evaluation(task, *every, seed, rule, episode_limit, cut, shares, taken)
 
 
 def _success(info: dict[str, Any], task: Task) -> float:
