@@ -158,8 +158,8 @@ def test_train_from_an_empty_home_then_evaluate_then_resume(tmp_path: Path) -> N
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("logger", ["tensorboard", "wandb"])
-def test_loggers_without_an_account(logger: str, tmp_path: Path) -> None:
+def test_loggers_without_an_account(tmp_path: Path) -> None:
+    """Both at once."""
     random = np.random.default_rng(0)
     arrays = {
         "observations": random.normal(size=(60, 11)),
@@ -169,11 +169,17 @@ def test_loggers_without_an_account(logger: str, tmp_path: Path) -> None:
         "timeouts": np.zeros(60, bool),
     }
     d4rl.write(tmp_path / "data.hdf5", arrays, {})
-    words = (*QUICK, "dataset.path=data.hdf5", f"logger={logger}", "run_dir=run")
+    words = (
+        *QUICK,
+        "dataset.path=data.hdf5",
+        "logger=[wandb,tensorboard]",
+        "run_dir=run",
+        "wandb.group=mine",
+    )
     done = run("train.py", *words, folder=tmp_path)
     assert done.returncode == 0, done.stderr + done.stdout
     written = [p.name for p in (tmp_path / "run").rglob("*")]
-    assert any("tfevents" in n or n.endswith(".wandb") for n in written), written
+    assert any("tfevents" in n for n in written) and any(n.endswith(".wandb") for n in written), written
 
 
 @pytest.mark.slow

@@ -486,7 +486,10 @@ def test_each_member_has_a_wandb_run_of_its_own(tmp_path: Path, monkeypatch: pyt
 
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
-    loggers = [WandbLogger(tmp_path, f"seed{k}", {"seed": k}, 0) for k in range(2)]
+    folders = [tmp_path / f"seed{k}" for k in range(2)]
+    for folder in folders:
+        folder.mkdir()
+    loggers = [WandbLogger(folder, folder.name, {"seed": k}, 0) for k, folder in enumerate(folders)]
     for k, logger in enumerate(loggers):
         logger.log(1, {"x": float(k)})
     assert [(logger.run.name, dict(logger.run.config)) for logger in loggers] == [
@@ -496,6 +499,10 @@ def test_each_member_has_a_wandb_run_of_its_own(tmp_path: Path, monkeypatch: pyt
     for logger in loggers:
         logger.close()
     assert len(list(tmp_path.rglob("*.wandb"))) == 2
+
+    resumed = WandbLogger(folders[0], "seed0", {"wandb": {"project": "mine", "group": "four"}}, 1)
+    assert (resumed.run.id, resumed.run.project, resumed.run.group) == (loggers[0].run.id, "mine", "four")
+    resumed.close()
 
 
 def test_text_of_strangers_is_printed_as_text(dataset: Path, tmp_path: Path) -> None:

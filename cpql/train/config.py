@@ -21,6 +21,7 @@ __all__ = [
     "DatasetConfig",
     "OnlineConfig",
     "TrainConfig",
+    "WandbConfig",
     "agent_config",
     "group_agent_config",
     "train_config",
@@ -130,6 +131,21 @@ class OnlineConfig:
 
 
 @dataclass(frozen=True)
+class WandbConfig:
+    """Where Weights & Biases lists a run, with `logger=wandb`.
+
+    Attributes:
+        project: of the run.
+        entity: user or team; null takes the account's own.
+        group: under which the project gathers runs.
+    """
+
+    project: str = "cpql"
+    entity: str | None = None
+    group: str | None = None
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """One training run.
 
@@ -142,6 +158,7 @@ class TrainConfig:
         checkpoint: a run whose last checkpoint gives the initial networks and optimisers.
         logger: where metrics go besides CSV, one or several names of `cpql.train.logging.LOGGERS`; `csv` for
             nowhere.
+        wandb: where Weights & Biases lists the run.
         seed: of weights, data order and noise.
         device: `auto` takes a GPU if there is one.
         precision: of the update's matrix products: `fp32`; `bf16`, faster on processors that have units for
@@ -168,6 +185,7 @@ class TrainConfig:
     online: OnlineConfig | None = None
     checkpoint: str | None = None
     logger: str | tuple[str, ...] = "csv"
+    wandb: WandbConfig = field(default_factory=WandbConfig)
     seed: Seed = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["fp32", "bf16", "tf32"] = "fp32"

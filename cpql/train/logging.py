@@ -115,11 +115,15 @@ class WandbLogger:
         except ImportError:
             raise ConfigError("logger=wandb needs a package: pip install wandb") from None
         mode: Any = os.environ.get("WANDB_MODE", "online" if os.environ.get("WANDB_API_KEY") else "offline")
+        options: dict[str, Any] = {"project": "cpql", **config.get("wandb", {}), "name": name, "mode": mode}
         try:
+            # A resumed run goes on under its id; offline, wandb keeps its parts until they are synced.
+            file = folder / "wandb_id.txt"
+            if not file.exists():
+                io.write_text(file, wandb.util.generate_id() + "\n")
+            options |= {"id": file.read_text().strip()} | ({} if mode == "offline" else {"resume": "allow"})
             # The members of a group are separate runs in one process.
-            self.run: Any = wandb.init(
-                project="cpql", name=name, dir=str(folder), config=config, mode=mode, reinit="create_new"
-            )
+            self.run: Any = wandb.init(**options, dir=str(folder), config=config, reinit="create_new")
         except Exception as error:  # wandb raises many kinds
             raise ConfigError(f"logger=wandb: {' '.join(str(error).split())}") from error
 
