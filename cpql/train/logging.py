@@ -119,11 +119,12 @@ class WandbLogger:
         try:
             # A resumed run goes on under its id; offline, wandb keeps its parts until they are synced.
             file = folder / "wandb_id.txt"
-            if not file.exists():
-                io.write_text(file, wandb.util.generate_id() + "\n")
-            options |= {"id": file.read_text().strip()} | ({} if mode == "offline" else {"resume": "allow"})
+            if file.exists():
+                options |= {"id": file.read_text().strip()}
+                options |= {} if mode == "offline" else {"resume": "allow"}
             # The members of a group are separate runs in one process.
             self.run: Any = wandb.init(**options, dir=str(folder), config=config, reinit="create_new")
+            io.write_text(file, self.run.id + "\n")
         except Exception as error:  # wandb raises many kinds
             raise ConfigError(f"logger=wandb: {' '.join(str(error).split())}") from error
 

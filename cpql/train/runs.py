@@ -38,8 +38,10 @@ from cpql.train.sources import Source
 __all__ = ["Run", "claimed"]
 
 # What a resumed run may change, since it doesn't affect training; of the budget, the length may matter.
-FREE = ("budget", "configuration", "device", "threads", "compile", "logger", "wandb")
-FREE += ("resume", "traceback", "run_dir")
+FREE = (
+    *("budget", "configuration", "device", "threads", "compile", "logger", "wandb", "resume", "traceback"),
+    "run_dir",
+)
 
 
 @contextmanager
