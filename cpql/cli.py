@@ -49,9 +49,9 @@ def _main(config_name: str, command: Callable[[DictConfig], None]) -> None:
 
     def run(content: DictConfig) -> None:
         with errors_in_one_line(content.traceback is True):  # else Hydra would print its own account
-            if OmegaConf.is_missing(content, "checkpoint"):
-                more = "" if config_name == "train" else ", a policy's folder, or hf://owner/name"
-                raise ConfigError(f"checkpoint=... is missing: a run's folder, one of its checkpoints{more}")
+            if config_name != "train" and OmegaConf.is_missing(content, "checkpoint"):
+                expected = "a run's folder, one of its checkpoints, a policy's folder, or hf://owner/name"
+                raise ConfigError(f"checkpoint=... is missing: {expected}")
             command(content)
 
     with errors_in_one_line("traceback=true" in sys.argv):
@@ -66,6 +66,12 @@ def _main(config_name: str, command: Callable[[DictConfig], None]) -> None:
         # An objective's own settings depend on which it is: ++ lets Hydra take any, ActorConfig checks them.
         own = "agent.actor.objective_options."
         sys.argv[1:] = [f"++{word}" if word.startswith(own) else word for word in sys.argv[1:]]
+        flags = [word for word in sys.argv[1:] if word.startswith("-")]
+        if config_name == "train" and flags:
+            from cpql.sweep import FLAGS, sweep
+
+            if not set(flags) - set(FLAGS):
+                sweep(sys.argv[1:])
         check_words(config_name, sys.argv[1:])
         hydra.main(config_path=str(config_folder()), config_name=config_name, version_base="1.3")(run)()
 
