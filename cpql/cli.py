@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 __all__ = ["evaluate", "export", "train"]
 
+MULTIRUN = ("--multirun", "-m")
+
 
 def train() -> None:
     """`cpql-train`, the same as `python scripts/train.py`."""
@@ -66,12 +68,14 @@ def _main(config_name: str, command: Callable[[DictConfig], None]) -> None:
         # An objective's own settings depend on which it is: ++ lets Hydra take any, ActorConfig checks them.
         own = "agent.actor.objective_options."
         sys.argv[1:] = [f"++{word}" if word.startswith(own) else word for word in sys.argv[1:]]
-        flags = [word for word in sys.argv[1:] if word.startswith("-")]
-        if config_name == "train" and flags:
-            from cpql.sweep import FLAGS, sweep
+        if config_name == "train":
+            words = [word for word in sys.argv[1:] if word not in MULTIRUN]
+            if len(words) < len(sys.argv[1:]) and not any(word.startswith("-") for word in words):
+                from cpql.sweep import sweep
 
-            if not set(flags) - set(FLAGS):
-                sweep(sys.argv[1:])
+                sweep(words)
+            elif given := [word for word in words if word.startswith("launcher=")]:
+                raise ConfigError(f"{given[0]}: expected --multirun with it: one run needs no launcher")
         check_words(config_name, sys.argv[1:])
         hydra.main(config_path=str(config_folder()), config_name=config_name, version_base="1.3")(run)()
 

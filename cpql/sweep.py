@@ -44,9 +44,7 @@ from cpql.train.logging import make_console, say
 from cpql.train.loop import group_summary, train_group
 from cpql.train.sources import load_data
 
-__all__ = ["FLAGS", "Job", "sweep"]
-
-FLAGS = ("--multirun", "-m")
+__all__ = ["Job", "sweep"]
 
 EXTRAS = {
     "joblib": ("hydra_joblib_launcher", "joblib"),
@@ -116,22 +114,24 @@ class Job:
         console = make_console(f"[{number}] " if self.numbered else "")
         own = " ".join(word for word in words if _key(word) not in self.fixed)
         say(console, f"job {number}: {own}", "bold")
-        rows = [Row(own, "lost")]
+        rows, reason = [Row(own, "lost")], ""
         try:
             configs = _configs(content, words, self.fixed)
             ends = [_end(config) for config in configs]
             rows = [Row(config.run_dir, "lost") for config in configs]
             _write(note, rows)
             rows = _train(configs, ends, console)
-        except (Exception, KeyboardInterrupt) as error:
-            stopped = isinstance(error, Interrupted | KeyboardInterrupt)
-            if stopped:
-                stop.touch()
-            if content.traceback is True or not (stopped or isinstance(error, CpqlError)):
-                traceback.print_exc()
-            reason = str(error) if isinstance(error, CpqlError) else stopped * "interrupted" or brief(error)
-            say(console, reason if stopped else f"error {reason}", "" if stopped else "red")
-            rows = [Row(row.run, "stopped" if stopped else "failed", None, reason) for row in rows]
+        except (Interrupted, KeyboardInterrupt) as error:
+            stop.touch()
+            state, reason = "stopped", str(error) or "interrupted"
+        except CpqlError as error:
+            state, reason = "failed", str(error)
+        except Exception as error:  # of this job's alone
+            traceback.print_exc()
+            state, reason = "failed", brief(error)
+        if reason:
+            say(console, f"{state}: {reason}", "red" if state == "failed" else "")
+            rows = [Row(row.run, state, None, reason) for row in rows]
         _write(note, rows)
         scores = [row.score for row in rows if row.score is not None]
         return statistics.fmean(scores) if len(scores) == len(rows) else None
@@ -208,18 +208,17 @@ def _mark(key: str, value: str) -> str:
     return key + value
 
 
-def sweep(arguments: Sequence[str]) -> None:
+def sweep(words: Sequence[str]) -> None:
     """`cpql-train --multirun`: start the jobs, wait for them, and print what became of each run.
 
     Args:
-        arguments: of the command; see docs/sweeps.md.
+        words: of the command, without the flag; see docs/sweeps.md.
 
     Raises:
         SystemExit: at the end, with 0 if all runs are finished, 130 if the user stopped, else 1.
         ConfigError: a setting isn't valid, two runs have one folder, a package is missing, or another process
             is busy with the same sweep.
     """
-    words = [word for word in arguments if word not in FLAGS]
     launcher = next((word.partition("=")[2] for word in words[::-1] if _key(word) == "launcher"), "basic")
     _check_launcher(launcher)
     own_jobs = not any(word.startswith("hydra/sweeper=") for word in words)
