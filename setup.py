@@ -14,6 +14,9 @@ extras = {
     "behaviours": ["sbx-rl>=0.20"],
     "sb3": ["stable-baselines3~=2.9"],
     "torchrl": ["torchrl~=0.14.1"],
+    "joblib": ["hydra-joblib-launcher>=1.2"],
+    "slurm": ["hydra-submitit-launcher>=1.2", "submitit>=1.5"],
+    "ray": ["hydra-ray-launcher>=1.2.2", "ray>=2.40"],
     "examples": ["scikit-learn>=1.4"],
 }
 
@@ -56,6 +59,8 @@ setup(
             *extras["hub"],
             *extras["sb3"],
             *extras["torchrl"],
+            *extras["joblib"],
+            *extras["slurm"],
             *extras["examples"],
             "hypothesis>=6.100",
             "mypy>=1.15",

@@ -39,7 +39,7 @@ from cpql.configuration import check_words, members, register
 from cpql.errors import ConfigError, CpqlError, Interrupted, brief, printable
 from cpql.io import held, write_text
 from cpql.tasks import config_folder
-from cpql.train.config import TrainConfig
+from cpql.train.config import TrainConfig, group_agent_config
 from cpql.train.logging import make_console, say
 from cpql.train.loop import group_summary, train_group
 from cpql.train.sources import load_data
@@ -302,6 +302,7 @@ def _plan(words: Sequence[str], every: bool) -> tuple[list[list[TrainConfig]], f
             try:
                 content = compose("train", job, return_hydra_config=True)
             except HydraException:
+                GlobalHydra.instance().clear()
                 check_words("train", job)  # says better what is wrong
                 raise
             HydraConfig.instance().set_config(content)
@@ -309,6 +310,7 @@ def _plan(words: Sequence[str], every: bool) -> tuple[list[list[TrainConfig]], f
             with open_dict(content):
                 del content["hydra"]
             jobs.append(_configs(content, job, fixed))
+            group_agent_config(jobs[-1])
     count = Counter(config.run_dir for job in jobs for config in job)
     if twice := [run for run, jobs_of_it in count.items() if jobs_of_it > 1]:
         raise ConfigError(
