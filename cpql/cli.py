@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 __all__ = ["evaluate", "export", "train"]
 
+MULTIRUN = ("--multirun", "-m")
+
 
 def train() -> None:
     """`cpql-train`, the same as `python scripts/train.py`."""
@@ -49,9 +51,9 @@ def _main(config_name: str, command: Callable[[DictConfig], None]) -> None:
 
     def run(content: DictConfig) -> None:
         with errors_in_one_line(content.traceback is True):  # else Hydra would print its own account
-            if OmegaConf.is_missing(content, "checkpoint"):
-                more = "" if config_name == "train" else ", a policy's folder, or hf://owner/name"
-                raise ConfigError(f"checkpoint=... is missing: a run's folder, one of its checkpoints{more}")
+            if config_name != "train" and OmegaConf.is_missing(content, "checkpoint"):
+                expected = "a run's folder, one of its checkpoints, a policy's folder, or hf://owner/name"
+                raise ConfigError(f"checkpoint=... is missing: {expected}")
             command(content)
 
     with errors_in_one_line("traceback=true" in sys.argv):
@@ -64,6 +66,14 @@ def _main(config_name: str, command: Callable[[DictConfig], None]) -> None:
 
         register(evaluate=EvaluateConfig(), export=ExportConfig())
         sys.argv[1:] = [free(word) for word in sys.argv[1:]]
+        if config_name == "train":
+            words = [word for word in sys.argv[1:] if word not in MULTIRUN]
+            if len(words) < len(sys.argv[1:]) and not any(word.startswith("-") for word in words):
+                from cpql.sweep import sweep
+
+                sweep(words)
+            elif given := [word for word in words if word.startswith("launcher=")]:
+                raise ConfigError(f"{given[0]}: expected --multirun with it: one run needs no launcher")
         check_words(config_name, sys.argv[1:])
         hydra.main(config_path=str(config_folder()), config_name=config_name, version_base="1.3")(run)()
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigNode, ConfigStore
@@ -29,7 +31,7 @@ from cpql.train.config import BudgetConfig, DatasetConfig, OnlineConfig, TrainCo
 
 __all__ = ["check_words", "choices", "compose_training", "free", "members", "register"]
 
-GROUPS = ("mode", "env", "agent", "preset", "dataset", "budget")
+GROUPS = ("mode", "env", "agent", "preset", "dataset", "budget", "launcher")
 GIVES = {"preset": "agent", "mode": "online"}  # the part of a run's settings that a group's choice is about
 
 
@@ -75,7 +77,11 @@ def register(**commands: Any) -> None:
     for name, config in commands.items():
         store.store(group="schema", name=name, package="_global_", node=asdict(config))
     resolvers: dict[str, Callable[..., Any]] = {
+        "at_once": lambda device, threads: _gpus(device) or max(1, _cores() // (threads or _cores())),
         "choices": lambda group: ", ".join(choices(group)),
+        "cores": lambda threads: threads or _cores(),
+        "gpus": lambda device: min(1, _gpus(device)),
+        "gpus_elsewhere": lambda device: 1 if device == "cuda" else None,
         "per_50k": lambda updates: updates / 50_000,
         "published": _published,
         "settings": _settings,
@@ -83,6 +89,16 @@ def register(**commands: Any) -> None:
     }
     for resolver, function in resolvers.items():
         OmegaConf.register_new_resolver(resolver, function, replace=True)
+
+
+def _gpus(device: str) -> int:
+    """The GPUs of this machine that a device may be."""
+    return 0 if device == "cpu" else torch.cuda.device_count()
+
+
+def _cores() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _published(column: str, default: Any, *, _root_: DictConfig) -> Any:
@@ -199,6 +215,8 @@ def members(content: DictConfig, overrides: list[str]) -> list[TrainConfig]:
         ConfigError: lists of different lengths, or a setting that isn't valid.
         CheckpointError: there is no such run to continue from.
     """
+    if OmegaConf.is_missing(content, "checkpoint"):
+        raise ConfigError("checkpoint=... is missing: a run's folder, or one of its checkpoints")
     agent = AGENTS.get(str(content.agent.name))
     rates = {f"agent.{name}": content.agent.get(name) for name in agent.by_member} if agent else {}
     lists = {key: list(value) for key, value in rates.items() if OmegaConf.is_list(value)}

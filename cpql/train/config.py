@@ -170,8 +170,8 @@ class TrainConfig:
         configuration: name of the agent's configuration, a file of `configs/agent/`, under which results and
             loggers list the agent.
         run_dir: the run's folder; never overwritten.
-        resume: true continues the run in `run_dir`, which must be there; `auto` continues it where there is
-            one, and begins one elsewhere; false begins one, and there must be none.
+        resume: true continues the run in `run_dir`, and there must be one; false begins one, and there must
+            be none; `auto` continues the run where there is one and else begins it.
         traceback: show Python's traceback with an error.
 
     Raises:

@@ -166,13 +166,13 @@ plain values and the step that it continues from. They raise ConfigError if thei
 class _Output:
     """A stream that drops what can't be written any more, so that training continues without a terminal."""
 
-    def __init__(self, stream: TextIO) -> None:
-        self.stream = stream
+    def __init__(self, stream: TextIO, prefix: str) -> None:
+        self.stream, self.prefix = stream, prefix
 
     def write(self, text: str) -> int:
-        """Write and flush, to nowhere once that has failed."""
+        """Write lines and flush, to nowhere once that has failed."""
         try:
-            self.stream.write(text)
+            self.stream.write("".join(self.prefix + line for line in text.splitlines(keepends=True)))
             self.stream.flush()
         except OSError:  # a closed pipe, a terminal that is gone, a full disk
             nowhere = os.open(os.devnull, os.O_WRONLY)
@@ -184,11 +184,15 @@ class _Output:
         return getattr(self.stream, name)
 
 
-def make_console() -> Console:
-    """A console on standard output, for as long as that can be written to."""
+def make_console(prefix: str = "") -> Console:
+    """A console on standard output, for as long as that can be written to.
+
+    Args:
+        prefix: of each line, where other processes print meanwhile: there are no bars then.
+    """
     # Python has no stdout if it was closed before the start; rich knows that case.
-    stream = None if sys.stdout is None else cast(TextIO, _Output(sys.stdout))
-    return Console(file=stream, soft_wrap=True)
+    stream = None if sys.stdout is None else cast(TextIO, _Output(sys.stdout, prefix))
+    return Console(file=stream, soft_wrap=True, force_terminal=False if prefix else None)
 
 
 def say(console: Console, line: str, style: str = "") -> None:

@@ -19,7 +19,7 @@ from cpql.train.config import DatasetConfig, OnlineConfig, TrainConfig
 from cpql.train.logging import progress_bars, say
 from cpql.train.online import Explorer
 
-__all__ = ["Source", "load_source"]
+__all__ = ["Source", "load_data", "load_source"]
 
 
 class Source:
@@ -94,6 +94,29 @@ class Source:
             self.explorers[member].load_state_dict(state)
 
 
+def load_data(config: TrainConfig, console: Console) -> tuple[Task, Transitions]:
+    """A training's dataset as its source has it, and the task of the settings as the data have it.
+
+    Raises:
+        DataError: there are no such data, or they aren't valid.
+    """
+    d = config.dataset
+    with progress_bars(console) as progress:
+        task, data = cpql.data.load(
+            config.env,
+            source=d.source,
+            path=d.path,
+            id=d.id,
+            size=d.size,
+            seed=d.seed,
+            time_limits=d.time_limits,
+            progress=progress,
+            say=lambda line: say(console, line, "yellow"),
+        )
+    say(console, data.provenance.line())
+    return task, data
+
+
 def load_source(
     config: TrainConfig, seeds: Sequence[int], device: torch.device, console: Console, agent: AgentConfig
 ) -> Source:
@@ -123,19 +146,7 @@ def load_source(
             if key in ("reward", "normalise_observations", "n_step") and getattr(d, key) != default:
                 raise ConfigError(f"dataset.{key}={getattr(d, key)}: expected {default} without a dataset")
         return Source(config.env, online, seeds, device)
-    with progress_bars(console) as progress:
-        task, data = cpql.data.load(
-            config.env,
-            source=d.source,
-            path=d.path,
-            id=d.id,
-            size=d.size,
-            seed=d.seed,
-            time_limits=d.time_limits,
-            progress=progress,
-            say=lambda line: say(console, line, "yellow"),
-        )
-    say(console, data.provenance.line())
+    task, data = load_data(config, console)
     rule = transforms.reward_rule(data, d.reward)
     data = transforms.reward(data, d.reward)
     if d.normalise_observations:
