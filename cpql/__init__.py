@@ -6,6 +6,7 @@ The names people use are here, imported when first asked for: `import cpql` alon
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -13,6 +14,9 @@ if TYPE_CHECKING:
     from cpql.actors.consistency import ConsistencyActor as ConsistencyActor
     from cpql.agents import CPQL as CPQL
     from cpql.agents import ConsistencyAC as ConsistencyAC
+    from cpql.api import TrainedRun as TrainedRun
+    from cpql.api import train as train
+    from cpql.api import train_members as train_members
     from cpql.critics import TwinCritic as TwinCritic
     from cpql.critics import ValueFunction as ValueFunction
     from cpql.data.transitions import Transitions as Transitions
@@ -27,6 +31,9 @@ _WHERE = {
     "ValueFunction": "cpql.critics",
     "Transitions": "cpql.data.transitions",
     "Policy": "cpql.deploy.policy",
+    "TrainedRun": "cpql.api",
+    "train": "cpql.api",
+    "train_members": "cpql.api",
 }
 
 __all__ = [
@@ -35,13 +42,22 @@ __all__ = [
     "ConsistencyAC",
     "ConsistencyActor",
     "Policy",
+    "TrainedRun",
     "Transitions",
     "TwinCritic",
     "ValueFunction",
+    "train",
+    "train_members",
 ]
 
 
 def __getattr__(name: str) -> Any:
     if name in _WHERE:
         return getattr(importlib.import_module(_WHERE[name]), name)
+    if name == "__version__":
+        return importlib.metadata.version("cpql")
     raise AttributeError(f"module 'cpql' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

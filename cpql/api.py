@@ -30,13 +30,13 @@ from cpql.environments import spec_of
 from cpql.errors import CheckpointError, ConfigError, DataError, brief, did_you_mean
 from cpql.io import aside, sha256_of
 from cpql.tasks import Task, load_task, task_names
-from cpql.train.config import TrainConfig
-from cpql.train.evaluation import Evaluation, evaluate
-from cpql.train.logging import Callback, make_console, read_table
-from cpql.train.loop import train_group
+from cpql.training.config import TrainConfig
+from cpql.training.evaluation import Evaluation, evaluate
+from cpql.training.logging import Callback, make_console, read_table
+from cpql.training.loop import train_group
 
 if TYPE_CHECKING:
-    from cpql.train.curve import Picture
+    from cpql.training.curve import Picture
 
 __all__ = ["TrainedRun", "train", "train_members"]
 
@@ -86,13 +86,13 @@ class TrainedRun:
         return score
 
     def evaluate(self, episodes: int = 100, *, seed: int = 1000, **options: Any) -> Evaluation:
-        """Score the last checkpoint in its environment; options are those of `cpql.train.evaluation`."""
+        """Score the last checkpoint in its environment; options are those of `cpql.training.evaluation`."""
         policy = self.policy
         return evaluate(policy, policy.config.task, episodes, seed=seed, **options)
 
     def plot(self) -> Picture:
         """Score, values and losses over the updates, a matplotlib figure that a notebook shows."""
-        from cpql.train.curve import learning_curve
+        from cpql.training.curve import learning_curve
 
         return learning_curve(self.result, self.evaluations, read_table(self.folder / "metrics.csv"))
 

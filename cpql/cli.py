@@ -82,8 +82,8 @@ def _train(content: DictConfig) -> None:
     from hydra.core.hydra_config import HydraConfig
 
     from cpql.configuration import members
-    from cpql.train.logging import make_console, say
-    from cpql.train.loop import group_summary, train_group
+    from cpql.training.logging import make_console, say
+    from cpql.training.loop import group_summary, train_group
 
     overrides = [word.lstrip("+").partition("=")[0] for word in HydraConfig.get().overrides.task]
     configs, console = members(content, overrides), make_console()
@@ -179,8 +179,8 @@ def _evaluate(content: DictConfig) -> None:
     from cpql.device import choose_device
     from cpql.environments import import_environment
     from cpql.io import write_text
-    from cpql.train.evaluation import evaluate as run
-    from cpql.train.video import check_video, record
+    from cpql.training.evaluation import evaluate as run
+    from cpql.training.video import check_video, record
 
     config = build(EvaluateConfig, cast(Any, OmegaConf.to_container(content)), "configuration")
     device = choose_device(config.device)

@@ -26,8 +26,8 @@ from cpql.errors import CheckpointError, ConfigError, brief, did_you_mean
 from cpql.migration import upgrade
 from cpql.settings import flat
 from cpql.tasks import config_folder, load_task, task_names, task_patterns
-from cpql.train.checkpoint import find_training
-from cpql.train.config import BudgetConfig, DatasetConfig, OnlineConfig, TrainConfig, train_config
+from cpql.training.checkpoint import find_training
+from cpql.training.config import BudgetConfig, DatasetConfig, OnlineConfig, TrainConfig, train_config
 
 __all__ = ["check_words", "choices", "compose_training", "free", "members", "register"]
 

@@ -46,7 +46,7 @@ from cpql.errors import (
 )
 from cpql.io import sha256_of
 from cpql.tasks import Task, load_task, task_names
-from cpql.train.logging import progress_bars
+from cpql.training.logging import progress_bars
 
 __all__ = ["main"]
 

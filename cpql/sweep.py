@@ -39,10 +39,10 @@ from cpql.configuration import check_words, members, register
 from cpql.errors import ConfigError, CpqlError, Interrupted, brief, printable
 from cpql.io import held, write_text
 from cpql.tasks import config_folder
-from cpql.train.config import TrainConfig, group_agent_config
-from cpql.train.logging import make_console, say
-from cpql.train.loop import group_summary, train_group
-from cpql.train.sources import load_data
+from cpql.training.config import TrainConfig, group_agent_config
+from cpql.training.logging import make_console, say
+from cpql.training.loop import group_summary, train_group
+from cpql.training.sources import load_data
 
 __all__ = ["Job", "sweep"]
 
@@ -158,7 +158,7 @@ def _train(configs: Sequence[TrainConfig], ends: Sequence[str], console: Console
 
 
 def _result(config: TrainConfig) -> dict[str, Any] | None:
-    """The result of a run, if it is finished; `cpql.train.runs` reports damage."""
+    """The result of a run, if it is finished; `cpql.training.runs` reports damage."""
     with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
         content: dict[str, Any] = json.loads((Path(config.run_dir) / "result.json").read_text())
         if content["step"] == config.budget.updates:

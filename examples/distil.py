@@ -29,7 +29,7 @@ from cpql import ActorConfig, ConsistencyActor, Policy
 from cpql.environments import make_task_environment
 from cpql.io import versions
 from cpql.tasks import Task
-from cpql.train.evaluation import Evaluation, evaluate
+from cpql.training.evaluation import Evaluation, evaluate
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:

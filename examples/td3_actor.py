@@ -23,7 +23,7 @@ from cpql import ActorConfig, ConsistencyActor, Policy, TwinCritic
 from cpql.deploy.policy import PolicyConfig
 from cpql.io import versions
 from cpql.tasks import Task
-from cpql.train.evaluation import evaluate
+from cpql.training.evaluation import evaluate
 
 HIDDEN = (128, 128)
 

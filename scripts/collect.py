@@ -24,7 +24,7 @@ from typing import Any
 from rich.console import Console
 
 from cpql.errors import ConfigError, DataError, errors_in_one_line
-from cpql.train.logging import progress_bars, say
+from cpql.training.logging import progress_bars, say
 
 ERRORS = Console(stderr=True, soft_wrap=True)
 

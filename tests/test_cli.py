@@ -222,7 +222,7 @@ def test_standard_output_that_takes_nothing(script: str, word: str, tmp_path: Pa
 
 
 def test_minari_and_wandb_come_along_and_are_not_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
-    code = "import sys, cpql.cli, cpql.data_cli, cpql.train.loop; print(*sys.modules)"
+    code = "import sys, cpql.cli, cpql.data_cli, cpql.training.loop; print(*sys.modules)"
     loaded = subprocess.check_output([sys.executable, "-c", code], text=True).split()
     assert "torch" in loaded and not {"minari", "wandb"} & set(loaded)
     asked: dict[str, Any] = {}

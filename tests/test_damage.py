@@ -21,8 +21,8 @@ from trainings import Killed, everything
 
 from cpql.deploy.policy import Policy
 from cpql.errors import CheckpointError
-from cpql.train.checkpoint import find_training, load_training
-from cpql.train.members import Means
+from cpql.training.checkpoint import find_training, load_training
+from cpql.training.members import Means
 
 Damage = Callable[[Path], object]
 

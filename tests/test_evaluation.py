@@ -17,8 +17,8 @@ from cpql.deploy.policy import Policy, PolicyConfig
 from cpql.environments import make_task_environment
 from cpql.errors import ConfigError
 from cpql.tasks import load_task
-from cpql.train.evaluation import evaluate
-from cpql.train.video import check_video, record
+from cpql.training.evaluation import evaluate
+from cpql.training.video import check_video, record
 
 CANDIDATES = 6
 

@@ -17,7 +17,7 @@ import torch
 from gymnasium.utils.env_checker import check_env
 
 from cpql.deploy.policy import Policy
-from cpql.train.evaluation import evaluate
+from cpql.training.evaluation import evaluate
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 

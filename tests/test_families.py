@@ -24,8 +24,8 @@ from cpql.deploy.policy import Policy
 from cpql.deploy.summary import summary
 from cpql.environments import make_task_environment
 from cpql.tasks import Task, load_task, task_names
-from cpql.train.config import BudgetConfig, DatasetConfig, TrainConfig
-from cpql.train.loop import train_group
+from cpql.training.config import BudgetConfig, DatasetConfig, TrainConfig
+from cpql.training.loop import train_group
 
 ROOT = Path(__file__).parent.parent
 STEPS = 20

@@ -19,9 +19,9 @@ FLOORS = (
     ("actors", "data"),
     ("agents",),
     ("deploy",),
-    ("train",),
+    ("training",),
     ("experiments", "interop"),
-    ("configuration", "sweep", "cli", "data_cli", "results_cli"),
+    ("configuration", "api", "sweep", "cli", "data_cli", "results_cli"),
 )
 LONGEST = 400
 

@@ -27,7 +27,7 @@ from cpql.deploy import hub as hub_module
 from cpql.deploy.policy import Policy, PolicyConfig
 from cpql.errors import CheckpointError, ConfigError
 from cpql.tasks import Task
-from cpql.train.evaluation import Evaluation
+from cpql.training.evaluation import Evaluation
 
 TASK = Task("hopper-medium", "Hopper-v4", -20.272305, 3234.3)
 DATA = Provenance(

@@ -7,12 +7,12 @@ import io
 import pytest
 from rich.console import Console
 
-from cpql.train.logging import Bar
+from cpql.training.logging import Bar
 
 
 def test_a_pause_counts_for_no_speed(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 0.0
-    monkeypatch.setattr("cpql.train.logging.time.monotonic", lambda: now)
+    monkeypatch.setattr("cpql.training.logging.time.monotonic", lambda: now)
     out = io.StringIO()
     bar = Bar(Console(file=out, width=200), "training", 100, every=3.0)
     for done in range(1, 4):

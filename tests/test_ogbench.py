@@ -29,7 +29,7 @@ from cpql.deploy.summary import summary
 from cpql.environments import make_task_environment, spec_of, widths
 from cpql.errors import ConfigError, DataError
 from cpql.tasks import Task, load_task, task_names
-from cpql.train.evaluation import Evaluation, evaluate
+from cpql.training.evaluation import Evaluation, evaluate
 
 pytest.importorskip("ogbench")
 

@@ -27,10 +27,10 @@ from cpql.deploy.policy import Policy
 from cpql.errors import CheckpointError, ConfigError
 from cpql.settings import build
 from cpql.tasks import Task
-from cpql.train.config import BudgetConfig, DatasetConfig, OnlineConfig, TrainConfig
-from cpql.train.loop import train_group
-from cpql.train.online import Explorer
-from cpql.train.sources import Source
+from cpql.training.config import BudgetConfig, DatasetConfig, OnlineConfig, TrainConfig
+from cpql.training.loop import train_group
+from cpql.training.online import Explorer
+from cpql.training.sources import Source
 
 Maker = Callable[..., Agent]
 CPU = torch.device("cpu")

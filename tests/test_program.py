@@ -17,8 +17,8 @@ from torch import Tensor
 from cpql.agents import CPQL, CPQLConfig
 from cpql.data.transitions import Transitions
 from cpql.errors import ConfigError
-from cpql.train.program import CudaGraph, program, record, zeros
-from cpql.train.program import _reason as program_reason
+from cpql.training.program import CudaGraph, program, record, zeros
+from cpql.training.program import _reason as program_reason
 
 SMALL = CPQLConfig(critic_hidden=(16, 16), batch_size=8)
 
@@ -94,7 +94,7 @@ from pathlib import Path
 from cpql.agents import CPQL, CPQLConfig
 from cpql.actors.consistency import ActorConfig
 from cpql.errors import ConfigError
-from cpql.train.program import program
+from cpql.training.program import program
 agent = CPQL(4, 2, CPQLConfig(actor=ActorConfig(hidden=(8,)), critic_hidden=(8,), batch_size=8))
 print(program(agent, "auto", Path(sys.argv[1]), print).how)
 try:

@@ -27,13 +27,13 @@ from trainings import Killed, die, everything, run, run_group, settings, write_d
 from cpql.agents import CPQL
 from cpql.errors import ActingError, CheckpointError, ConfigError, CpqlError, Interrupted
 from cpql.tasks import Task
-from cpql.train import checkpoint, runs
-from cpql.train.checkpoint import saved_steps
-from cpql.train.config import BudgetConfig, OnlineConfig, TrainConfig
-from cpql.train.logging import LOGGERS, make_console, say
-from cpql.train.loop import group_summary
-from cpql.train.members import Means
-from cpql.train.runs import claimed
+from cpql.training import checkpoint, runs
+from cpql.training.checkpoint import saved_steps
+from cpql.training.config import BudgetConfig, OnlineConfig, TrainConfig
+from cpql.training.logging import LOGGERS, make_console, say
+from cpql.training.loop import group_summary
+from cpql.training.members import Means
+from cpql.training.runs import claimed
 
 LITTLE = BudgetConfig("test", 40, 4, 20, 10, 2, 3, keep=2)
 
@@ -147,7 +147,7 @@ def test_a_row_that_a_full_disk_has_cut_off_is_written_anew(
 def test_two_cannot_work_on_one_run(dataset: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     holder = subprocess.Popen(
-        [sys.executable, "-c", "import sys; from pathlib import Path; from cpql.train.runs import claimed\n"
+        [sys.executable, "-c", "import sys; from pathlib import Path; from cpql.training.runs import claimed\n"
          "with claimed(Path(sys.argv[1])): print('held', flush=True); sys.stdin.read()", str(folder)],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
@@ -482,7 +482,7 @@ def test_training_goes_on_when_nobody_reads_what_it_says(monkeypatch: pytest.Mon
 
 
 def test_each_member_has_a_wandb_run_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from cpql.train.logging import WandbLogger
+    from cpql.training.logging import WandbLogger
 
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")

@@ -25,7 +25,7 @@ from cpql.deploy.policy import Policy, PolicyConfig
 from cpql.errors import ConfigError, DataError
 from cpql.interop.sb3 import ConsistencyTD3Policy, batch, transitions
 from cpql.tasks import Task
-from cpql.train.evaluation import evaluate
+from cpql.training.evaluation import evaluate
 
 PENDULUM = Task("pendulum", "Pendulum-v1")
 ACTOR = ActorConfig(t_max=5.0, refinements=(0.8,), hidden=(16, 16))
@@ -264,7 +264,7 @@ def test_what_a_buffer_must_hold() -> None:
 def test_cpql_alone_loads_neither_and_says_what_is_missing() -> None:
     code = """if True:
         import importlib, sys
-        import cpql, cpql.agents, cpql.cli, cpql.data, cpql.deploy.export, cpql.deploy.policy, cpql.train.loop
+        import cpql, cpql.agents, cpql.cli, cpql.data, cpql.deploy.export, cpql.deploy.policy, cpql.training.loop
         assert cpql.Policy and cpql.ConsistencyActor
         packages = {"stable_baselines3": "sb3", "torchrl": "torchrl"}
         assert not packages.keys() & set(sys.modules)

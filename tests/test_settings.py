@@ -32,7 +32,7 @@ from cpql.deploy.policy import Policy, PolicyConfig
 from cpql.errors import ConfigError, errors_in_one_line
 from cpql.settings import Positive, build
 from cpql.tasks import Task, config_folder, load_task, with_own_references
-from cpql.train.config import TrainConfig, agent_config
+from cpql.training.config import TrainConfig, agent_config
 
 
 @dataclasses.dataclass
@@ -609,7 +609,7 @@ def test_nothing_is_acted_where_the_file_cannot_be_written(
     def refuse(*args: Any, **options: Any) -> None:
         raise AssertionError("an episode was run")
 
-    monkeypatch.setattr("cpql.train.evaluation.evaluate", refuse)
+    monkeypatch.setattr("cpql.training.evaluation.evaluate", refuse)
     for out in ("nowhere/x.json", "run", "x" * 300):
         done = command("evaluate", f"checkpoint={checkpoint}", f"out={out}")
         assert done.is_one_line(f"out={out}: "), done
@@ -817,7 +817,7 @@ def test_a_stop_ends_in_one_line_wherever_it_comes(
     for where, words in (
         ("cpql.configuration.register", ("train",)),
         ("cpql.data.load", ("train",)),
-        ("cpql.train.evaluation.evaluate", ("evaluate", f"checkpoint={checkpoint}")),
+        ("cpql.training.evaluation.evaluate", ("evaluate", f"checkpoint={checkpoint}")),
         ("cpql.deploy.export.export", ("export", f"checkpoint={checkpoint}")),
         ("cpql.data.files.read", ("data", "verify", "x.hdf5")),
     ):

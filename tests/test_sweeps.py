@@ -21,7 +21,7 @@ from trainings import run, write_dataset
 from cpql import cli, configuration
 from cpql.errors import CheckpointError, Interrupted
 from cpql.tasks import config_folder
-from cpql.train.config import TrainConfig
+from cpql.training.config import TrainConfig
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "examples"

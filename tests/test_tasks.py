@@ -25,7 +25,7 @@ from cpql.agents import ActorCriticConfig, ConsistencyACConfig, CPQLConfig, Targ
 from cpql.environments import make_environment
 from cpql.errors import ConfigError
 from cpql.tasks import Task, config_folder, expand, load_task, task_names, task_patterns
-from cpql.train.config import OnlineConfig, TrainConfig, agent_config
+from cpql.training.config import OnlineConfig, TrainConfig, agent_config
 
 ROOT = Path(__file__).parent.parent
 AGENTS = (

@@ -28,13 +28,13 @@ from cpql.deploy.summary import summary
 from cpql.errors import CheckpointError, ConfigError, CpqlError, Interrupted
 from cpql.settings import build
 from cpql.tasks import load_task
-from cpql.train.checkpoint import load_training, save_checkpoint
-from cpql.train.config import BudgetConfig, DatasetConfig
-from cpql.train.evaluation import evaluate
-from cpql.train.loop import train_group
-from cpql.train.members import Means
-from cpql.train.runs import Run
-from cpql.train.sources import load_source
+from cpql.training.checkpoint import load_training, save_checkpoint
+from cpql.training.config import BudgetConfig, DatasetConfig
+from cpql.training.evaluation import evaluate
+from cpql.training.loop import train_group
+from cpql.training.members import Means
+from cpql.training.runs import Run
+from cpql.training.sources import load_source
 
 
 @pytest.fixture(scope="module")

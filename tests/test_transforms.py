@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from cpql.data import transforms
 from cpql.data.transitions import Transitions
 from cpql.errors import ConfigError, DataError
-from cpql.train.config import DatasetConfig
+from cpql.training.config import DatasetConfig
 
 
 def made(rewards: list[float], terminals: list[int], timeouts: list[int]) -> Transitions:

@@ -41,9 +41,9 @@ from rich.console import Console
 from cpql.deploy.policy import Policy
 from cpql.errors import CheckpointError, CpqlError
 from cpql.tasks import Task
-from cpql.train.checkpoint import find_training, load_training
-from cpql.train.config import BudgetConfig, DatasetConfig, OnlineConfig, TrainConfig
-from cpql.train.loop import train_group
+from cpql.training.checkpoint import find_training, load_training
+from cpql.training.config import BudgetConfig, DatasetConfig, OnlineConfig, TrainConfig
+from cpql.training.loop import train_group
 
 ROOT = Path(__file__).resolve().parent.parent
 PENDULUM = Task("pendulum", "Pendulum-v1", env_options={"max_episode_steps": 10})

@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 
 from cpql.data import d4rl
 from cpql.tasks import load_task
-from cpql.train.config import BudgetConfig, DatasetConfig, TrainConfig
-from cpql.train.loop import train_group
+from cpql.training.config import BudgetConfig, DatasetConfig, TrainConfig
+from cpql.training.loop import train_group
 
 AGENTS: dict[str, dict[str, Any]] = {
     "cpql": {"name": "cpql"},

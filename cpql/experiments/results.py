@@ -25,7 +25,7 @@ from cpql.errors import CheckpointError, brief
 from cpql.experiments.statistics import Estimate, Scores, estimate, expected_best, improvement, mean
 from cpql.migration import upgrade
 from cpql.settings import flat
-from cpql.train.config import DatasetConfig
+from cpql.training.config import DatasetConfig
 
 __all__ = ["Comparison", "Group", "Result", "Row", "compare", "find_runs", "groups", "read_run", "rows"]
 

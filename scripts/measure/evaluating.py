@@ -16,7 +16,7 @@ from rich.table import Table
 from cpql.actors.consistency import ActorConfig
 from cpql.environments import make_task_environment, widths
 from cpql.tasks import Task
-from cpql.train.evaluation import evaluate
+from cpql.training.evaluation import evaluate
 from measure.acting import untrained
 
 __all__ = ["evaluating"]

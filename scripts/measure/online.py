@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from cpql.train.config import OnlineConfig
+from cpql.training.config import OnlineConfig
 from measure.results import changes, defaults
 
 __all__ = ["online"]

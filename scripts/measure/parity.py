@@ -31,7 +31,7 @@ from cpql.actors import OneStepConfig
 from cpql.agents import Agent
 from cpql.data.transitions import Batch
 from cpql.tasks import config_folder
-from cpql.train.config import agent_config
+from cpql.training.config import agent_config
 from measure.official import borrowed
 
 __all__ = ["CASES", "Case", "Found", "compared", "figures", "ours", "parity", "table"]

@@ -13,7 +13,7 @@ from cpql.environments import make_task_environment
 from cpql.errors import ConfigError, brief
 from cpql.io import aside
 from cpql.tasks import Task
-from cpql.train.evaluation import Evaluation
+from cpql.training.evaluation import Evaluation
 
 __all__ = ["check_video", "record"]
 

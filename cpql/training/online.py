@@ -15,7 +15,7 @@ from cpql.agents import Agent
 from cpql.data.replay import ReplayBuffer
 from cpql.environments import action_bounds, make_task_environment, widths
 from cpql.tasks import Task
-from cpql.train.config import OnlineConfig
+from cpql.training.config import OnlineConfig
 
 __all__ = ["Explorer"]
 

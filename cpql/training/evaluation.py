@@ -139,7 +139,7 @@ def evaluate(
         deterministic: see `Policy.predict`.
         at_once: how many environments run side by side; None takes the task's number.
         episode_limit: steps after which an unfinished episode is cut.
-        keep_actions: keep all actions, from which `cpql.train.video` shows an episode again.
+        keep_actions: keep all actions, from which `cpql.training.video` shows an episode again.
         stopped: called at every step; True ends the evaluation.
 
     Raises:

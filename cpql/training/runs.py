@@ -5,7 +5,7 @@ runs/hopper-medium/cpql/full/seed0/
     metrics.csv             losses and values, means over each interval
     timing.csv              seconds and updates a second
     evaluations/            one JSON file each, with its provenance
-    checkpoints/            see `cpql.train.checkpoint`
+    checkpoints/            see `cpql.training.checkpoint`
     learning_curve.png
     result.json             written when the run is finished, with the number of updates
     .lock                   while a process works on the run: which process, on which host
@@ -29,11 +29,11 @@ from cpql.io import aside, clear_leftovers, flush, held, versions, write_text
 from cpql.migration import upgrade
 from cpql.settings import flat
 from cpql.tasks import Task
-from cpql.train.checkpoint import go_back, prune, save_checkpoint, saved_steps
-from cpql.train.config import TrainConfig, agent_config, train_config
-from cpql.train.evaluation import evaluate
-from cpql.train.logging import LOGGERS, Callback, CallbackLogger, CSVTable, Logger
-from cpql.train.sources import Source
+from cpql.training.checkpoint import go_back, prune, save_checkpoint, saved_steps
+from cpql.training.config import TrainConfig, agent_config, train_config
+from cpql.training.evaluation import evaluate
+from cpql.training.logging import LOGGERS, Callback, CallbackLogger, CSVTable, Logger
+from cpql.training.sources import Source
 
 __all__ = ["Run", "claimed"]
 
@@ -206,7 +206,7 @@ class Run:
             score = {} if found.score is None else {"evaluation/score": found.score}
             for logger in self.loggers:
                 logger.log(step, {"evaluation/return": found.mean, **score})
-        from cpql.train.curve import learning_curve  # loads matplotlib
+        from cpql.training.curve import learning_curve  # loads matplotlib
 
         picture = learning_curve(self.provenance(), self.evaluations(), self.metrics.rows())
         with aside(self.folder / "learning_curve.png") as temporary:

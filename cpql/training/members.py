@@ -19,10 +19,10 @@ from cpql.deploy.policy import Policy
 from cpql.environments import spec_of
 from cpql.errors import CheckpointError, CpqlError, Interrupted
 from cpql.io import versions
-from cpql.train.checkpoint import find_training, load_training
-from cpql.train.logging import say
-from cpql.train.runs import Run
-from cpql.train.sources import Source
+from cpql.training.checkpoint import find_training, load_training
+from cpql.training.logging import say
+from cpql.training.runs import Run
+from cpql.training.sources import Source
 
 __all__ = ["Means", "Members"]
 

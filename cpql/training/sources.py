@@ -1,4 +1,4 @@
-"""What a training learns from: a dataset, or what its members meet meanwhile (`cpql.train.online`)."""
+"""What a training learns from: a dataset, or what its members meet meanwhile (`cpql.training.online`)."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from cpql.data import transforms
 from cpql.data.transitions import Batch, Provenance, Transitions, split
 from cpql.errors import ConfigError
 from cpql.tasks import Task
-from cpql.train.config import DatasetConfig, OnlineConfig, TrainConfig
-from cpql.train.logging import progress_bars, say
-from cpql.train.online import Explorer
+from cpql.training.config import DatasetConfig, OnlineConfig, TrainConfig
+from cpql.training.logging import progress_bars, say
+from cpql.training.online import Explorer
 
 __all__ = ["Source", "load_data", "load_source"]
 

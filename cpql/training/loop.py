@@ -17,13 +17,13 @@ from cpql.data.embedded import cache_folder
 from cpql.deploy.summary import summary
 from cpql.device import choose_device
 from cpql.errors import ActingError, CheckpointError, ConfigError, Interrupted
-from cpql.train.config import TrainConfig, group_agent_config
-from cpql.train.logging import Bar, Callback, say
-from cpql.train.members import Members
-from cpql.train.program import Update, program
-from cpql.train.runs import Run, claimed
-from cpql.train.signals import stop_signals
-from cpql.train.sources import load_source
+from cpql.training.config import TrainConfig, group_agent_config
+from cpql.training.logging import Bar, Callback, say
+from cpql.training.members import Members
+from cpql.training.program import Update, program
+from cpql.training.runs import Run, claimed
+from cpql.training.signals import stop_signals
+from cpql.training.sources import load_source
 
 __all__ = ["group_summary", "train_group"]
 

@@ -14,7 +14,7 @@ from cpql.data.transforms import RewardRule
 from cpql.errors import ConfigError, did_you_mean
 from cpql.settings import Candidates, Count, Fraction, Natural, Positive, Seed, Threads, build
 from cpql.tasks import Task, load_task, task_names, with_own_references
-from cpql.train.logging import LOGGERS
+from cpql.training.logging import LOGGERS
 
 __all__ = [
     "BudgetConfig",
@@ -156,7 +156,7 @@ class TrainConfig:
         budget: how long.
         online: how to act while learning; null learns offline.
         checkpoint: a run whose last checkpoint gives the initial networks and optimisers.
-        logger: where metrics go besides CSV, one or several names of `cpql.train.logging.LOGGERS`; `csv` for
+        logger: where metrics go besides CSV, one or several names of `cpql.training.logging.LOGGERS`; `csv` for
             nowhere.
         wandb: where Weights & Biases lists the run.
         seed: of weights, data order and noise.
