@@ -264,7 +264,8 @@ def test_what_a_buffer_must_hold() -> None:
 def test_cpql_alone_loads_neither_and_says_what_is_missing() -> None:
     code = """if True:
         import importlib, sys
-        import cpql, cpql.agents, cpql.cli, cpql.data, cpql.deploy.export, cpql.deploy.policy, cpql.training.loop
+        import cpql, cpql.agents, cpql.cli, cpql.data, cpql.deploy.export, cpql.deploy.policy
+        import cpql.training.loop
         assert cpql.Policy and cpql.ConsistencyActor
         packages = {"stable_baselines3": "sb3", "torchrl": "torchrl"}
         assert not packages.keys() & set(sys.modules)

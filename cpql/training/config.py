@@ -156,7 +156,7 @@ class TrainConfig:
         budget: how long.
         online: how to act while learning; null learns offline.
         checkpoint: a run whose last checkpoint gives the initial networks and optimisers.
-        logger: where metrics go besides CSV, one or several names of `cpql.training.logging.LOGGERS`; `csv` for
+        logger: where metrics go besides CSV: a name of `cpql.training.logging.LOGGERS` or several; `csv` for
             nowhere.
         wandb: where Weights & Biases lists the run.
         seed: of weights, data order and noise.
