@@ -147,7 +147,8 @@ def test_a_row_that_a_full_disk_has_cut_off_is_written_anew(
 def test_two_cannot_work_on_one_run(dataset: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     holder = subprocess.Popen(
-        [sys.executable, "-c", "import sys; from pathlib import Path\nfrom cpql.training.runs import claimed\n"
+        [sys.executable, "-c", "import sys; from pathlib import Path\n"
+         "from cpql.training.runs import claimed\n"
          "with claimed(Path(sys.argv[1])): print('held', flush=True); sys.stdin.read()", str(folder)],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
