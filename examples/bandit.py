@@ -35,7 +35,7 @@ MODES, RADIUS, SPREAD = 8, 0.8, 0.05
 STEPS = (1, 2, 4)
 HIDDEN, BATCH, RATE, TEACHER = (128, 128, 128), 256, 2e-3, 0.01
 
-# What isn't an objective's default. t_max is in the units of actions.
+# What isn't an objective's default, by row. t_max is in the units of actions.
 SETTINGS: dict[str, dict[str, Any]] = {
     "denoise": {"t_max": 5.0},
     "ct": {"t_max": 5.0, "objective_options": {"s0": 10, "s1": 50, "weight": "interval"}},
@@ -45,7 +45,13 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "scm": {"t_max": 5.0},
     "meanflow": {"t_max": 20.0, "objective_options": {"fraction": 0.5, "mean": 0.0, "std": 1.6}},
     "shortcut": {"t_max": 80.0},
+    "compose": {"t_max": 80.0},
     "distill": {},
+}
+# Half of the examples at t_max, the level that acts in one step.
+SETTINGS |= {
+    f"{name}-acting": {"objective": name, **SETTINGS[name], "acting_share": 0.5}
+    for name in ("ect", "meanflow", "compose")
 }
 
 Row = dict[str, Any]
@@ -76,10 +82,10 @@ class Bandit:
         return centre + SPREAD * torch.randn(len(state), 2, generator=generator)
 
 
-def train(objective: str, bandit: Bandit, updates: int, seed: int = 0) -> ConsistencyActor:
+def train(row: str, bandit: Bandit, updates: int, seed: int = 0) -> ConsistencyActor:
     """Imitate the bandit's actions."""
     torch.manual_seed(seed)
-    actor = ConsistencyActor(1, 2, ActorConfig(objective, hidden=HIDDEN, **SETTINGS[objective]))
+    actor = ConsistencyActor(1, 2, ActorConfig(**{"objective": row, "hidden": HIDDEN, **SETTINGS[row]}))
     network = FlatModule(copy.deepcopy(actor))
     weights = network.initial.clone()
     average, mean, square = weights.clone(), torch.zeros_like(weights), torch.zeros_like(weights)
@@ -233,7 +239,7 @@ def main(arguments: list[str] | None = None) -> Row:
     for kind in options.bandits:
         bandit = Bandit(kind == "conditional")
         table.setdefault(kind, {})["data"] = reference(bandit)
-        print(f"{kind:12} {'data':9} -  {table[kind]['data']}", flush=True)
+        print(f"{kind:12} {'data':16} -  {table[kind]['data']}", flush=True)
         for name in options.objectives:
             began = time.process_time()
             actor = train(name, bandit, options.updates, options.seed)
@@ -244,7 +250,7 @@ def main(arguments: list[str] | None = None) -> Row:
             if options.json:
                 options.json.write_text(json.dumps(table, indent=2) + "\n")
             for steps, row in rows.items():
-                print(f"{kind:12} {name:9} {steps}  {row}  {seconds} s", flush=True)
+                print(f"{kind:12} {name:16} {steps}  {row}  {seconds} s", flush=True)
     if options.picture:
         draw(options.picture, pictures)
     return table

@@ -101,6 +101,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "scm": {"refinements": (0.8,)},
     "meanflow": {"refinements": (1.0,), "objective_options": {"fraction": 0.5}},
     "shortcut": {"refinements": (1.0, 0.3), "objective_options": {"grid": 8}, "dropout": 0.2},
+    "compose": {"refinements": (1.0,), "acting_share": 0.5},
     "distill": {"objective_options": {"steps": 3}},
 }
 for objective, options in OPTIONS.items():

@@ -242,15 +242,16 @@ def test_the_loss_is_the_objectives(objective: str, action_norm: bool) -> None:
     assert torch.equal(taught, found) == (objective != "ct")
 
 
-@pytest.mark.parametrize("objective", ["meanflow", "shortcut"])
+@pytest.mark.parametrize("objective", ["meanflow", "shortcut", "compose"])
 def test_the_loss_passes_on_more_noise(objective: str) -> None:
     actor = make_actor(objective=objective, objective_options={"fraction": 0.6})
     state, action = torch.randn(8, S, generator=seeded()), torch.rand(8, A, generator=seeded(1))
     z, u = torch.randn(8, A, generator=seeded(2)), torch.rand(8, generator=seeded(3))
-    f, u2, progress = actor.function(state), torch.rand(8, generator=seeded(4)), torch.tensor(0.4)
-    given = (f, f, action, z, u, progress, actor.levels)
-    expected, _ = consistency.OBJECTIVES[objective].loss(*given, u2=u2, fraction=0.6)
-    assert torch.equal(actor.loss(state, action, progress=0.4, noise={"z": z, "u": u, "u2": u2})[0], expected)
+    f, progress, row = actor.function(state), torch.tensor(0.4), consistency.OBJECTIVES[objective]
+    generator = seeded(4)
+    more = {name: torch.rand(8, generator=generator) for name in ("u2", "u3") if row.takes(name)}
+    expected, _ = row.loss(f, f, action, z, u, progress, actor.levels, **more, fraction=0.6)
+    assert torch.equal(actor.loss(state, action, progress=0.4, noise={"z": z, "u": u, **more})[0], expected)
     drawn, _ = actor.loss(state, action, progress=0.4, noise={"z": z, "u": u}, generator=seeded(4))
     assert torch.equal(drawn, expected)
 
@@ -390,7 +391,7 @@ def test_the_configuration_refuses_what_cannot_work() -> None:
     with pytest.raises(ConfigError, match=r"'itc' does not exist: did you mean .*ict"):
         ActorConfig("itc")
     with pytest.raises(
-        ConfigError, match="'gan' does not exist: choose from cd, ct, denoise, distill, ect, ict"
+        ConfigError, match="'gan' does not exist: choose from cd, compose, ct, denoise, distill, ect, ict"
     ):
         ActorConfig("gan")
     bad: list[tuple[float, ...]] = [(0.5, 2.0), (5.1,), (2.0, 0.001), (2.0, -1.0), (math.nan,)]
@@ -416,7 +417,7 @@ def test_an_actors_members_are_actors(members: tuple[int, ...], clamp: Literal["
     check_members(members, objective="ict", clamp=clamp)
 
 
-@pytest.mark.parametrize("objective", ["ect", "cd", "scm", "meanflow", "shortcut", "distill"])
+@pytest.mark.parametrize("objective", ["ect", "cd", "scm", "meanflow", "shortcut", "compose", "distill"])
 def test_members_of_every_objective(objective: str) -> None:
     check_members((3,), objective=objective)
 
@@ -427,8 +428,7 @@ def check_members(members: tuple[int, ...], **options: Any) -> None:
     apart = make_actor(refinements, **options)
     state, action = torch.randn(*members, 5, S), torch.rand(*members, 5, A)
     noise, u = torch.randn(together.steps, *members, 5, A), torch.rand(*members, 5)
-    u2 = torch.rand(*members, 5)
-    given = {"z": noise[0], "u": u, "u2": u2}
+    given = {"z": noise[0], "u": u, "u2": torch.rand(*members, 5), "u3": torch.rand(*members, 5)}
     drawn, (loss, _) = together(state, noise=noise), together.loss(state, action, noise=given)
     assert drawn.shape == (*members, 5, A) and loss.shape == (*members, 5)
     results = []

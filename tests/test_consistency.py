@@ -546,7 +546,8 @@ def test_any_leading_shape(shape: tuple[int, ...], width: int, tanh: bool, kind:
     assert perturb(x, t, z, tanh=tanh).shape == f(x, t).shape == x.shape
     for name, objective in OBJECTIVES.items():
         f = consistency_function(network, Parameterisation(objective.parameterisation or kind))
-        given: dict[str, Any] = {"tanh": tanh, "u2": u.flip(-1) if shape else u, "guide": f}
+        given: dict[str, Any] = {"tanh": tanh, "guide": f}
+        given |= dict.fromkeys(("u2", "u3"), u.flip(-1) if shape else u)
         if name == "distill":
             given["guide"] = consistency_function(lambda x, s: network(x, s).tanh(), Parameterisation("flow"))
         taken = {key: value for key, value in given.items() if objective.takes(key)}

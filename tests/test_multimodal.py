@@ -23,6 +23,7 @@ MODE, SPREAD = 0.8, 0.05
 CONFIG = ActorConfig(t_max=5.0, refinements=(MODE,), hidden=(64, 64, 64, 64))
 ICT = replace(CONFIG, objective="ict", objective_options={"s0": 40, "s1": 160})
 CT = replace(CONFIG, objective="ct", objective_options={"s0": 10, "s1": 50, "weight": "interval"})
+COMPOSE = replace(CONFIG, objective="compose", t_max=20.0, refinements=(), acting_share=0.3)
 DENOISE = ActorConfig(hidden=(64, 64, 64, 64))
 BATCH = 256
 
@@ -94,6 +95,14 @@ def test_ct_finds_both_modes() -> None:
     """Squared distances and coarser levels blur what lies between the modes more than iCT does."""
     found = coverage(train(CT, 1500, 5e-3), steps=2)
     assert found.covered >= 0.65 and found.rarer >= 0.3 and found.middle <= 0.15, found
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_compose_finds_both_modes_in_one_step() -> None:
+    """With a share of the examples at the level that acts; without it 0.76 are covered after as long."""
+    found = coverage(train(COMPOSE, 1500, 5e-3), steps=1)
+    assert found.covered >= 0.8 and found.rarer >= 0.3 and found.middle <= 0.08, found
 
 
 def test_denoising_in_one_step_finds_the_mean() -> None:

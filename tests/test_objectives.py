@@ -22,6 +22,7 @@ from cpql.consistency import (
     Levels,
     Parameterisation,
     cd,
+    compose,
     consistency_function,
     ct,
     denoise,
@@ -431,6 +432,65 @@ def test_shortcut_against_a_loop(options: dict[str, Any]) -> None:
         assert spans == {2.0**-k for k in range(7)}
 
 
+def composed_slowly(x: Vector, s: float, m: float, r: float) -> Vector:
+    """Where `net_slowly` jumps from s to m, and from there to r."""
+    middle = x - (s - m) * net_slowly(x, s, s - m)
+    return middle - (m - r) * net_slowly(middle, m, m - r)
+
+
+@pytest.mark.parametrize("options", [{}, {"fraction": 1.0}, {"fraction": 0.0, "smallest": 0.3}])
+def test_compose_against_a_loop(options: dict[str, Any]) -> None:
+    x0, z, u, u2 = inputs()
+    u3, share = u2.roll(1), options.get("fraction", 0.5)
+    expected, jumps = [], 0
+    for (x_0, noise, c, c2), c3 in zip(rows(), u3.tolist(), strict=True):
+        if c2 >= share:
+            x, d = (1 - c) * x_0 + c * noise, min(c, c3 * options.get("smallest", 1e-3))
+            error = net_slowly(x, c, d) - (noise - x_0)
+        else:
+            s, jumps = c ** (1 / 3), jumps + 1
+            r = s * (1 - math.sqrt(c2 / share))
+            x = (1 - s) * x_0 + s * noise
+            error = x - (s - r) * net_slowly(x, s, s - r) - composed_slowly(x, s, s - c3 * (s - r), r)
+        expected.append(sum(error**2) / D)
+    loss, _ = compose(function("average"), refuse, x0, z, u, number(0.5), LEVELS, u2=u2, u3=u3, **options)
+    check(loss, expected)
+    assert jumps == {0.0: 0, 1.0: BATCH}.get(share, jumps) and 0 <= jumps <= BATCH
+
+
+def test_compose_jumps_between_three_uniform_times() -> None:
+    """The moments of three ordered uniform numbers, from the times that the network is asked at."""
+    asked: list[Tensor] = []
+
+    def spy(x: Tensor, s: Tensor, span: Tensor) -> Tensor:
+        asked.append(torch.stack([s, s - span]))
+        return x
+
+    count = 40
+    grid = (torch.arange(count, dtype=torch.float64) + 0.5) / count
+    u, u2, u3 = (v.flatten() for v in torch.meshgrid(grid, grid, grid, indexing="ij"))
+    x0 = torch.zeros(len(u), D, dtype=torch.float64)
+    compose(function("average", spy), refuse, x0, x0, u, number(0.5), LEVELS, u2=u2, u3=u3, fraction=1.0)
+    (s, m), (_, r) = asked[:2]
+    assert (0 <= r).all() and (r < m).all() and (m < s).all() and (s <= 1).all()
+    found = torch.stack([r, m, s])
+    assert found.mean(-1).tolist() == pytest.approx([1 / 4, 1 / 2, 3 / 4], abs=1e-3)
+    products = found @ found.T / len(u)
+    expected = torch.tensor([[2, 3, 4], [3, 6, 8], [4, 8, 12]], dtype=torch.float64) / 20
+    torch.testing.assert_close(products, expected, rtol=0, atol=1e-3)
+
+
+def test_the_two_jumps_that_are_composed_get_no_gradient() -> None:
+    """The gradient in F is `-2 (s - r) error / D`, of the one jump alone."""
+    x0, z, u, u2 = inputs()
+    shift = torch.zeros(BATCH, D, dtype=torch.float64, requires_grad=True)
+    f = function("average", lambda x, s, span: net(x, s, span) + shift)
+    loss, _ = compose(f, refuse, x0, z, u, number(0.5), LEVELS, u2=u2, u3=u2.roll(1), fraction=1.0)
+    (found,) = torch.autograd.grad(loss.sum(), shift)
+    span = u ** (1 / 3) * u2.sqrt()
+    torch.testing.assert_close(found.square().sum(-1), 4 * span**2 * loss.detach() / D)
+
+
 def test_distillation_against_a_loop() -> None:
     x0, z, u, _ = inputs()
     for steps in (1, 10):
@@ -534,6 +594,18 @@ def test_shortcuts_at_given_levels_are_jumps_to_the_data(grid: int) -> None:
     check(acting_or_drawn(shortcut, f, teacher, u2=u2, grid=grid)[0], expected)
 
 
+def test_compose_at_given_levels_jumps_to_the_data() -> None:
+    _, _, _, u2 = inputs()
+    u3, expected = u2.roll(1), []
+    for (x_0, noise, _, _), t, c3 in zip(rows(), ACTING.tolist(), u3.tolist(), strict=True):
+        if t:
+            s = t / (1 + t)
+            x = (1 - s) * x_0 + s * noise
+            error = x - s * net_slowly(x, s, s) - composed_slowly(x, s, s - c3 * s, 0.0)
+            expected.append(sum(error**2) / D)
+    check(acting_or_drawn(compose, function("average"), refuse, u2=u2, u3=u3)[0], expected)
+
+
 def test_flow_matching_against_a_loop() -> None:
     x0, z, u, _ = inputs()
     expected = [sum((net_slowly((1 - c) * a + c * b, c) - (b - a)) ** 2) / D for a, b, c, _ in rows()]
@@ -578,8 +650,7 @@ def test_the_scheduled_objectives_are_those_that_depend_on_progress(name: str) -
     given: dict[str, Any] = {}
     if objective.guide is not None:
         given["guide"] = function(objective.guide.parameterisation, other)
-    if objective.takes("u2"):
-        given["u2"] = u2
+    given |= {more: u2 for more in ("u2", "u3") if objective.takes(more)}
     early, late = (
         objective.loss(f, f, x0, z, u, number(progress), LEVELS, **given)[0] for progress in (0.05, 0.9)
     )
@@ -588,11 +659,19 @@ def test_the_scheduled_objectives_are_those_that_depend_on_progress(name: str) -
 
 @pytest.mark.parametrize(
     ("objective", "kind"),
-    [(scm, "trig"), (meanflow, "average"), (shortcut, "average"), (flow_matching, "flow")],
+    [
+        (scm, "trig"),
+        (meanflow, "average"),
+        (shortcut, "average"),
+        (compose, "average"),
+        (flow_matching, "flow"),
+    ],
 )
 def test_a_function_of_another_kind_is_refused(objective: Callable[..., Any], kind: str) -> None:
     x0, z, u, u2 = inputs()
     more = {} if kind in ("trig", "flow") else {"u2": u2}
+    if objective is compose:
+        more["u3"] = u2
     for f in (function("edm"), refuse):
         with pytest.raises(ValueError, match=f"with the parameterisation {kind}"):
             objective(f, f, x0, z, u, number(0.5), LEVELS, **more)
@@ -637,6 +716,7 @@ def test_the_solution_has_no_loss() -> None:
         "scm": scm(angle, refuse, *given)[0],
         "meanflow": meanflow(average, refuse, *given, u2=u2, fraction=0.5)[0],
         "shortcut": shortcut(average, average, *given, u2=0.999 * u2, fraction=0.5, grid=0)[0],
+        "compose": compose(average, refuse, *given, u2=u2, u3=u2.roll(1), smallest=0.1)[0],
         "flow": flow_matching(function("flow", velocity), refuse, *given)[0],
         "distill": distill(angle, refuse, *given, guide=function("flow", velocity))[0],
     }

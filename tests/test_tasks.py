@@ -9,7 +9,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,7 @@ AGENTS = (
     "fql_published",
     "iql",
     "iql_corl",
+    "ofql",
     "rebrac",
     "rebrac_published",
     "recommended",
@@ -590,6 +591,15 @@ def test_the_rest_of_a_published_agent(composed: Composed) -> None:
     assert settings.actor_target == TargetConfig(0.005, period=5, start=1001)
     _, settings = agent_config(composed("hopper-medium", "cpql"))
     assert isinstance(settings, CPQLConfig) and settings.candidates == 1
+
+
+def test_ofql_is_meanflow_in_the_learner_of_diffusion_ql(composed: Composed) -> None:
+    for env in ("hopper-medium", "antmaze-umaze-diverse-v2"):
+        (_, ofql), (_, dql) = (agent_config(composed(env, agent)) for agent in ("ofql", "diffusion_ql"))
+        own = {"actor", "eta", "actor_lr"}
+        shared = {field.name for field in fields(dql) if hasattr(ofql, field.name)} - own
+        assert {name: getattr(ofql, name) for name in shared} == {name: getattr(dql, name) for name in shared}
+        assert ofql.actor.hidden == dql.actor.hidden and ofql.actor.resolved == "average"
 
 
 def test_what_is_said_on_the_command_line_wins() -> None:

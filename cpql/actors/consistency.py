@@ -264,8 +264,7 @@ class ConsistencyActor(NoiseConditioned, Actor):
     def loss_noise(self, *batch: int) -> dict[str, Draw]:
         """The random tensors that `loss` takes: of the objective, of dropout, and of `acting_share`."""
         draws = {"z": Draw("normal", (*batch, self.action_dim)), "u": Draw("uniform", batch)}
-        if self.config.row.takes("u2"):
-            draws["u2"] = Draw("uniform", batch)
+        draws |= {name: Draw("uniform", batch) for name in ("u2", "u3") if self.config.row.takes(name)}
         if self.config.dropout:
             draws["drop"] = Draw("uniform", (*batch, sum(self.config.hidden)))
         if self.config.acting_share:
@@ -312,8 +311,7 @@ class ConsistencyActor(NoiseConditioned, Actor):
         options = dict(c.objective_options)
         if c.row.takes("tanh"):
             options["tanh"] = c.action_norm
-        if c.row.takes("u2"):
-            options["u2"] = given["u2"]
+        options |= {name: given[name] for name in ("u2", "u3") if c.row.takes(name)}
         if c.acting_share:
             options["acting"] = self.acting_levels(given["acting"])
         f = self.function(state, given["drop"] if c.dropout else None)

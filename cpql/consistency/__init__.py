@@ -10,7 +10,7 @@ generates the rest.
 from __future__ import annotations
 
 from cpql.consistency.editing import colourise, edit, inpaint, interpolate, slerp, stroke, super_resolve
-from cpql.consistency.flows import check_grid, distill, flow_matching, meanflow, shortcut
+from cpql.consistency.flows import check_grid, compose, distill, flow_matching, meanflow, shortcut
 from cpql.consistency.function import (
     PARAMETERISATIONS,
     ConsistencyFunction,
@@ -37,9 +37,9 @@ from cpql.consistency.sampling import greedy_refinements, sample
 
 __all__ = [
     "OBJECTIVES", "PARAMETERISATIONS", "ConsistencyFunction", "Function", "Guide", "Kind", "Levels",
-    "Network", "Objective", "Parameterisation", "cd", "check_grid", "colourise", "consistency_function",
-    "ct", "ct_discretisation", "ct_teacher_decay", "denoise", "distill", "easy_ratio", "ect", "edit",
-    "flow_matching", "greedy_refinements", "ict", "ict_discretisation", "inpaint", "interpolate",
-    "lognormal_index", "lognormal_level", "meanflow", "perturb", "sample", "scm", "shortcut", "slerp",
-    "stroke", "super_resolve", "uniform_index",
+    "Network", "Objective", "Parameterisation", "cd", "check_grid", "colourise", "compose",
+    "consistency_function", "ct", "ct_discretisation", "ct_teacher_decay", "denoise", "distill", "easy_ratio",
+    "ect", "edit", "flow_matching", "greedy_refinements", "ict", "ict_discretisation", "inpaint",
+    "interpolate", "lognormal_index", "lognormal_level", "meanflow", "perturb", "sample", "scm", "shortcut",
+    "slerp", "stroke", "super_resolve", "uniform_index",
 ]  # fmt: skip

@@ -14,7 +14,7 @@ from cpql.consistency.function import Function, derivative, network_of, perturb
 from cpql.consistency.levels import Levels, lognormal_level
 from cpql.consistency.losses import Metrics
 
-__all__ = ["check_grid", "distill", "flow_matching", "meanflow", "shortcut"]
+__all__ = ["check_grid", "compose", "distill", "flow_matching", "meanflow", "shortcut"]
 
 
 def flow_matching(
@@ -134,6 +134,55 @@ def check_grid(grid: int) -> None:
     """Refuse a grid of `shortcut` that is neither 0 nor a power of two from 2 on, with a ValueError."""
     if grid and (grid < 2 or grid & (grid - 1)):
         raise ValueError(f"the grid of shortcuts must be 0 or a power of two, found {grid}")
+
+
+def compose(
+    f: Function,
+    teacher: Function,
+    x0: Tensor,
+    z: Tensor,
+    u: Tensor,
+    progress: Tensor,
+    levels: Levels,
+    *,
+    u2: Tensor,
+    u3: Tensor,
+    acting: Tensor | None = None,
+    fraction: float = 0.5,
+    smallest: float = 1e-3,
+) -> tuple[Tensor, Metrics]:
+    """Bootstrapped jumps: one jump goes where any two in its place go, and the smallest follow the flow.
+
+    With probability `fraction`: `|p(x_s, s, r) - stop_gradient(p(p(x_s, s, m), m, r))|^2 / D`, where
+    `p(x, s, r) = x - (s - r) u(x, s, s - r)` and r < m < s are three uniform times in order. Else
+    `|u(x_s, s, d) - (z - x0)|^2 / D`, s and d uniform in [0, 1] and [0, smallest]. Nguyen et al. 2026 (BFQ),
+    from two summaries: its code isn't public. (It tosses the coin once for a batch.)
+
+    Args:
+        f, teacher, x0, z, u, progress, levels, u2, u3, acting: see the module's text; the teacher is not
+            used. f's parameterisation is `average`.
+        fraction: of the examples that jump.
+        smallest: the longest jump that follows the flow.
+
+    Raises:
+        ValueError: f has another parameterisation.
+    """
+    f = network_of(f, "average")
+    jumps, u2 = _coin(u2, fraction)
+    if acting is not None:
+        jumps = jumps | (acting > 0)
+    # The largest of three uniform numbers is the cube root of one, and m is uniform between r and s.
+    s = torch.where(jumps, u ** (1 / 3), u)
+    span = torch.where(jumps, s * u2.sqrt(), torch.minimum(smallest * u3, u))
+    s, span = _acting_or_jump(acting, s, span)
+    x, first = _flow(x0, s, z), span * u3
+    with torch.no_grad():
+        middle = x - first.unsqueeze(-1) * f.network(x, s, first)
+        rest = span - first
+        end = middle - rest.unsqueeze(-1) * f.network(middle, s - first, rest)
+    out = f.network(x, s, span)
+    jumped = x - span.unsqueeze(-1) * out - end.detach()
+    return torch.where(jumps.unsqueeze(-1), jumped, out - (z - x0)).square().mean(-1), {}
 
 
 def distill(

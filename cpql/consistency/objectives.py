@@ -14,7 +14,7 @@
 
 Some take more, as keyword arguments:
 
-    u2         more uniform noise, like u
+    u2, u3     more uniform noise, like u
     guide      another function that is trained beside f and distilled into it: a denoiser or a velocity
     acting     levels, like u: what an example is noised to in place of the level drawn by u; 0 leaves it
     tanh       noise the data under a tanh, see `perturb`; objectives on straight paths don't have it
@@ -35,7 +35,7 @@ from typing import Any, Literal, NamedTuple, get_type_hints
 
 from torch import Tensor
 
-from cpql.consistency.flows import distill, flow_matching, meanflow, shortcut
+from cpql.consistency.flows import compose, distill, flow_matching, meanflow, shortcut
 from cpql.consistency.losses import Metrics, cd, ct, denoise, ect, ict, scm
 
 __all__ = ["OBJECTIVES", "Guide", "Loss", "Objective"]
@@ -43,7 +43,7 @@ __all__ = ["OBJECTIVES", "Guide", "Loss", "Objective"]
 Loss = Callable[..., tuple[Tensor, Metrics]]
 """The signature that all objectives share; see the module's text."""
 
-INPUTS = ("u2", "guide", "acting", "tanh")
+INPUTS = ("u2", "u3", "guide", "acting", "tanh")
 
 
 class Guide(NamedTuple):
@@ -86,7 +86,7 @@ class Objective:
         return {name: kind for name, kind in self._keywords.items() if name not in INPUTS}
 
     def takes(self, name: str) -> bool:
-        """Whether it takes `u2`, `guide`, `acting` or `tanh`."""
+        """Whether it takes `u2`, `u3`, `guide`, `acting` or `tanh`."""
         return name in self._keywords
 
 
@@ -99,5 +99,6 @@ OBJECTIVES: dict[str, Objective] = {
     "scm": Objective(scm, "trig", scheduled=True),
     "meanflow": Objective(meanflow, "average"),
     "shortcut": Objective(shortcut, "average"),
+    "compose": Objective(compose, "average"),
     "distill": Objective(distill, guide=Guide(flow_matching, "flow")),
 }
