@@ -59,8 +59,8 @@ class Windy(Turning):
         return float(np.random.default_rng().normal())
 
 
-gymnasium.register("cpql-test/Turning-v0", Turning, max_episode_steps=40)
-gymnasium.register("cpql-test/Windy-v0", Windy, max_episode_steps=40)
+gymnasium.register("cpql-test/Turning-v0", lambda **_: Turning(), max_episode_steps=40)
+gymnasium.register("cpql-test/Windy-v0", lambda **_: Windy(), max_episode_steps=40)
 
 
 class Exact(nn.Module):
@@ -162,7 +162,7 @@ def test_runs_with_and_without_a_critic(
         0,
     )
     assert [one["steps"] for one in cpql["ranking"]["by_steps"]] == [10, 30, 100, 300]
-    assert cpql["missing"] == {} and "hopper-medium cpql 0 @ 40" in text
+    assert cpql["missing"] == {} and "cpql, seed 0" in text and "40 updates" in text
     policy = Policy.load(runs["cpql"])
     changed = [episode._replace(rewards=episode.rewards - 1) for episode in episodes(policy)]
     bias, value = q_bias(policy, changed, 0.99)
@@ -172,6 +172,10 @@ def test_runs_with_and_without_a_critic(
     assert bc["ranking"] is None and bc["missing"] == {"ranking": "the agent bc has no critic"}
     assert bc["shift"]["q_gain"] is None and bc["shift"]["distance"] > bc["shift"]["offset"] > 0
     assert "no ranking: the agent bc has no critic" in text
+
+    with pytest.raises(SystemExit):
+        critic.critic(argparse.Namespace(runs=[tmp_path]))
+    assert "holds no policy" in capsys.readouterr().err
 
     runs["file"].rename(runs["file"].with_suffix(".moved"))
     cpql, bc = measured(runs, monkeypatch, tmp_path)

@@ -29,7 +29,7 @@ from cpql.data.sources import SOURCES, Request
 from cpql.data.transitions import Transitions
 from cpql.deploy.policy import Policy
 from cpql.environments import TaskEnvironment, make_task_environment
-from cpql.errors import ActingError, ConfigError, CpqlError, DataError
+from cpql.errors import ActingError, ConfigError, CpqlError, DataError, errors_in_one_line
 from cpql.experiments import statistics
 from cpql.io import versions, write_text
 from cpql.migration import upgrade
@@ -88,7 +88,7 @@ class Start(NamedTuple):
 
         def put(environment: TaskEnvironment) -> None:
             environment.reset(seed=self.seed)
-            cast(MujocoEnv, environment.unwrapped).set_state(position, velocity)
+            cast(Any, environment.unwrapped).set_state(position, velocity)
 
         return put
 
@@ -96,7 +96,8 @@ class Start(NamedTuple):
 def critic(options: argparse.Namespace) -> None:
     """Measure each run's last checkpoint, print tables, and write it all to a JSON file if one is named."""
     torch.set_num_threads(1)
-    rows = [of_run(folder, options) for folder in track(options.runs, "runs", transient=True)]
+    with errors_in_one_line():
+        rows = [of_run(folder, options) for folder in track(options.runs, "runs", transient=True)]
     for table in (ranking_table(rows), shift_table(rows)):
         Console().print(table)
     for row in rows:
@@ -150,7 +151,13 @@ def dataset(policy: Policy, config: TrainConfig) -> Transitions:
     source = "file" if d.path else origin["source"].removesuffix(" + online")
     if source == "online":
         raise DataError("the run learnt from no dataset")
-    request = {"path": d.path, "id": d.id, "size": d.size, "seed": d.seed, "time_limits": d.time_limits}
+    request: dict[str, Any] = {
+        "path": d.path,
+        "id": d.id,
+        "size": d.size,
+        "seed": d.seed,
+        "time_limits": d.time_limits,
+    }
     if SOURCES[source].locate(Request(config.env, **request)) is None:
         raise DataError(f"the dataset {origin['file'] or origin['id']} isn't on this disk")
     _, data = cpql.data.load(config.env, source=source, **request, say=lambda line: None)
@@ -339,44 +346,44 @@ def shift(policy: Policy, data: Transitions | CpqlError) -> dict[str, Any]:
 def ranking_table(rows: list[dict[str, Any]]) -> Table:
     """A line for each run and number of steps that returns are summed over."""
     found = Table(title="how the critic ranks actions", title_justify="left")
-    head = "rank correlation", "attainable", "gap ratio", "gap slope", "Q bias", "return to go"
-    for name in ("run", "steps", *head):
-        found.add_column(name)
+    for name in ("run", "steps", "rank correlation", "attainable", "gap ratio", "gap slope"):
+        found.add_column(name, no_wrap=name == "rank correlation")
     for row in rows:
-        ranks = row["ranking"]
-        for one in ranks["by_steps"] if ranks else []:
-            last = one is ranks["by_steps"][-1]
+        lines = row["ranking"]["by_steps"] if row["ranking"] else []
+        for one in lines:
             rank = number(one["rank_correlation"])
             if one["interval"]:
                 rank += " [{:.2f}, {:.2f}]".format(*one["interval"])
             gaps = [number(one[name]) for name in ("attainable", "gap_ratio", "gap_slope")]
-            whole = [number(ranks[name]) if last else "" for name in ("q_bias", "return_to_go")]
-            found.add_row(about(row), str(one["steps"]), rank, *gaps, *whole, end_section=last)
+            name = about(row) if one is lines[0] else ""
+            found.add_row(name, str(one["steps"]), rank, *gaps, end_section=one is lines[-1])
     return found
 
 
 def shift_table(rows: list[dict[str, Any]]) -> Table:
-    """A line for each run."""
-    found = Table(title="where the actor is beside the data", title_justify="left")
+    """A line for each run; empty where something couldn't be measured."""
     columns = {
-        "distance": "distance",
-        "offset": "offset",
-        "diversity": "diversity",
-        "Q gain": "q_gain",
+        "Q bias": ("ranking", "q_bias"),
+        "return to go": ("ranking", "return_to_go"),
+        "Q gain": ("shift", "q_gain"),
+        "distance": ("shift", "distance"),
+        "offset": ("shift", "offset"),
+        "diversity": ("shift", "diversity"),
     }
+    found = Table(title="the critic's level, and where the actor is beside the data", title_justify="left")
     for name in ("run", *columns):
         found.add_column(name)
     for row in rows:
-        if row["shift"]:
-            found.add_row(about(row), *(number(row["shift"][name]) for name in columns.values()))
+        cells = [number((row[part] or {}).get(name)) for part, name in columns.values()]
+        found.add_row(about(row), *cells, end_section=True)
     return found
 
 
 def about(row: dict[str, Any]) -> str:
-    """What a table calls a run."""
-    return f"{row['task']} {row['agent']} {row['seed']} @ {row['step']:,}"
+    """What a table calls a run, in three lines."""
+    return f"{row['task']}\n{row['agent']}, seed {row['seed']}\n{row['step']:,} updates"
 
 
 def number(value: float | None) -> str:
-    """With two decimals, or three digits where it is large; nothing for None."""
+    """With two decimals, or none where it is large; nothing for None."""
     return "" if value is None else f"{value:.2f}" if abs(value) < 100 else f"{value:.0f}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ EPISODES, SEED = 10, 1000
 # At gamma 0.99 what comes after so many steps is 5% of a return: a time limit nearer than that spoils it.
 HORIZON = 300
 
-Array = NDArray[np.float64]
+Array = NDArray[Any]
 
 
 class Episode(NamedTuple):
