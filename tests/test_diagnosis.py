@@ -127,7 +127,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     file = trainings.write_dataset(folder / "data.hdf5")
     changed = DatasetConfig(path=str(file), reward="iql_antmaze")
     configs = {
-        "cpql": trainings.settings(file, folder / "cpql", dataset=changed),
+        "cpiql": trainings.settings(file, folder / "cpiql", "cpiql", dataset=changed),  # 3 candidates
         "bc": replace(trainings.settings(file, folder / "bc"), agent={"name": "bc", "batch_size": 8}),
     }
     for config in configs.values():
@@ -137,7 +137,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 def measured(runs: dict[str, Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[dict[str, Any]]:
     words = ["--states", "4", "--actions", "4", "--rollouts", "2", "--json", str(tmp_path / "found.json")]
-    monkeypatch.setattr(sys, "argv", ["benchmark.py", "critic", str(runs["cpql"]), str(runs["bc"]), *words])
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", "critic", str(runs["cpiql"]), str(runs["bc"]), *words])
     benchmark.main()
     content = json.loads((tmp_path / "found.json").read_text())
     assert (content["states"], content["rollouts"], content["horizon"]) == (4, 2, 300)
@@ -154,21 +154,16 @@ def test_runs_with_and_without_a_critic(
 ) -> None:
     first = measured(runs, monkeypatch, tmp_path)
     text = capsys.readouterr().out
-    cpql, bc = first
-    assert (cpql["task"], cpql["environment"], cpql["step"], cpql["seed"]) == (
-        "hopper-medium",
-        "Hopper-v4",
-        40,
-        0,
-    )
-    assert [one["steps"] for one in cpql["ranking"]["by_steps"]] == [10, 30, 100, 300]
-    assert cpql["missing"] == {} and "cpql, seed 0" in text and "40 updates" in text
-    policy = Policy.load(runs["cpql"])
+    cpiql, bc = first
+    assert (cpiql["environment"], cpiql["step"], cpiql["seed"]) == ("Hopper-v4", 40, 0)
+    assert [one["steps"] for one in cpiql["ranking"]["by_steps"]] == [10, 30, 100, 300]
+    assert cpiql["missing"] == {} and "cpql, seed 0" in text and "40 updates" in text
+    policy = Policy.load(runs["cpiql"])
     changed = [episode._replace(rewards=episode.rewards - 1) for episode in episodes(policy)]
     bias, value = q_bias(policy, changed, 0.99)
-    assert cpql["ranking"]["q_bias"] == pytest.approx(bias)
-    assert cpql["ranking"]["return_to_go"] == pytest.approx(value)
-    assert cpql["shift"]["diversity"] > 0 and len(cpql["shift"]["offset_by_dimension"]) == 3
+    assert cpiql["ranking"]["q_bias"] == pytest.approx(bias)
+    assert cpiql["ranking"]["return_to_go"] == pytest.approx(value)
+    assert cpiql["shift"]["diversity"] > 0 and len(cpiql["shift"]["offset_by_dimension"]) == 3
     assert bc["ranking"] is None and bc["missing"] == {"ranking": "the agent bc has no critic"}
     assert bc["shift"]["q_gain"] is None and bc["shift"]["distance"] > bc["shift"]["offset"] > 0
     assert "no ranking: the agent bc has no critic" in text
@@ -178,8 +173,8 @@ def test_runs_with_and_without_a_critic(
     assert "holds no policy" in capsys.readouterr().err
 
     runs["file"].rename(runs["file"].with_suffix(".moved"))
-    cpql, bc = measured(runs, monkeypatch, tmp_path)
-    assert cpql["ranking"] is cpql["shift"] is bc["shift"] is None
-    assert "data.hdf5" in cpql["missing"]["shift"] and "data.hdf5" in cpql["missing"]["ranking"]
+    cpiql, bc = measured(runs, monkeypatch, tmp_path)
+    assert cpiql["ranking"] is cpiql["shift"] is bc["shift"] is None
+    assert "data.hdf5" in cpiql["missing"]["shift"] and "data.hdf5" in cpiql["missing"]["ranking"]
     runs["file"].with_suffix(".moved").rename(runs["file"])
     assert measured(runs, monkeypatch, tmp_path) == first
