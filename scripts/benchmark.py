@@ -90,6 +90,11 @@ COMMANDS: dict[str, tuple[str, dict[str, Any]]] = {
         "scores, diversity and Q bias of finished runs, by objective, beside those measured before",
         {"runs": [Path]},
     ),
+    "critic": (
+        "whether runs' critics rank actions as true returns do, and how far their actors are from the data "
+        "(docs/diagnosis.md)",
+        {"runs": [Path], "states": 48, "actions": 8, "rollouts": 4, "horizon": 300, "json": ""},
+    ),
     "online": (
         "curves of online and finetuned runs, beside those kept before, as data and as docs/online.png",
         {"runs": [Path], "label": "cpql"},

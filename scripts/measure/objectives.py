@@ -11,22 +11,16 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
-from numpy.typing import NDArray
-from torch import Tensor
 
 from cpql.actors import ConsistencyActor
 from cpql.consistency import OBJECTIVES
 from cpql.deploy.policy import Policy
-from cpql.environments import make_task_environment
+from measure.episodes import EPISODES, HORIZON, SEED, Array, episodes, q_bias
 from measure.results import changes, defaults
 
 __all__ = ["objectives"]
 
-EPISODES, SEED, DRAWS = 10, 1000, 32
-# At gamma 0.99 what comes after so many steps is 5% of a return: a time limit nearer than that spoils it.
-HORIZON = 300
-
-Array = NDArray[np.float64]
+DRAWS = 32
 
 
 def objectives(options: argparse.Namespace) -> dict[str, Any]:
@@ -90,7 +84,9 @@ def of_run(folder: Path) -> dict[str, Any]:
     result = json.loads((folder / "result.json").read_text())
     config = yaml.safe_load((folder / "config.yaml").read_text())
     policy = Policy.load(folder)
-    states, bias, value = visited(policy, config["agent"].get("discount", 0.99))
+    found = episodes(policy)
+    states = np.concatenate([episode.observations[: episode.known] for episode in found])
+    bias, value = q_bias(policy, found, config["agent"].get("discount", 0.99))
     return {
         "task": result["task"],
         "agent": result.get("algorithm", result["agent"]),
@@ -115,45 +111,6 @@ def of_run(folder: Path) -> dict[str, Any]:
         "settings": changes(config["agent"], defaults(config["agent"]["name"])),
         "versions": result["versions"],
     }
-
-
-def visited(policy: Policy, discount: float) -> tuple[Array, float, float]:
-    """States [N, S] of some episodes, the mean of Q minus the discounted return to go, and of that."""
-    policy.seed(SEED)
-    states: list[Array] = []
-    errors: list[Array] = []
-    returns: list[Array] = []
-    for episode in range(EPISODES):
-        environment = make_task_environment(policy.config.task)
-        observation, _ = environment.reset(seed=SEED + episode)
-        seen, actions, rewards, terminated, truncated = [], [], [], False, False
-        while not (terminated or truncated):
-            action, _ = policy.predict(observation)
-            seen.append(observation)
-            actions.append(action)
-            observation, reward, terminated, truncated, _ = environment.step(action)
-            rewards.append(float(reward))
-        environment.close()
-        to_go = np.zeros(len(rewards) + 1)
-        for step in range(len(rewards) - 1, -1, -1):
-            to_go[step] = rewards[step] + discount * to_go[step + 1]
-        count = len(rewards) if terminated else max(1, len(rewards) - HORIZON)
-        q = values(policy, np.stack(seen[:count]), np.stack(actions[:count]))
-        states.append(np.stack(seen[:count]))
-        errors.append(q - to_go[:count])
-        returns.append(to_go[:count])
-    every = np.concatenate(states)
-    return every, float(np.concatenate(errors).mean()), float(np.concatenate(returns).mean())
-
-
-@torch.no_grad()
-def values(policy: Policy, states: Array, actions: Array) -> Array:
-    """The smaller value of the twins [N], of observations and actions as the environment has them."""
-    low, high = (torch.tensor(bound) for bound in (policy.config.action_low, policy.config.action_high))
-    action = 2.0 * (torch.from_numpy(actions).float() - low) / (high - low) - 1.0
-    assert policy.critic is not None
-    q: Tensor = policy.critic(policy.normalise(torch.from_numpy(states).float()), action)
-    return q.amin(0).double().numpy()
 
 
 @torch.no_grad()
