@@ -188,11 +188,11 @@ def test_what_a_sweep_refuses(train: Train, tmp_path: Path, monkeypatch: pytest.
         assert code == 1 and text.count("\n") == 1 and message in text, text
     assert not (tmp_path / "runs").exists()
 
-    words = ("-m", *LITTLE, "seed=0,1", "hydra.sweep.dir=sweeps")
+    same = ("-m", *LITTLE, "seed=0,1", "hydra.sweep.dir=sweeps")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("hydra.main", lambda **_: lambda job: lambda: seen.append(train(*words)))
+        patch.setattr("hydra.main", lambda **_: lambda job: lambda: seen.append(train(*same)))
         seen: list[tuple[int, str]] = []
-        train(*words)
+        train(*same)
     assert seen[0][0] == 1 and "this sweep is going on already, in process" in seen[0][1]
 
 
