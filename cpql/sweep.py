@@ -12,6 +12,7 @@ import hashlib
 import importlib.util
 import itertools
 import json
+import os
 import re
 import signal
 import statistics
@@ -65,6 +66,8 @@ STATES = {
 }
 """What becomes of a run, and what the last line says of it besides."""
 
+GOOD = {"finished", "resumed", "skipped"}
+
 SAME = {"agent": "configuration", "seeds": "seed", "env.id": "env.name"}
 """Settings that a part of a run's folder depends on that has another name."""
 
@@ -91,14 +94,18 @@ class Job:
     """What a launcher calls for each job, in whichever process: it is pickled for that.
 
     Attributes:
+        folder: that the command was given in.
         notes: folder of the jobs' notes.
         fixed: keys that have one value in all jobs.
         numbered: whether each line begins with the job's number, as others print meanwhile.
+        together: whether a job that is stopped keeps others from starting, as Ctrl-C is meant for all.
     """
 
+    folder: Path
     notes: Path
     fixed: frozenset[str]
     numbered: bool
+    together: bool
 
     def __call__(self, content: DictConfig) -> float | None:
         """Train a job's runs, whose settings are `content`.
@@ -106,7 +113,8 @@ class Job:
         Returns:
             The mean of their scores, which a sweeper may maximise; None if one has no score.
         """
-        register()  # another process may have composed the settings
+        register()  # another process may have composed the settings, elsewhere
+        os.chdir(self.folder)
         number, words = HydraConfig.get().job.num, list(HydraConfig.get().overrides.task)
         stop, note = self.notes / "stopped", self.notes / f"{number}.json"
         if stop.exists():
@@ -122,16 +130,17 @@ class Job:
             _write(note, rows)
             rows = _train(configs, ends, console)
         except (Interrupted, KeyboardInterrupt) as error:
-            stop.touch()
+            if self.together:
+                stop.touch()
             state, reason = "stopped", str(error) or "interrupted"
-        except CpqlError as error:
-            state, reason = "failed", str(error)
-        except Exception as error:  # of this job's alone
-            traceback.print_exc()
-            state, reason = "failed", brief(error)
+        except Exception as error:
+            known = isinstance(error, CpqlError)
+            if not known or content.traceback is True:
+                traceback.print_exc()
+            state, reason = "failed", str(error) if known else brief(error)
         if reason:
             say(console, f"{state}: {reason}", "red" if state == "failed" else "")
-            rows = [Row(row.run, state, None, reason) for row in rows]
+            rows = [Row(row.run, state, None, reason if state == "failed" else "") for row in rows]
         _write(note, rows)
         scores = [row.score for row in rows if row.score is not None]
         return statistics.fmean(scores) if len(scores) == len(rows) else None
@@ -189,7 +198,7 @@ def _configs(content: DictConfig, words: Sequence[str], fixed: frozenset[str]) -
     if "resume" not in keys:
         OmegaConf.update(content, "resume", "auto")
     folder = str(OmegaConf.to_container(content)["run_dir"])  # type: ignore[call-overload, index]
-    named = set(re.findall(r"\$\{([\w.]+)\}", folder)) | {"run_dir", "launcher", "hydra"}
+    named = set(re.findall(r"\$\{([\w.]+)\}", folder)) | {"run_dir"}
     marks = []
     for key, word in sorted(zip(keys, words, strict=True)):
         part = SAME.get(key, key)
@@ -229,7 +238,7 @@ def sweep(words: Sequence[str]) -> None:
     with held(notes / ".lock", _busy):
         _clear(notes)
         _prepare(runs, console)
-        job = Job(notes, fixed, numbered=launcher != "basic")
+        job = Job(Path.cwd(), notes, fixed, launcher != "basic", launcher in ("basic", "joblib"))
         code = 0
         with _letting_jobs_stop(notes / "stopped") if launcher == "joblib" else contextlib.nullcontext():
             try:
@@ -242,11 +251,9 @@ def sweep(words: Sequence[str]) -> None:
         _clear(notes)
     _print(rows, console)
     states = {row.state for row in rows}
-    code = Interrupted.exit_code if "stopped" in states else code or int(bool(states & {*STATES} - GOOD))
-    sys.exit(code)
-
-
-GOOD = {"finished", "resumed", "skipped"}
+    if "stopped" in states:
+        code = Interrupted.exit_code
+    sys.exit(code or int(not states <= GOOD))
 
 
 def _busy(holder: str) -> None:

@@ -20,7 +20,7 @@ from cpql.actors import DeterministicActor, DeterministicConfig
 from cpql.deploy.policy import Policy, PolicyConfig
 from cpql.errors import ActingError
 from cpql.tasks import Task
-from cpql.train.config import DatasetConfig
+from cpql.training.config import DatasetConfig
 
 ROOT = Path(__file__).parent.parent
 sys.path.append(str(ROOT / "scripts"))

@@ -114,30 +114,26 @@ def test_a_run_s_folder_knows_the_rest(tmp_path: Path, monkeypatch: pytest.Monke
 
 @pytest.mark.slow
 def test_a_sweep_goes_on_and_a_failure_takes_no_other_along(train: Train, tmp_path: Path) -> None:
-    words = ("--multirun", *LITTLE, "agent.alpha=1.0,2.5", "dataset.path=more.hdf5,data.hdf5")
+    words = ("--multirun", *LITTLE, "dataset.path=more.hdf5,data.hdf5", "budget.final_episodes=1")
     code, text = train(*words, "budget.updates=4")
-    folder = tmp_path / "runs" / "hopper-medium" / "td3_bc" / "full"
-    more, own = ([f"seed0-alpha{alpha}-dataset.path-{name}.hdf5" for alpha in ("1.0", "2.5")]
-                 for name in ("more", "data"))  # fmt: skip
-    before = finished(folder)
-    table = states(text)
-    assert code == 1 and before.keys() == {*own} and "4 runs: 2 finished, 2 failed" in text
-    for name in more:
-        state, score, reason = table[f"runs/hopper-medium/td3_bc/full/{name}"]
-        assert (state, score) == ("failed", "") and "more.hdf5" in reason
+    more, data = (
+        f"runs/hopper-medium/td3_bc/full/seed0-dataset.path-{name}.hdf5" for name in ("more", "data")
+    )
+    before = finished(tmp_path)
+    assert code == 1 and before.keys() == {data} and "2 runs: 1 finished, 1 failed" in text
+    state, score, reason = states(text)[more]
+    assert (state, score) == ("failed", "") and "more.hdf5" in reason
 
     write_dataset(tmp_path / "more.hdf5")
     code, text = train(*words, "budget.updates=4")
-    assert code == 0 and "2 finished, 2 skipped as they were finished before" in text
-    again = finished(folder)
-    assert again.keys() == {*own, *more} and {name: again[name] for name in own} == before
+    assert code == 0 and "2 runs: 1 finished, 1 skipped as they were finished before" in text
+    again = finished(tmp_path)
+    assert again.keys() == {data, more} and again[data] == before[data]
 
-    code, text = train(*words[:-1], "budget.updates=8")  # which differs from those in its folders
-    assert code == 0 and {row[0] for row in states(text).values()} == {"finished"}
     code, text = train(*words)
-    assert code == 0 and "4 runs: 4 resumed and finished" in text
-    score = json.loads((folder / own[0] / "result.json").read_text())["score"]
-    assert states(text)[f"runs/hopper-medium/td3_bc/full/{own[0]}"] == ["resumed", f"{score:.1f}", ""]
+    assert code == 0 and "2 runs: 2 resumed and finished" in text
+    score = json.loads((tmp_path / data / "result.json").read_text())["score"]
+    assert states(text)[data] == ["resumed", f"{score:.1f}", ""]
     assert not [path for path in (tmp_path / "runs").iterdir() if path.name.startswith(".")]
 
 
@@ -192,11 +188,11 @@ def test_what_a_sweep_refuses(train: Train, tmp_path: Path, monkeypatch: pytest.
         assert code == 1 and text.count("\n") == 1 and message in text, text
     assert not (tmp_path / "runs").exists()
 
-    words = ("-m", *LITTLE, "seed=0,1", "hydra.sweep.dir=sweeps")
+    same = ("-m", *LITTLE, "seed=0,1", "hydra.sweep.dir=sweeps")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("hydra.main", lambda **_: lambda job: lambda: seen.append(train(*words)))
+        patch.setattr("hydra.main", lambda **_: lambda job: lambda: seen.append(train(*same)))
         seen: list[tuple[int, str]] = []
-        train(*words)
+        train(*same)
     assert seen[0][0] == 1 and "this sweep is going on already, in process" in seen[0][1]
 
 
@@ -215,24 +211,24 @@ def test_a_mark_needs_no_quotes() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("launcher", "plugin"),
+    ("launcher", "plugin", "seeds"),
     [
-        ("joblib", "hydra_joblib_launcher"),
-        ("submitit_local", "hydra_submitit_launcher"),
-        ("ray", "hydra_ray_launcher"),
+        ("joblib", "hydra_joblib_launcher", (0, 1)),
+        ("submitit_local", "hydra_submitit_launcher", (0,)),
+        ("ray", "hydra_ray_launcher", (0,)),
     ],
 )
-def test_launchers(launcher: str, plugin: str, tmp_path: Path) -> None:
+def test_launchers(launcher: str, plugin: str, seeds: tuple[int, ...], tmp_path: Path) -> None:
     """As a command, since they start processes of their own."""
     pytest.importorskip(f"hydra_plugins.{plugin}")
     write_dataset(tmp_path / "data.hdf5")
-    words = ("env=hopper-medium,hopper-expert", *LITTLE, f"launcher={launcher}")
+    words = (*LITTLE, f"seed={','.join(map(str, seeds))}", f"launcher={launcher}")
     environment = {**os.environ, "HOME": str(tmp_path), "PYTHONPATH": str(ROOT), "COLUMNS": "200"}
     command = [sys.executable, str(ROOT / "scripts" / "train.py"), "--multirun", *words]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "2 runs: 2 finished" in done.stdout
-    folders = {f"runs/{task}/td3_bc/full/seed0" for task in ("hopper-medium", "hopper-expert")}
+    assert f"{len(seeds)} runs: {len(seeds)} finished" in done.stdout
+    folders = {f"runs/hopper-medium/td3_bc/full/seed{seed}" for seed in seeds}
     assert finished(tmp_path).keys() == folders == {*states(done.stdout)}
 
 

@@ -33,7 +33,7 @@ from cpql.errors import ActingError, ConfigError, CpqlError, DataError, errors_i
 from cpql.experiments import statistics
 from cpql.io import versions, write_text
 from cpql.migration import upgrade
-from cpql.train.config import TrainConfig, agent_config, train_config
+from cpql.training.config import TrainConfig, agent_config, train_config
 from measure.episodes import SEED, Array, episodes, q_bias, values
 
 __all__ = ["critic"]
