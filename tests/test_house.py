@@ -21,7 +21,7 @@ FLOORS = (
     ("deploy",),
     ("train",),
     ("experiments", "interop"),
-    ("configuration", "cli", "data_cli", "results_cli"),
+    ("configuration", "commands", "cli", "data_cli", "results_cli", "report_cli"),
 )
 LONGEST = 400
 
