@@ -15,6 +15,7 @@ extras = {
     "sb3": ["stable-baselines3~=2.9"],
     "torchrl": ["torchrl~=0.14.1"],
     "examples": ["scikit-learn>=1.4"],
+    "report": ["jinja2>=3.1"],
 }
 
 setup(
@@ -28,7 +29,7 @@ setup(
     packages=[*find_packages(include=["cpql", "cpql.*"]), "cpql.configs"],
     package_dir={"cpql.configs": "configs"},
     package_data={
-        "cpql": ["py.typed", "data/behaviours/*/*"],
+        "cpql": ["py.typed", "data/behaviours/*/*", "experiments/*.jinja", "experiments/*.yaml"],
         "cpql.configs": ["*.yaml", "*/*.yaml"],
     },
     install_requires=[
@@ -57,6 +58,7 @@ setup(
             *extras["sb3"],
             *extras["torchrl"],
             *extras["examples"],
+            *extras["report"],
             "hypothesis>=6.100",
             "mypy>=1.15",
             "pytest>=8",
@@ -74,6 +76,7 @@ setup(
             "cpql-export=cpql.cli:export",
             "cpql-data=cpql.data_cli:main",
             "cpql-results=cpql.results_cli:main",
+            "cpql-report=cpql.report_cli:main",
         ],
     },
 )

@@ -38,9 +38,9 @@ def words(settings: Mapping[str, Any]) -> list[str] | None:
     """
     try:
         config = train_config(upgrade(settings), "config.yaml")
-        found = _words(json.dumps(asdict(replace(config, seed=0, run_dir=""))))
-    except (CpqlError, HydraException):
+    except CpqlError:
         return None
+    found = _words(json.dumps(asdict(replace(config, seed=0, run_dir=""))))
     own = {"seed": config.seed, "run_dir": config.run_dir}
     return None if found is None else [*found, *(f"{key}={_text(value)}" for key, value in own.items())]
 
@@ -61,11 +61,15 @@ def _words(dumped: str) -> list[str] | None:
     ]
     if config.checkpoint is not None:
         chosen.append(f"checkpoint={_text(config.checkpoint)}")
-    wanted, given = _everything(config), _everything(_composed(chosen))
-    for key, value in wanted.items():
-        if value != given.get(key) and not isinstance(value, Mapping):
-            chosen.append(f"{'' if key in given else '+'}{key}={_text(value)}")
-    return chosen if _everything(_composed(chosen)) == wanted else None
+    try:
+        wanted = _everything(config)
+        given = _everything(_composed(chosen, config.configuration))
+        for key, value in wanted.items():
+            if value != given.get(key) and not isinstance(value, Mapping):
+                chosen.append(f"{'' if key in given else '+'}{key}={_text(value)}")
+        return chosen if _everything(_composed(chosen, config.configuration)) == wanted else None
+    except (CpqlError, HydraException):
+        return None
 
 
 def _mode(config: TrainConfig) -> str:
@@ -74,19 +78,22 @@ def _mode(config: TrainConfig) -> str:
     return "online" if config.checkpoint is None else "finetune"
 
 
-def _composed(chosen: list[str]) -> TrainConfig:
+def _composed(chosen: list[str], configuration: str) -> TrainConfig:
     keys = [word.lstrip("+").partition("=")[0] for word in chosen]
-    # Outside a command Hydra doesn't tell which agent was chosen.
-    named = [f"configuration={word.partition('=')[2]}" for word in chosen if word.startswith("agent=")]
+    given = [*chosen, f"configuration={_text(configuration)}"]  # outside a command Hydra can't tell
     with initialize_config_dir(str(config_folder()), version_base="1.3"):
-        return replace(members(compose("train", [*chosen, *named]), keys)[0], seed=0, run_dir="")
+        return replace(members(compose("train", given), keys)[0], seed=0, run_dir="")
 
 
 def _everything(config: TrainConfig) -> dict[str, Any]:
-    """All settings that a command can give, by dotted name, in JSON's types."""
+    """All settings that a command can give, by dotted name, in JSON's types; without the lists of data."""
     how = {key: getattr(config, key) for key in HOW}
     every = {**complete(config), **flat({"budget": asdict(config.budget)}), **how}
-    return {key: list(value) if isinstance(value, tuple) else value for key, value in every.items()}
+    return {
+        key: list(value) if isinstance(value, tuple) else value
+        for key, value in every.items()
+        if not key.startswith("env.datasets")
+    }
 
 
 def _text(value: Any) -> str:

@@ -39,7 +39,7 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("runs", nargs="+", metavar="RUN", help="a run's folder, a folder that holds runs, or a pattern")
     add("--out", type=Path, default=Path("report.html"), metavar="FILE", help="default: report.html")
-    add("--title", help="of the page (default: the task, or how many there are)")
+    add("--title", help="of the page (default: agent and task, or how many there are)")
     add(
         "--evaluation",
         metavar="NAME",

@@ -8,7 +8,7 @@ pointer rests on it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from html import escape as escape_html
 
@@ -34,7 +34,7 @@ SHAPES = (
 )
 
 WIDTH, HEIGHT = 460, 280
-LEFT, RIGHT, TOP, BOTTOM = 46, 14, 26, 40  # margins of the plot
+LEFT, RIGHT, TOP, BOTTOM = 46, 46, 26, 40  # margins of the plot
 MANY = 40  # points more than these are a line alone
 DOTS = 300  # in a strip, at most
 
@@ -82,11 +82,11 @@ class Strip:
     lanes: Sequence[ArrayLike]
 
 
-def key(agent: int, faint: bool = False) -> str:
+def key(agent: int) -> str:
     """What stands beside an agent's name in a legend."""
     return (
         f'<svg class="key {_colour(agent)}" viewBox="0 0 26 12" aria-hidden="true">'
-        f'<path class="line{_faint(faint)}" d="M1 6h24"/>{_mark(agent, 13, 6)}</svg>'
+        f'<path class="line" d="M1 6h24"/>{_mark(agent, 13, 6)}</svg>'
     )
 
 
@@ -99,7 +99,7 @@ def lines(
     references: Sequence[tuple[str, float]] = (),
     y_span: Span | None = None,
 ) -> str:
-    """Lines over a common axis, with horizontal references that are named where they stand.
+    """Lines over a common axis, with horizontal references, whose values stand beside them.
 
     Args:
         given: at least one.
@@ -117,8 +117,9 @@ def lines(
     parts = [*_y_grid(y_axis, y_label), *_x_grid(x_axis, x_label, HEIGHT, TOP)]
     for name, value in references:
         y = y_axis(value)
-        parts.append(f'<path class="reference" d="M{LEFT} {_n(y)}H{WIDTH - RIGHT}"/>')
-        parts.append(f'<text class="reference" x="{WIDTH - RIGHT}" y="{_n(y - 4)}">{escape(name)}</text>')
+        across = f'<path class="reference" d="M{LEFT} {_n(y)}H{WIDTH - RIGHT}"/>'
+        parts.append(f"<g><title>{escape(f'{name} {value:,.1f}')}</title>{across}</g>")
+        parts.append(_tick(WIDTH - RIGHT + 5, y + 4, _digits(y_axis, "{:,.1f}")(value), "start"))
     for line in given:  # all bands lie under all lines
         if line.low is not None and line.high is not None:
             low, high = (_points(line, part, x_axis, y_axis) for part in (line.low, line.high))
@@ -133,7 +134,7 @@ def lines(
                 drawn.append(_mark(line.agent, x, y, tip))
         parts.append(f'<g class="{_colour(line.agent)}">{"".join(drawn)}</g>')
     ends = "; ".join(f"{line.name} ends at {_array(line.y)[-1]:,.4g}" for line in given)
-    named = "".join(f"; {name}" for name, _ in references)
+    named = "".join(f"; {name} {value:,.4g}" for name, value in references)
     return _svg(HEIGHT, f"{title}: {ends}{named}", parts)
 
 
@@ -276,12 +277,17 @@ def _mark(agent: int, x: float, y: float, tip: str = "") -> str:
 
 
 def _y_grid(axis: _Axis, label: str) -> list[str]:
-    text = EngFormatter(sep="") if max(map(abs, axis.span)) >= 10_000 else "{:,g}".format
+    text = _digits(axis, "{:,g}")
     return [
         *(f'<path class="grid" d="M{LEFT} {_n(axis(tick))}H{WIDTH - RIGHT}"/>' for tick in axis.ticks),
         *(_tick(LEFT - 7, axis(tick) + 4, text(tick), "end") for tick in axis.ticks),
         f'<text class="label" x="4" y="12">{escape(label)}</text>',
     ]
+
+
+def _digits(axis: _Axis, form: str) -> Callable[[float], str]:
+    """How numbers of an axis are written: with a prefix, such as k, where they are large."""
+    return EngFormatter(sep="") if max(map(abs, axis.span)) >= 10_000 else form.format
 
 
 def _x_grid(axis: _Axis, label: str, height: float, top: float) -> list[str]:
@@ -290,7 +296,7 @@ def _x_grid(axis: _Axis, label: str, height: float, top: float) -> list[str]:
         *(f'<path class="grid" d="M{_n(axis(tick))} {top}V{bottom}"/>' for tick in axis.ticks),
         f'<path class="axis" d="M{axis.pixels[0]} {bottom}H{axis.pixels[1]}"/>',
         *(_tick(axis(tick), bottom + 15, text(tick), "middle") for tick in axis.ticks),
-        f'<text class="label" text-anchor="end" x="{WIDTH - RIGHT}" y="{height - 6}">{escape(label)}</text>',
+        f'<text class="label" text-anchor="end" x="{axis.pixels[1]}" y="{height - 6}">{escape(label)}</text>',
     ]
 
 

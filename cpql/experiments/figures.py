@@ -173,7 +173,9 @@ class Figures:
 def _over_seeds(name: str, agent: int, faint: bool, runs: Sequence[Mapping[Any, float]]) -> list[Line]:
     """The mean over runs of values by step, where all have one, in a band from the lowest to the highest."""
     common = sorted(set.intersection(*map(set, runs))) if runs else []
-    values = np.array([[run[step] for step in common] for run in runs]).reshape(len(runs), -1)
+    if not common:
+        return []
+    values = np.array([[run[step] for step in common] for run in runs])
     known = np.isfinite(values).all(0)
     steps, values = np.array(common)[known], values[:, known]
     if not len(steps):
@@ -197,7 +199,7 @@ def _thinned(line: Line) -> Line:
 
 def _named(name: str, values: Iterable[float | None]) -> list[tuple[str, float]]:
     """References of one name that differ in their values, those that are known."""
-    return [(f"{name} {number(value)}", value) for value in sorted(v for v in values if v is not None)]
+    return [(name, value) for value in sorted(value for value in values if value is not None)]
 
 
 def _unit(scale: str) -> str:

@@ -12,6 +12,7 @@ import numpy as np
 import yaml
 from numpy.typing import NDArray
 
+from cpql.agents.config import ActorCriticConfig
 from cpql.errors import CheckpointError, brief
 from cpql.experiments.results import DAMAGE, scale_of
 from cpql.migration import upgrade
@@ -88,9 +89,10 @@ class History:
         That is exact for data from one policy without terminals, and too much with them. None where it isn't
         known, or rewards are transformed before the critic sees them.
         """
-        discount, dataset = self.config["agent"].get("discount"), self.config.get("dataset") or {}
+        discount = self.config["agent"].get("discount", ActorCriticConfig.discount)
+        reward = (self.config.get("dataset") or {}).get("reward", "none")
         total, length = self.data.get("return_mean"), self.data.get("length_mean")
-        if discount is None or total is None or not length or dataset.get("reward", "none") != "none":
+        if total is None or not length or reward != "none" or discount == 1:
             return None
         return float(total / length / (1 - discount))
 

@@ -10,7 +10,7 @@ import base64
 import datetime
 import shlex
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +48,7 @@ def render(
 
     Args:
         words: as `find_runs` takes them.
-        title: of the page; None names the tasks.
+        title: of the page; None names the agent and the task.
         evaluation: as `read_run` takes it.
         command: from a run's settings to the words after `train.py` that give them, or None.
 
@@ -111,7 +111,7 @@ class Report:
         """All that the template needs, by the names that it has there."""
         tasks = sorted({row.task for row in self.found} | {history.task for history in self.unscored})
         return {
-            "title": tasks[0] if len(tasks) == 1 else f"{len(tasks)} tasks",
+            "title": f"{_one(self.agents, 'agents')} on {_one(tasks, 'tasks')}",
             "date": datetime.date.today().isoformat(),
             "versions": versions("cpql"),
             "tasks": tasks,
@@ -306,6 +306,10 @@ class Report:
             "spark": self.figures.sparkline(agent, history),
             "commands": commands,
         }
+
+
+def _one(names: Collection[str], many: str) -> str:
+    return next(iter(names)) if len(names) == 1 else f"{len(names)} {many}"
 
 
 def _estimate(value: Mapping[str, Any] | None, digits: int = 1) -> str:
