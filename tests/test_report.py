@@ -308,7 +308,7 @@ def test_a_run_s_command_gives_its_settings(tmp_path: Path) -> None:
         assert words(settings | changes) is None
     (line,) = Page(render([str(tmp_path)], command=words)).rows("hopper-medium", "cpql", "7")
     assert shlex.join(["python", "scripts/train.py", *found]) in line[-1]
-    assert f"python scripts/evaluate.py checkpoint={folder} episodes=20 seed=107" in line[-1]
+    assert f"python scripts/evaluate.py checkpoint={folder} episodes=20 seed=100" in line[-1]
 
 
 def test_the_command_writes_the_file(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
