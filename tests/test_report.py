@@ -218,6 +218,15 @@ def test_what_sets_runs_apart_comes_first(name: str, tmp_path: Path) -> None:
     )
 
 
+def test_the_highest_mean_is_bold_where_conditions_are_the_same(tmp_path: Path, runs: Path) -> None:
+    bold = re.findall(r"<strong>(.*?)</strong>", render([str(runs)]))
+    found = [row for row in Report([str(runs)]).plain["rows"] if row["agent"] == "td3_bc"]
+    assert [float(each.partition("<")[0]) for each in bold] == [round(row["mean"], 1) for row in found]
+    write_run(tmp_path / "a", 40.0)
+    write_run(tmp_path / "b", 60.0, agent="td3_bc", data={"sha256": "f" * 64})
+    assert "<strong>" not in render([str(tmp_path)])
+
+
 def test_unfinished_runs_have_a_curve_and_no_score(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -110,16 +110,16 @@ class Report:
     def content(self, command: Command) -> dict[str, Any]:
         """All that the template needs, by the names that it has there."""
         tasks = sorted({row.task for row in self.found} | {history.task for history in self.unscored})
+        agents = {row.configuration for row in self.found} | {history.agent for history in self.unscored}
         return {
-            "title": f"{_one(self.agents, 'agents')} on {_one(tasks, 'tasks')}",
+            "title": f"{_one(agents, 'agents')} on {_one(tasks, 'tasks')}",
             "date": datetime.date.today().isoformat(),
             "versions": versions("cpql"),
-            "tasks": tasks,
             "counts": {
                 "finished runs": len(self.histories) - len(self.unscored),
                 "unfinished": len(self.unscored),
                 "tasks": len(tasks),
-                "agents": len(self.agents),
+                "agents": len(agents),
                 "seeds": len({history.seed for history in self.histories.values()}),
             },
             "data": self._data(),
@@ -194,14 +194,18 @@ class Report:
         return [self._key(agent) for agent in sorted({row.agent for row in group.rows})]
 
     def _group(self, group: Group, plain: Mapping[str, Any]) -> dict[str, Any]:
-        """The table of a group as a paper has it, and its comparison where there is something to compare."""
+        """The table of a group as a paper has it, and its comparison where there is something to compare.
+
+        The highest mean of a task is the best where all its rows were scored under the same conditions.
+        """
         agents = self._keys(group)
         by_agent = [group.of(agent["name"]) for agent in agents]
         lines = []
         for task in group.tasks:
             own = [of.get(task) for of in by_agent]
             records = [None if row is None else tables.record(row) for row in own]
-            best = max(each["mean"] for each in records if each is not None)
+            alike = not any(line.startswith(f"{task}: ") for line in group.apart()) and len(own) > 1
+            best = max(each["mean"] for each in records if each is not None) if alike else None
             behaviours = {each["behaviour"] for each in records if each is not None}
             lines.append(
                 {
