@@ -304,6 +304,7 @@ def test_small_films_are_inside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert f"seed 0: median episode: {folder / 'median_episode.mp4'}" in page.text
 
 
+@pytest.mark.slow
 def test_a_run_s_command_gives_its_settings(tmp_path: Path) -> None:
     """Of the kept run, whose file names more than its command did; and of what no words give."""
     folder = write_run(tmp_path / "a", training_seed=7)
@@ -333,7 +334,7 @@ def test_a_hundred_runs_are_small_and_soon_there(tmp_path: Path) -> None:
     write_many(tmp_path, agents, ("hopper-medium", "walker2d-medium"), 5)
     began = time.process_time()
     text = render([str(tmp_path)])
-    assert time.process_time() - began < 60
+    assert time.process_time() - began < 30
     assert len(text.encode()) < 2_000_000 and text.count("/seed") >= 100
 
 
