@@ -20,6 +20,7 @@ extras = {
     "examples": ["scikit-learn>=1.4"],
     "video": ["imageio[ffmpeg]>=2.34"],
     "docs": ["sphinx>=8.2", "myst-parser>=4.0", "furo>=2024.8.6"],
+    "report": ["jinja2>=3.1"],
 }
 
 setup(
@@ -33,7 +34,7 @@ setup(
     packages=[*find_packages(include=["cpql", "cpql.*"]), "cpql.configs"],
     package_dir={"cpql.configs": "configs"},
     package_data={
-        "cpql": ["py.typed", "data/behaviours/*/*"],
+        "cpql": ["py.typed", "data/behaviours/*/*", "experiments/*.jinja", "experiments/*.yaml"],
         "cpql.configs": ["*.yaml", "*/*.yaml"],
     },
     install_requires=[
@@ -66,6 +67,7 @@ setup(
             *extras["examples"],
             *extras["docs"],
             *extras["video"],
+            *extras["report"],
             "hypothesis>=6.100",
             "ipykernel>=6.29",
             "mypy>=1.15",
@@ -85,6 +87,7 @@ setup(
             "cpql-export=cpql.cli:export",
             "cpql-data=cpql.data_cli:main",
             "cpql-results=cpql.results_cli:main",
+            "cpql-report=cpql.report_cli:main",
         ],
     },
 )

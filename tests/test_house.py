@@ -21,7 +21,7 @@ FLOORS = (
     ("deploy",),
     ("training",),
     ("experiments", "interop"),
-    ("configuration", "api", "sweep", "cli", "data_cli", "results_cli"),
+    ("configuration", "commands", "api", "sweep", "cli", "data_cli", "results_cli", "report_cli"),
 )
 LONGEST = 400
 

@@ -27,7 +27,18 @@ from cpql.migration import upgrade
 from cpql.settings import flat
 from cpql.training.config import DatasetConfig
 
-__all__ = ["Comparison", "Group", "Result", "Row", "compare", "find_runs", "groups", "read_run", "rows"]
+__all__ = [
+    "Comparison",
+    "Group",
+    "Result",
+    "Row",
+    "compare",
+    "find_runs",
+    "groups",
+    "read_run",
+    "rows",
+    "scale_of",
+]
 
 SHARED = ("data", "environment", "references", "episodes")
 """Conditions in which agents that are compared may not differ; the rule of acting is an agent's own."""
@@ -117,7 +128,7 @@ def read_run(folder: Path, evaluation: str | None = None) -> Result | None:
             content |= json.loads(file.read_text())
             if content["policy"]["step"] != step:
                 raise ValueError(f"of update {content['policy']['step']}, and the result of {step}")
-        data, references = content["data"], {"of": "D4RL", **content["references"]}  # the only one at first
+        data, references = content["data"], content["references"]
         scored = content["score"] is not None
         score, returns = content["score" if scored else "return_mean"], list(content["returns"])
         behaviour = content["behaviour_score" if scored else "behaviour_return"]
@@ -142,7 +153,7 @@ def read_run(folder: Path, evaluation: str | None = None) -> Result | None:
             returns=tuple(map(float, returns)),
             behaviour=None if behaviour is None else float(behaviour),
             conditions={name: text.strip() for name, text in conditions.items()},
-            scale=f"{references['of'] + ' score' if scored else 'return'}, {data['source']} data",
+            scale=scale_of(content),
             versions=dict(content["versions"]),
         )
     except DAMAGE as error:
@@ -150,6 +161,13 @@ def read_run(folder: Path, evaluation: str | None = None) -> Result | None:
             f"{file}: can't be used ({brief(error)}): expected what a training or cpql-evaluate wrote; mend "
             "it or leave the run out"
         ) from error
+
+
+def scale_of(content: Mapping[str, Any]) -> str:
+    """What the score of a result or an evaluation is: whose references it has, and the source of the data."""
+    benchmark = content["references"].get("of", "D4RL")  # the only one at first
+    measured = "return" if content["score"] is None else f"{benchmark} score"
+    return f"{measured}, {content['data']['source']} data"
 
 
 def _settings(config: Mapping[str, Any]) -> dict[str, str]:

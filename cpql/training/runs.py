@@ -35,7 +35,7 @@ from cpql.training.evaluation import evaluate
 from cpql.training.logging import LOGGERS, Callback, CallbackLogger, CSVTable, Logger
 from cpql.training.sources import Source
 
-__all__ = ["Run", "claimed"]
+__all__ = ["Run", "claimed", "complete"]
 
 # What a resumed run may change, since it doesn't affect training; of the budget, the length may matter.
 FREE = (
@@ -99,7 +99,7 @@ class Run:
         """Take over the settings of the file as they were written, and refuse others."""
         self.settings = _read(self.config_file, yaml.safe_load, "the run's configuration", "budget.updates")
         before = train_config(upgrade(self.settings), str(self.config_file))
-        then, now = _complete(before), _complete(train_config(asdict(self.config), "configuration"))
+        then, now = complete(before), complete(train_config(asdict(self.config), "configuration"))
         for key in sorted(then.keys() | now.keys(), key=lambda key: (not key.endswith(".name"), key)):
             if then.get(key) != now.get(key):
                 raise CheckpointError(
@@ -273,7 +273,7 @@ def _read(path: Path, parse: Callable[[str], Any], expected: str, *numbers: str)
         raise CheckpointError(f"{path}: damaged ({brief(error)}): expected {expected}") from error
 
 
-def _complete(config: TrainConfig) -> Mapping[str, Any]:
+def complete(config: TrainConfig) -> Mapping[str, Any]:
     """All settings that training depends on, by dotted name; what a file lacks is at its default."""
     settings = {key: value for key, value in asdict(config).items() if key not in FREE}
     agent = asdict(agent_config(config)[1])
