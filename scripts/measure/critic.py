@@ -347,7 +347,7 @@ def ranking_table(rows: list[dict[str, Any]]) -> Table:
     """A line for each run and number of steps that returns are summed over."""
     found = Table(title="how the critic ranks actions", title_justify="left")
     for name in ("run", "steps", "rank correlation", "attainable", "gap ratio", "gap slope"):
-        found.add_column(name, no_wrap=name == "rank correlation")
+        found.add_column(name, no_wrap=name == "rank correlation", overflow="fold")
     for row in rows:
         lines = row["ranking"]["by_steps"] if row["ranking"] else []
         for one in lines:
@@ -372,7 +372,7 @@ def shift_table(rows: list[dict[str, Any]]) -> Table:
     }
     found = Table(title="the critic's level, and where the actor is beside the data", title_justify="left")
     for name in ("run", *columns):
-        found.add_column(name)
+        found.add_column(name, overflow="fold")
     for row in rows:
         cells = [number((row[part] or {}).get(name)) for part, name in columns.values()]
         found.add_row(about(row), *cells, end_section=True)
