@@ -59,6 +59,8 @@ def _words(dumped: str) -> list[str] | None:
         for group, name in names.items()
         if name in choices(group) and (group, name) != ("mode", "offline")
     ]
+    if config.env.name not in choices("env"):  # any environment of Gymnasium's
+        chosen.append(f"env.id={_text(config.env.id)}")
     if config.checkpoint is not None:
         chosen.append(f"checkpoint={_text(config.checkpoint)}")
     try:

@@ -7,6 +7,7 @@ import re
 import shlex
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -15,14 +16,17 @@ import numpy as np
 import pytest
 import trainings
 import yaml
+from hydra import compose, initialize_config_dir
 
 from cpql.commands import words
+from cpql.configuration import members, register
 from cpql.errors import CheckpointError
 from cpql.experiments import history
 from cpql.experiments.figures import number
 from cpql.experiments.report import Report, render
 from cpql.report_cli import main
 from cpql.results_cli import main as results
+from cpql.tasks import config_folder
 
 KEPT = Path(__file__).parent.parent / "benchmarks" / "results" / "hopper-medium-cpql-seed0.json"
 STEPS = (10_000, 20_000, 30_000, 40_000, 50_000)
@@ -235,7 +239,8 @@ def test_unfinished_runs_have_a_curve_and_no_score(
         table.write("50500,1")  # being written
     page = Page(render([str(tmp_path)]))
     assert "1 unfinished" in page.text and "Learning curves" in page.text and "Scores Mean" not in page.text
-    assert page.rows("hopper-medium", "bc", "0")[0][3] == "unfinished"
+    (line,) = page.rows("hopper-medium", "bc", "0")
+    assert line[3] == "unfinished" and line[6] == "50,000 of 50,000"
     assert any(
         "bc, unfinished ends at" in value for _, name, value in page.attributes if name == "aria-label"
     )
@@ -316,6 +321,12 @@ def test_a_run_s_command_gives_its_settings(tmp_path: Path) -> None:
     assert {*(words(settings) or ())} == {*found, "agent.eta=0.25"}
     for changes in ({"configuration": "mine"}, {"checkpoint": "nowhere"}, {"agent": {"name": "nobody"}}):
         assert words(settings | changes) is None
+    own = {"mode=online", "budget=online", "env.id=Pendulum-v1", "online.start_steps=9", "agent=cpql_online"}
+    register()
+    with initialize_config_dir(str(config_folder()), version_base="1.3"):
+        content = compose("train", [*own, "configuration=cpql_online", "seed=3", "run_dir=r"])
+    (config,) = members(content, [word.partition("=")[0] for word in own])
+    assert {*(words(asdict(config)) or ())} == {*own, "dataset=auto", "seed=3", "run_dir=r"}
     (line,) = Page(render([str(tmp_path)], command=words)).rows("hopper-medium", "cpql", "7")
     assert shlex.join(["python", "scripts/train.py", *found]) in line[-1]
     assert f"python scripts/evaluate.py checkpoint={folder} episodes=20 seed=100" in line[-1]

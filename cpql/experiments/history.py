@@ -23,6 +23,10 @@ FILMS = {".mp4": "video/mp4", ".webm": "video/webm", ".gif": "image/gif"}
 """Media types of the files that are looked for in a run's `evaluations/`, by suffix."""
 
 
+EVALUATION = ("episodes", "seed", "episode_limit")
+"""What `cpql-evaluate` takes of an evaluation's settings; early versions had no limit."""
+
+
 @dataclass(frozen=True)
 class Point:
     """An evaluation.
@@ -60,7 +64,7 @@ class History:
         data: the dataset's provenance, as results have it; empty before the first evaluation.
         behaviour: the data's score, in the unit of the points; None if unknown.
         scale: what the scores are, see `Result`.
-        evaluation: episodes and seed of the evaluation at the end; empty without.
+        evaluation: settings of the evaluation at the end, as `cpql-evaluate` takes them; empty without.
         config: the run's settings, nested.
         films: files of recorded episodes, by name.
     """
@@ -83,11 +87,16 @@ class History:
     films: tuple[Path, ...]
 
     @property
-    def value_of_data(self) -> float | None:
-        """The data's mean reward over 1 - discount: its mean Q, if no episode ended.
+    def done(self) -> int:
+        """How many updates its metrics reach to."""
+        return int(self.metrics["step"][-1]) if self.metrics else 0
 
-        That is exact for data from one policy without terminals, and too much with them. None where it isn't
-        known, or rewards are transformed before the critic sees them.
+    @property
+    def value_of_data(self) -> float | None:
+        """The data's mean reward over 1 - discount: about its mean Q, if no episode ended.
+
+        Where episodes end the true value is nearer to 0. None where it isn't known, or rewards are
+        transformed before the critic sees them.
         """
         discount = self.config["agent"].get("discount", ActorCriticConfig.discount)
         reward = (self.config.get("dataset") or {}).get("reward", "none")
@@ -118,7 +127,7 @@ def read_history(folder: Path) -> History:
             last = json.loads(file.read_text())
             if found := last.get("best_evaluation"):
                 best = _score(found), int(found["step"])
-                evaluation = {key: int(last[key]) for key in ("episodes", "seed")}
+                evaluation = {key: int(last[key]) for key in EVALUATION if key in last}
         data = last.get("data") or {}
         scored = last.get("score") is not None
         behaviour = last.get("behaviour_score" if scored else "behaviour_return")
