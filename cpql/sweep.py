@@ -1,9 +1,4 @@
-"""A sweep: a command with several values, of which each combination is a job of one of Hydra's launchers.
-
-A job trains a run, or several as the members of one program, and goes on where an earlier call of the same
-command left them. A launcher may start it on another machine, so that it notes down in a file what became of
-its runs. A job that fails takes no other along.
-"""
+"""A sweep: a command with several values, of which each combination is a job of one of Hydra's launchers."""
 
 from __future__ import annotations
 
@@ -12,40 +7,33 @@ import hashlib
 import importlib.util
 import itertools
 import json
-import os
-import re
 import signal
-import statistics
 import sys
-import traceback
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import hydra
-import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import open_dict
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from cpql.configuration import check_words, members, register
-from cpql.errors import ConfigError, CpqlError, Interrupted, brief, printable
-from cpql.io import held, write_text
+from cpql.configuration import check_words
+from cpql.errors import ConfigError, CpqlError, Interrupted, printable
+from cpql.io import held
+from cpql.job import Job, Row, key_of, result_of, runs_of
 from cpql.tasks import config_folder
 from cpql.train.config import TrainConfig, group_agent_config
 from cpql.train.logging import make_console, say
-from cpql.train.loop import group_summary, train_group
 from cpql.train.sources import load_data
 
-__all__ = ["Job", "sweep"]
+__all__ = ["sweep"]
 
 EXTRAS = {
     "joblib": ("hydra_joblib_launcher", "joblib"),
@@ -68,154 +56,6 @@ STATES = {
 
 GOOD = {"finished", "resumed", "skipped"}
 
-SAME = {"agent": "configuration", "seeds": "seed", "env.id": "env.name"}
-"""Settings that a part of a run's folder depends on that has another name."""
-
-
-@dataclass(frozen=True)
-class Row:
-    """What became of a run.
-
-    Attributes:
-        run: its folder, or the words of a job whose settings aren't valid.
-        state: one of `STATES`.
-        score: of its last checkpoint; the mean return where there is no score.
-        reason: why it failed.
-    """
-
-    run: str
-    state: str
-    score: float | None = None
-    reason: str = ""
-
-
-@dataclass(frozen=True)
-class Job:
-    """What a launcher calls for each job, in whichever process: it is pickled for that.
-
-    Attributes:
-        folder: that the command was given in.
-        notes: folder of the jobs' notes.
-        fixed: keys that have one value in all jobs.
-        numbered: whether each line begins with the job's number, as others print meanwhile.
-        together: whether a job that is stopped keeps others from starting, as Ctrl-C is meant for all.
-    """
-
-    folder: Path
-    notes: Path
-    fixed: frozenset[str]
-    numbered: bool
-    together: bool
-
-    def __call__(self, content: DictConfig) -> float | None:
-        """Train a job's runs, whose settings are `content`.
-
-        Returns:
-            The mean of their scores, which a sweeper may maximise; None if one has no score.
-        """
-        register()  # another process may have composed the settings, elsewhere
-        os.chdir(self.folder)
-        number, words = HydraConfig.get().job.num, list(HydraConfig.get().overrides.task)
-        stop, note = self.notes / "stopped", self.notes / f"{number}.json"
-        if stop.exists():
-            return None
-        console = make_console(f"[{number}] " if self.numbered else "")
-        own = " ".join(word for word in words if _key(word) not in self.fixed)
-        say(console, f"job {number}: {own}", "bold")
-        rows, reason = [Row(own, "lost")], ""
-        try:
-            configs = _configs(content, words, self.fixed)
-            ends = [_end(config) for config in configs]
-            rows = [Row(config.run_dir, "lost") for config in configs]
-            _write(note, rows)
-            rows = _train(configs, ends, console)
-        except (Interrupted, KeyboardInterrupt) as error:
-            if self.together:
-                stop.touch()
-            state, reason = "stopped", str(error) or "interrupted"
-        except Exception as error:
-            known = isinstance(error, CpqlError)
-            if not known or content.traceback is True:
-                traceback.print_exc()
-            state, reason = "failed", str(error) if known else brief(error)
-        if reason:
-            say(console, f"{state}: {reason}", "red" if state == "failed" else "")
-            rows = [Row(row.run, state, None, reason if state == "failed" else "") for row in rows]
-        _write(note, rows)
-        scores = [row.score for row in rows if row.score is not None]
-        return statistics.fmean(scores) if len(scores) == len(rows) else None
-
-
-def _train(configs: Sequence[TrainConfig], ends: Sequence[str], console: Console) -> list[Row]:
-    """Train the members of a program, of which some may diverge; `ends` are their states if all goes well."""
-    if torch.cuda.device_count() > 1:
-        torch.cuda.set_device(HydraConfig.get().job.num % torch.cuda.device_count())
-    try:
-        say(console, group_summary(train_group(configs, console), configs))
-    except CpqlError as error:
-        found = [_result(config) for config in configs]
-        if isinstance(error, Interrupted) or "skipped" in ends or not any(found):
-            raise
-        say(console, f"error {error}", "red")
-        return [
-            Row(config.run_dir, end, _score(result))
-            if result
-            else Row(config.run_dir, "failed", None, str(error))
-            for config, end, result in zip(configs, ends, found, strict=True)
-        ]
-    return [Row(c.run_dir, end, _score(_result(c) or {})) for c, end in zip(configs, ends, strict=True)]
-
-
-def _result(config: TrainConfig) -> dict[str, Any] | None:
-    """The result of a run, if it is finished; `cpql.train.runs` reports damage."""
-    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
-        content: dict[str, Any] = json.loads((Path(config.run_dir) / "result.json").read_text())
-        if content["step"] == config.budget.updates:
-            return content
-    return None
-
-
-def _score(result: dict[str, Any]) -> float | None:
-    if not result.get("evaluated"):
-        return None
-    return float(result["return_mean"] if result["score"] is None else result["score"])
-
-
-def _end(config: TrainConfig) -> str:
-    """The state that a run will have if all goes well."""
-    if _result(config):
-        return "skipped"
-    return "resumed" if (Path(config.run_dir) / "config.yaml").exists() else "finished"
-
-
-def _key(word: str) -> str:
-    return word.lstrip("+").partition("=")[0]
-
-
-def _configs(content: DictConfig, words: Sequence[str], fixed: frozenset[str]) -> list[TrainConfig]:
-    """A job's runs, in folders of their own; they go on where they were unless the command says otherwise."""
-    keys = [_key(word) for word in words]
-    if "resume" not in keys:
-        OmegaConf.update(content, "resume", "auto")
-    folder = str(OmegaConf.to_container(content)["run_dir"])  # type: ignore[call-overload, index]
-    named = set(re.findall(r"\$\{([\w.]+)\}", folder)) | {"run_dir"}
-    marks = []
-    for key, word in sorted(zip(keys, words, strict=True)):
-        part = SAME.get(key, key)
-        if key not in fixed and not any(f"{name}.".startswith(f"{part}.") for name in named):
-            marks.append(_mark(key.removeprefix("agent."), word.partition("=")[2]))
-    OmegaConf.update(content, "run_dir", "-".join([folder, *marks]))
-    return members(content, keys)
-
-
-def _mark(key: str, value: str) -> str:
-    """A setting as a part of a folder's name that no shell and no command has to quote: `eta0.5`."""
-    try:
-        float(value)
-    except ValueError:
-        value = "-" + re.sub(r"[^\w.+]+", "-", value).strip("-")
-    return key + value
-
 
 def sweep(words: Sequence[str]) -> None:
     """`cpql-train --multirun`: start the jobs, wait for them, and print what became of each run.
@@ -228,7 +68,7 @@ def sweep(words: Sequence[str]) -> None:
         ConfigError: a setting isn't valid, two runs have one folder, a package is missing, or another process
             is busy with the same sweep.
     """
-    launcher = next((word.partition("=")[2] for word in words[::-1] if _key(word) == "launcher"), "basic")
+    launcher = next((word.partition("=")[2] for word in words[::-1] if key_of(word) == "launcher"), "basic")
     _check_launcher(launcher)
     own_jobs = not any(word.startswith("hydra/sweeper=") for word in words)
     jobs, fixed, folder = _plan(words, own_jobs)
@@ -303,7 +143,7 @@ def _plan(words: Sequence[str], every: bool) -> tuple[list[list[TrainConfig]], f
             }
         except HydraException as error:
             raise ConfigError(" ".join(str(error).split())) from None
-        fixed = frozenset(_key(key) for key, each in parsed.items() if not each.is_sweep_override())
+        fixed = frozenset(key_of(key) for key, each in parsed.items() if not each.is_sweep_override())
         jobs = []
         for job in map(list, itertools.product(*values.values())):
             try:
@@ -316,7 +156,7 @@ def _plan(words: Sequence[str], every: bool) -> tuple[list[list[TrainConfig]], f
             folder = Path(content.hydra.sweep.dir)
             with open_dict(content):
                 del content["hydra"]
-            jobs.append(_configs(content, job, fixed))
+            jobs.append(runs_of(content, job, fixed))
             group_agent_config(jobs[-1])
     count = Counter(config.run_dir for job in jobs for config in job)
     if twice := [run for run, jobs_of_it in count.items() if jobs_of_it > 1]:
@@ -330,7 +170,7 @@ def _prepare(runs: Iterable[TrainConfig], console: Console) -> None:
     """Download or collect what the unfinished runs learn from, so that no job waits for another to do it."""
     wanted = {}
     for config in runs:
-        if _result(config) is None and (config.online is None or config.online.offline_fraction):
+        if result_of(config) is None and (config.online is None or config.online.offline_fraction):
             d = config.dataset
             wanted[repr((config.env, d.source, d.path, d.id, d.size, d.seed))] = config
     for config in wanted.values():
@@ -353,10 +193,6 @@ def _letting_jobs_stop(stop: Path) -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGINT, previous)
-
-
-def _write(note: Path, rows: Sequence[Row]) -> None:
-    write_text(note, json.dumps([asdict(row) for row in rows]))
 
 
 def _rows(notes: Path, jobs: Sequence[Sequence[TrainConfig]]) -> list[Row]:

@@ -21,7 +21,7 @@ FLOORS = (
     ("deploy",),
     ("train",),
     ("experiments", "interop"),
-    ("configuration", "sweep", "cli", "data_cli", "results_cli"),
+    ("configuration", "job", "sweep", "cli", "data_cli", "results_cli"),
 )
 LONGEST = 400
 

@@ -142,21 +142,21 @@ def test_what_ends_a_job(train: Train, tmp_path: Path, monkeypatch: pytest.Monke
     """A bug and damage end their own job, Ctrl-C all that come after it; a sweeper gets the other's score."""
     ends: dict[int, Any] = {0: RuntimeError("out of memory"), 2: Interrupted("stopped after 3 updates")}
     returned: list[float | None] = []
-    from cpql import sweep
+    from cpql import job
 
-    call = sweep.Job.__call__
+    call = job.Job.__call__
 
     def train_group(configs: list[TrainConfig], console: object) -> list[dict[str, Any]]:
         if configs[0].seed in ends:
             raise ends[configs[0].seed]
         return [run(configs[0])[0]]
 
-    def job(self: sweep.Job, content: Any) -> float | None:
+    def called(self: job.Job, content: Any) -> float | None:
         returned.append(call(self, content))
         return returned[-1]
 
-    monkeypatch.setattr(sweep, "train_group", train_group)
-    monkeypatch.setattr(sweep.Job, "__call__", job)
+    monkeypatch.setattr(job, "train_group", train_group)
+    monkeypatch.setattr(job.Job, "__call__", called)
     code, text = train("--multirun", *LITTLE, "seed=0,1,2,3", "run_dir=out")
     assert code == 130 and "RuntimeError: out of memory" in text
     table = states(text)
@@ -190,14 +190,14 @@ def test_what_a_sweep_refuses(train: Train, tmp_path: Path, monkeypatch: pytest.
 
     same = ("-m", *LITTLE, "seed=0,1", "hydra.sweep.dir=sweeps")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("hydra.main", lambda **_: lambda job: lambda: seen.append(train(*same)))
+        patch.setattr("hydra.main", lambda **_: lambda _: lambda: seen.append(train(*same)))
         seen: list[tuple[int, str]] = []
         train(*same)
     assert seen[0][0] == 1 and "this sweep is going on already, in process" in seen[0][1]
 
 
 def test_a_mark_needs_no_quotes() -> None:
-    from cpql.sweep import _mark
+    from cpql.job import _mark
 
     for key, value, mark in (
         ("eta", "0.5", "eta0.5"),
