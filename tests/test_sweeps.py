@@ -196,6 +196,33 @@ def test_what_a_sweep_refuses(train: Train, tmp_path: Path, monkeypatch: pytest.
     assert seen[0][0] == 1 and "this sweep is going on already, in process" in seen[0][1]
 
 
+@pytest.mark.parametrize(
+    ("words", "folders"),
+    [
+        (
+            ("env=glob(hopper-medium-*)",),
+            ("hopper-medium-expert/cpql/full/seed0", "hopper-medium-replay/cpql/full/seed0"),
+        ),
+        (
+            ("agent.eta=0.5,1", "seeds=[3]"),
+            ("hopper-medium/cpql/full/seed3-eta0.5", "hopper-medium/cpql/full/seed3-eta1"),
+        ),
+        (
+            ("mode=online", "env.id=Pendulum-v1,Hopper-v4"),
+            ("Pendulum-v1/cpql_online/online/seed0", "Hopper-v4/cpql_online/online/seed0"),
+        ),
+        (("run_dir='runs/${seed}'", "seed=range(1,3)", "dataset=d4rl"), ("1", "2")),
+        (("run_dir=runs/x", "agent=cpql,iql", "budget=quick"), ("x-agent-cpql", "x-agent-iql")),
+    ],
+)
+def test_folders(words: tuple[str, ...], folders: tuple[str, ...]) -> None:
+    from cpql.sweep import _plan
+
+    configuration.register()
+    jobs, _, _ = _plan(words, every=True)
+    assert [config.run_dir for job in jobs for config in job] == [f"runs/{folder}" for folder in folders]
+
+
 def test_a_mark_needs_no_quotes() -> None:
     from cpql.job import _mark
 
