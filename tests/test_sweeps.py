@@ -85,6 +85,7 @@ def states(text: str) -> dict[str, list[str]]:
     return {run: rest for run, *rest in cells}
 
 
+@pytest.mark.slow
 def test_a_run_s_folder_knows_the_rest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     write_dataset(tmp_path / "data.hdf5")
