@@ -1,9 +1,4 @@
-"""A sweep: a command with several values, of which each combination is a job of one of Hydra's launchers.
-
-A job trains a run, or several as the members of one program, and goes on where an earlier call of the same
-command left them. A launcher may start it on another machine, so that it notes down in a file what became of
-its runs. A job that fails takes no other along.
-"""
+"""A sweep: a command with several values, of which each combination is a job of one of Hydra's launchers."""
 
 from __future__ import annotations
 
@@ -12,40 +7,40 @@ import hashlib
 import importlib.util
 import itertools
 import json
-import os
-import re
 import signal
-import statistics
 import sys
-import traceback
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import hydra
-import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import open_dict
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from cpql.configuration import check_words, members, register
-from cpql.errors import ConfigError, CpqlError, Interrupted, brief, printable
-from cpql.io import held, write_text
+from cpql.configuration import check_words
+from cpql.errors import ConfigError, CpqlError, Interrupted, printable
+from cpql.io import held
+from cpql.job import Job, Row, key_of, result_of, runs_of
 from cpql.tasks import config_folder
+<<<<<<< HEAD
 from cpql.training.config import TrainConfig, group_agent_config
 from cpql.training.logging import make_console, say
 from cpql.training.loop import group_summary, train_group
 from cpql.training.sources import load_data
+=======
+from cpql.training.config import TrainConfig, group_agent_config
+from cpql.training.logging import make_console, say
+from cpql.training.sources import load_data
+>>>>>>> sweeps
 
-__all__ = ["Job", "sweep"]
+__all__ = ["sweep"]
 
 EXTRAS = {
     "joblib": ("hydra_joblib_launcher", "joblib"),
@@ -68,6 +63,7 @@ STATES = {
 
 GOOD = {"finished", "resumed", "skipped"}
 
+<<<<<<< HEAD
 SAME = {"agent": "configuration", "seeds": "seed", "env.id": "env.name"}
 """Settings that a part of a run's folder depends on that has another name."""
 
@@ -216,6 +212,8 @@ def _mark(key: str, value: str) -> str:
         value = "-" + re.sub(r"[^\w.+]+", "-", value).strip("-")
     return key + value
 
+=======
+>>>>>>> sweeps
 
 def sweep(words: Sequence[str]) -> None:
     """`cpql-train --multirun`: start the jobs, wait for them, and print what became of each run.
@@ -228,7 +226,7 @@ def sweep(words: Sequence[str]) -> None:
         ConfigError: a setting isn't valid, two runs have one folder, a package is missing, or another process
             is busy with the same sweep.
     """
-    launcher = next((word.partition("=")[2] for word in words[::-1] if _key(word) == "launcher"), "basic")
+    launcher = next((word.partition("=")[2] for word in words[::-1] if key_of(word) == "launcher"), "basic")
     _check_launcher(launcher)
     own_jobs = not any(word.startswith("hydra/sweeper=") for word in words)
     jobs, fixed, folder = _plan(words, own_jobs)
@@ -303,7 +301,7 @@ def _plan(words: Sequence[str], every: bool) -> tuple[list[list[TrainConfig]], f
             }
         except HydraException as error:
             raise ConfigError(" ".join(str(error).split())) from None
-        fixed = frozenset(_key(key) for key, each in parsed.items() if not each.is_sweep_override())
+        fixed = frozenset(key_of(key) for key, each in parsed.items() if not each.is_sweep_override())
         jobs = []
         for job in map(list, itertools.product(*values.values())):
             try:
@@ -316,7 +314,7 @@ def _plan(words: Sequence[str], every: bool) -> tuple[list[list[TrainConfig]], f
             folder = Path(content.hydra.sweep.dir)
             with open_dict(content):
                 del content["hydra"]
-            jobs.append(_configs(content, job, fixed))
+            jobs.append(runs_of(content, job, fixed))
             group_agent_config(jobs[-1])
     count = Counter(config.run_dir for job in jobs for config in job)
     if twice := [run for run, jobs_of_it in count.items() if jobs_of_it > 1]:
@@ -330,7 +328,7 @@ def _prepare(runs: Iterable[TrainConfig], console: Console) -> None:
     """Download or collect what the unfinished runs learn from, so that no job waits for another to do it."""
     wanted = {}
     for config in runs:
-        if _result(config) is None and (config.online is None or config.online.offline_fraction):
+        if result_of(config) is None and (config.online is None or config.online.offline_fraction):
             d = config.dataset
             wanted[repr((config.env, d.source, d.path, d.id, d.size, d.seed))] = config
     for config in wanted.values():
@@ -353,10 +351,6 @@ def _letting_jobs_stop(stop: Path) -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGINT, previous)
-
-
-def _write(note: Path, rows: Sequence[Row]) -> None:
-    write_text(note, json.dumps([asdict(row) for row in rows]))
 
 
 def _rows(notes: Path, jobs: Sequence[Sequence[TrainConfig]]) -> list[Row]:

@@ -21,7 +21,11 @@ FLOORS = (
     ("deploy",),
     ("training",),
     ("experiments", "interop"),
+<<<<<<< HEAD
     ("configuration", "commands", "api", "sweep", "cli", "data_cli", "results_cli", "report_cli"),
+=======
+    ("configuration", "job", "sweep", "cli", "data_cli", "results_cli"),
+>>>>>>> sweeps
 )
 LONGEST = 400
 

@@ -85,6 +85,7 @@ def states(text: str) -> dict[str, list[str]]:
     return {run: rest for run, *rest in cells}
 
 
+@pytest.mark.slow
 def test_a_run_s_folder_knows_the_rest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     write_dataset(tmp_path / "data.hdf5")
@@ -142,21 +143,21 @@ def test_what_ends_a_job(train: Train, tmp_path: Path, monkeypatch: pytest.Monke
     """A bug and damage end their own job, Ctrl-C all that come after it; a sweeper gets the other's score."""
     ends: dict[int, Any] = {0: RuntimeError("out of memory"), 2: Interrupted("stopped after 3 updates")}
     returned: list[float | None] = []
-    from cpql import sweep
+    from cpql import job
 
-    call = sweep.Job.__call__
+    call = job.Job.__call__
 
     def train_group(configs: list[TrainConfig], console: object) -> list[dict[str, Any]]:
         if configs[0].seed in ends:
             raise ends[configs[0].seed]
         return [run(configs[0])[0]]
 
-    def job(self: sweep.Job, content: Any) -> float | None:
+    def called(self: job.Job, content: Any) -> float | None:
         returned.append(call(self, content))
         return returned[-1]
 
-    monkeypatch.setattr(sweep, "train_group", train_group)
-    monkeypatch.setattr(sweep.Job, "__call__", job)
+    monkeypatch.setattr(job, "train_group", train_group)
+    monkeypatch.setattr(job.Job, "__call__", called)
     code, text = train("--multirun", *LITTLE, "seed=0,1,2,3", "run_dir=out")
     assert code == 130 and "RuntimeError: out of memory" in text
     table = states(text)
@@ -190,14 +191,41 @@ def test_what_a_sweep_refuses(train: Train, tmp_path: Path, monkeypatch: pytest.
 
     same = ("-m", *LITTLE, "seed=0,1", "hydra.sweep.dir=sweeps")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("hydra.main", lambda **_: lambda job: lambda: seen.append(train(*same)))
+        patch.setattr("hydra.main", lambda **_: lambda _: lambda: seen.append(train(*same)))
         seen: list[tuple[int, str]] = []
         train(*same)
     assert seen[0][0] == 1 and "this sweep is going on already, in process" in seen[0][1]
 
 
+@pytest.mark.parametrize(
+    ("words", "folders"),
+    [
+        (
+            ("env=glob(hopper-medium-*)",),
+            ("hopper-medium-expert/cpql/full/seed0", "hopper-medium-replay/cpql/full/seed0"),
+        ),
+        (
+            ("agent.eta=0.5,1", "seeds=[3]"),
+            ("hopper-medium/cpql/full/seed3-eta0.5", "hopper-medium/cpql/full/seed3-eta1"),
+        ),
+        (
+            ("mode=online", "env.id=Pendulum-v1,Hopper-v4"),
+            ("Pendulum-v1/cpql_online/online/seed0", "Hopper-v4/cpql_online/online/seed0"),
+        ),
+        (("run_dir='runs/${seed}'", "seed=range(1,3)", "dataset=d4rl"), ("1", "2")),
+        (("run_dir=runs/x", "agent=cpql,iql", "budget=quick"), ("x-agent-cpql", "x-agent-iql")),
+    ],
+)
+def test_folders(words: tuple[str, ...], folders: tuple[str, ...]) -> None:
+    from cpql.sweep import _plan
+
+    configuration.register()
+    jobs, _, _ = _plan(words, every=True)
+    assert [config.run_dir for job in jobs for config in job] == [f"runs/{folder}" for folder in folders]
+
+
 def test_a_mark_needs_no_quotes() -> None:
-    from cpql.sweep import _mark
+    from cpql.job import _mark
 
     for key, value, mark in (
         ("eta", "0.5", "eta0.5"),
