@@ -21,11 +21,7 @@ FLOORS = (
     ("deploy",),
     ("training",),
     ("experiments", "interop"),
-<<<<<<< HEAD
-    ("configuration", "commands", "api", "sweep", "cli", "data_cli", "results_cli", "report_cli"),
-=======
-    ("configuration", "job", "sweep", "cli", "data_cli", "results_cli"),
->>>>>>> sweeps
+    ("configuration", "commands", "api", "job", "sweep", "cli", "data_cli", "results_cli", "report_cli"),
 )
 LONGEST = 400
 
