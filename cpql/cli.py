@@ -64,7 +64,10 @@ def _main(config_name: str, command: Callable[[DictConfig], None]) -> None:
             raise ConfigError("HOME isn't set, and this user has no name: set HOME to a folder") from None
         from cpql.configuration import check_words, free, register  # loads PyTorch
 
-        register(evaluate=EvaluateConfig(), export=ExportConfig())
+        everything = {"--help", "all"} <= set(sys.argv)
+        if everything:
+            sys.argv.remove("all")
+        register(everything=everything, evaluate=EvaluateConfig(), export=ExportConfig())
         sys.argv[1:] = [free(word) for word in sys.argv[1:]]
         if config_name == "train":
             words = [word for word in sys.argv[1:] if word not in MULTIRUN]

@@ -51,10 +51,11 @@ class _Tasks(dict[str, Any]):
         return ConfigNode(file, OmegaConf.create(node), "env", None, None)
 
 
-def register(**commands: Any) -> None:
+def register(*, everything: bool = True, **commands: Any) -> None:
     """Register the tasks, the dataclasses' defaults (so that no YAML repeats them) and resolvers with Hydra.
 
     Args:
+        everything: the help lists all settings, and not the common ones alone.
         **commands: dataclasses with all settings of a command, for `/schema/NAME`.
     """
     store = ConfigStore.instance()
@@ -84,7 +85,7 @@ def register(**commands: Any) -> None:
         "gpus_elsewhere": lambda device: 1 if device == "cuda" else None,
         "per_50k": lambda updates: updates / 50_000,
         "published": _published,
-        "settings": _settings,
+        "settings": _settings if everything else lambda: "",
         "tasks": lambda: "\n         ".join(task_patterns()),
     }
     for resolver, function in resolvers.items():

@@ -188,6 +188,7 @@ def test_help(script: str, tmp_path: Path) -> None:
     done = run(script, "--help", folder=tmp_path)
     assert done.returncode == 0
     assert f"python scripts/{script}" in done.stdout
+    assert "time_width" not in done.stdout and "${" not in done.stdout
     assert "Powered by" not in done.stdout
     assert not left(tmp_path)
 

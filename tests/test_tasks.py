@@ -653,7 +653,7 @@ def test_completion_offers_the_tasks(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_help_names_every_task_in_a_few_lines(tmp_path: Path) -> None:
-    text = run("--help", "env=pen-human", "agent=consistency_ac", folder=tmp_path)
+    text = run("--help", "all", "env=pen-human", "agent=consistency_ac", folder=tmp_path)
     start = text.index("env      ")
     lines = text[start : text.index("agent    ")].split()[1:]
     assert lines == task_patterns() and len(lines) == 11
