@@ -62,14 +62,14 @@ def _main(config_name: str, command: Callable[[DictConfig], None]) -> None:
             Path.home()
         except RuntimeError:
             raise ConfigError("HOME isn't set, and this user has no name: set HOME to a folder") from None
-        from cpql.configuration import check_words, free, register  # loads PyTorch
+        from cpql.configuration import check_words, prepared, register  # loads PyTorch
 
         everything = {"--help", "all"} <= set(sys.argv)
         if everything:
             sys.argv.remove("all")
         register(everything=everything, evaluate=EvaluateConfig(), export=ExportConfig())
-        sys.argv[1:] = [free(word) for word in sys.argv[1:]]
         if config_name == "train":
+            sys.argv[1:] = prepared(sys.argv[1:])
             words = [word for word in sys.argv[1:] if word not in MULTIRUN]
             if len(words) < len(sys.argv[1:]) and not any(word.startswith("-") for word in words):
                 from cpql.sweep import sweep

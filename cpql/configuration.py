@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -29,7 +29,7 @@ from cpql.tasks import config_folder, load_task, task_names, task_patterns
 from cpql.training.checkpoint import find_training
 from cpql.training.config import BudgetConfig, DatasetConfig, OnlineConfig, TrainConfig, train_config
 
-__all__ = ["check_words", "choices", "compose_training", "free", "members", "register"]
+__all__ = ["check_words", "choices", "compose_training", "members", "prepared", "register"]
 
 GROUPS = ("mode", "env", "agent", "preset", "dataset", "budget", "launcher")
 GIVES = {"preset": "agent", "mode": "online"}  # the part of a run's settings that a group's choice is about
@@ -182,16 +182,24 @@ def compose_training(words: list[str]) -> list[TrainConfig]:
     """
     register()
     agent = next((word.partition("=")[2] for word in words if word.startswith("agent=")), "")
-    words = [free(word) for word in words]
+    words = prepared(words)
     check_words("train", words)
     with initialize_config_dir(str(config_folder()), version_base="1.3"):
         content = compose("train", [*words, f"configuration={agent}"] if agent else words)
     return members(content, [word.lstrip("+").partition("=")[0] for word in words])
 
 
-def free(word: str) -> str:
-    """A word as Hydra takes it. It can't know an objective's own settings, which ActorConfig checks."""
-    return f"++{word}" if word.startswith("agent.actor.objective_options") else word
+def prepared(words: Sequence[str]) -> list[str]:
+    """The words of a command line as Hydra takes them.
+
+    It can't know an objective's own settings, which ActorConfig checks. An environment's id without a task is
+    any environment, so that own data in an own environment need two words.
+    """
+    keys = {word.partition("=")[0] for word in words}
+    any_environment = "env.id" in keys and "env.id=null" not in words
+    if any_environment and not keys & {"env", "mode", "checkpoint"}:
+        words = ["env=gymnasium", *words]
+    return [f"++{word}" if word.startswith("agent.actor.objective_options") else word for word in words]
 
 
 def _instead(key: str, known: set[str]) -> str:

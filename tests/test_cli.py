@@ -193,6 +193,19 @@ def test_help(script: str, tmp_path: Path) -> None:
     assert not left(tmp_path)
 
 
+def test_an_environment_of_ones_own_needs_one_word() -> None:
+    """With data of one's own two; a task that is named, or continued, keeps its own settings."""
+    own = ["dataset.path=mine.npz", "env.id=Pendulum-v1"]
+    assert configuration.prepared(own) == ["env=gymnasium", *own]
+    for words in (
+        [*own, "env=hopper-medium"],
+        ["env.id=null"],
+        ["env.id=Pendulum-v1", "mode=online"],
+        ["env.id=Pendulum-v1", "checkpoint=runs/x"],
+    ):
+        assert configuration.prepared(words) == words
+
+
 def test_a_chosen_objective_goes_without_the_settings_that_it_hasnt() -> None:
     """Consistency-AC's are `ct`'s: `ect` has both, `meanflow` neither; what the command says stays."""
     chosen, options = "agent.actor.objective", "agent.actor.objective_options"

@@ -15,7 +15,7 @@ import trainings
 from test_api import LITTLE
 
 from cpql import data_cli, results_cli
-from cpql.configuration import check_words, free, register
+from cpql.configuration import check_words, prepared, register
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -67,7 +67,7 @@ def test_commands_are_accepted() -> None:
             where = f"{page.name}: {name} {' '.join(words)}"
             try:
                 if name == "train":
-                    check_words(name, [free(word) for word in words])
+                    check_words(name, prepared(words))
                 elif name in ("data", "results"):
                     {"data": data_cli, "results": results_cli}[name]._parser().parse_args(words)
                 else:
