@@ -83,7 +83,7 @@ class Job:
         if stop.exists():
             return None
         console = make_console(f"[{number}] " if self.numbered else "")
-        own = " ".join(word for word in words if key_of(word) not in self.fixed)
+        own = " ".join([word for word in words if key_of(word) not in self.fixed] or words)
         say(console, f"job {number}: {own}", "bold")
         rows, reason = [Row(own, "lost")], ""
         try:
