@@ -221,6 +221,6 @@ def _print(rows: Sequence[Row], console: Console) -> None:
         for state, more in STATES.items()
         if counts[state]
     ]
-    say(console, f"{len(rows)} runs: {', '.join(parts)}")
+    say(console, f"{len(rows)} run{'s' * (len(rows) != 1)}: {', '.join(parts)}")
     if counts.keys() - GOOD:
         say(console, "the same command goes on with those that aren't finished")

@@ -255,7 +255,7 @@ def test_launchers(launcher: str, plugin: str, seeds: tuple[int, ...], tmp_path:
     command = [sys.executable, str(ROOT / "scripts" / "train.py"), "--multirun", *words]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert f"{len(seeds)} runs: {len(seeds)} finished" in done.stdout
+    assert f": {len(seeds)} finished" in done.stdout
     folders = {f"runs/hopper-medium/td3_bc/full/seed{seed}" for seed in seeds}
     assert finished(tmp_path).keys() == folders == {*states(done.stdout)}
 
