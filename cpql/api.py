@@ -20,6 +20,8 @@ from os import PathLike, fspath
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import yaml
+
 from cpql.configuration import compose_training
 from cpql.data import files
 from cpql.data.embedded import cache_folder
@@ -94,7 +96,8 @@ class TrainedRun:
         """Score, values and losses over the updates, a matplotlib figure that a notebook shows."""
         from cpql.training.curve import learning_curve
 
-        return learning_curve(self.result, self.evaluations, read_table(self.folder / "metrics.csv"))
+        config = yaml.safe_load((self.folder / "config.yaml").read_text())
+        return learning_curve(self.result, config, self.evaluations, read_table(self.folder / "metrics.csv"))
 
     def __repr__(self) -> str:
         """The folder, and the result of a finished run."""

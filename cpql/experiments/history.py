@@ -12,10 +12,10 @@ import numpy as np
 import yaml
 from numpy.typing import NDArray
 
-from cpql.agents.config import ActorCriticConfig
 from cpql.errors import CheckpointError, brief
 from cpql.experiments.results import DAMAGE, scale_of
 from cpql.migration import upgrade
+from cpql.training.curve import value_of_data
 
 __all__ = ["FILMS", "History", "Point", "read_history"]
 
@@ -93,17 +93,8 @@ class History:
 
     @property
     def value_of_data(self) -> float | None:
-        """The data's mean reward over 1 - discount: about its mean Q, if no episode ended.
-
-        Where episodes end the true value is nearer to 0. None where it isn't known, or rewards are
-        transformed before the critic sees them.
-        """
-        discount = self.config["agent"].get("discount", ActorCriticConfig.discount)
-        reward = (self.config.get("dataset") or {}).get("reward", "none")
-        total, length = self.data.get("return_mean"), self.data.get("length_mean")
-        if total is None or not length or reward != "none" or discount == 1:
-            return None
-        return float(total / length / (1 - discount))
+        """See `cpql.training.curve.value_of_data`."""
+        return value_of_data(self.config, self.data)
 
 
 def read_history(folder: Path) -> History:

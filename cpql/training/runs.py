@@ -208,7 +208,7 @@ class Run:
                 logger.log(step, {"evaluation/return": found.mean, **score})
         from cpql.training.curve import learning_curve  # loads matplotlib
 
-        picture = learning_curve(self.provenance(), self.evaluations(), self.metrics.rows())
+        picture = learning_curve(self.provenance(), self.settings, self.evaluations(), self.metrics.rows())
         with aside(self.folder / "learning_curve.png") as temporary:
             temporary.write_bytes(picture.png())
 
