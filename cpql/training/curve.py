@@ -31,8 +31,8 @@ class Picture(Figure):
 def value_of_data(config: Mapping[str, Any], data: Mapping[str, Any]) -> float | None:
     """The data's mean reward over 1 - discount: about its mean Q, if no episode ended.
 
-    Where episodes end the true value is nearer to 0. None where it isn't known, or rewards are transformed before
-    the critic sees them.
+    Where episodes end the true value is nearer to 0. None where it isn't known, or rewards are transformed
+    before the critic sees them.
 
     Args:
         config: a run's settings, as in its config.yaml.
@@ -61,6 +61,7 @@ def learning_curve(
         metrics: the rows of `metrics.csv`.
     """
     figure = Picture(figsize=(12, 4.2), layout="constrained")
+    figure.get_layout_engine().set(rect=(0.0, 0.11, 1.0, 0.89))  # room for the legends
     panels = list(figure.subplots(1, 3 if evaluations else 2))
     axis = {0: 0.0, **{int(row["step"]): row.get("online/steps", row["step"]) for row in metrics}}
     if evaluations:
@@ -77,10 +78,10 @@ def learning_curve(
                 axes.plot(x, [row[name] for row in metrics], color=colour, label=label)
     endless = value_of_data(config, run["data"])
     if endless is not None and values.lines:
-        label = f"the data's mean reward / (1 - discount), {endless:.0f}"
+        label = f"mean reward / (1 - discount): {endless:.0f}"
         values.axhline(endless, color=GREY, ls="--", label=label)
-    values.set_title("value (discounted return)", loc="left")
-    losses.set_title("loss", loc="left")
+    values.set_title("value (discounted return)", loc="left", fontsize=10)
+    losses.set_title("loss", loc="left", fontsize=10)
     losses.set_yscale("log")
     # Plain numbers, no mathtext: its parser keeps exceptions, and they the training's frames and tensors.
     losses.yaxis.set_major_formatter(LogFormatter())
@@ -92,7 +93,10 @@ def learning_curve(
         axes.set_xlim(left=0)
         axes.spines[["top", "right"]].set_visible(False)
         if axes.lines:
-            axes.legend(loc="upper left", bbox_to_anchor=(0.0, -0.18), fontsize=8, frameon=False, ncols=2)
+            below = axes.legend(
+                loc="upper left", bbox_to_anchor=(-0.02, -0.17), fontsize=8, frameon=False, ncols=2
+            )
+            below.set_in_layout(False)  # or it would narrow the panel
     source = run["data"]["source"].replace("embedded", "self-collected data, not D4RL")
     title = f"{run['agent']} on {run['task']}, seed {run['training_seed']}  ({source})"
     figure.suptitle(title, fontsize=11, x=0.01, ha="left")
@@ -110,18 +114,14 @@ def _scores(axes: Any, run: dict[str, Any], evaluations: list[dict[str, Any]], x
     axes.fill_between(x, low, high, color=BLUE, alpha=0.15, lw=0, label="95% over episodes")
     best = max(range(len(y)), key=lambda k: y[k])
     if best != len(y) - 1:
-        axes.plot(
-            x[best], y[best], "D", color=BLUE, mfc="white", ms=7, label=f"best checkpoint {y[best]:,.1f}"
-        )
+        axes.plot(x[best], y[best], "D", color=BLUE, mfc="white", ms=7, label=f"best {y[best]:,.1f}")
     axes.plot(x[-1], y[-1], "o", color=BLUE, ms=8, label="last checkpoint")
     if run[behaviour] is not None:
-        axes.axhline(
-            run[behaviour], color=ORANGE, ls="--", label=f"the data's behaviour {run[behaviour]:,.1f}"
-        )
+        axes.axhline(run[behaviour], color=ORANGE, ls="--", label=f"behaviour {run[behaviour]:,.1f}")
     if scored:
         axes.set_ylim(bottom=min(0.0, *low) - 2, top=max(10.0, axes.get_ylim()[1]))
     title = "D4RL score" if scored else "return"
     if last.get("measure") == "success":
         title = "successes in percent"
-    axes.set_title(f"{title}, {last['environment']}", loc="left")
+    axes.set_title(f"{title}, {last['environment']}", loc="left", fontsize=10)
     axes.set_title(f"{y[-1]:,.1f}", loc="right", fontsize=20, fontweight="bold", color=BLUE)
