@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import EngFormatter, LogFormatter
 
 from cpql.agents import ActorCriticConfig
@@ -60,8 +61,8 @@ def learning_curve(
         evaluations: of the run, in order; without any their panel is left out.
         metrics: the rows of `metrics.csv`.
     """
-    figure = Picture(figsize=(12, 4.2), layout="constrained")
-    figure.get_layout_engine().set(rect=(0.0, 0.11, 1.0, 0.89))  # room for the legends
+    room = ConstrainedLayoutEngine(rect=(0.0, 0.11, 1.0, 0.89))  # for the legends below
+    figure = Picture(figsize=(12, 4.2), layout=room)
     panels = list(figure.subplots(1, 3 if evaluations else 2))
     axis = {0: 0.0, **{int(row["step"]): row.get("online/steps", row["step"]) for row in metrics}}
     if evaluations:
@@ -93,10 +94,9 @@ def learning_curve(
         axes.set_xlim(left=0)
         axes.spines[["top", "right"]].set_visible(False)
         if axes.lines:
-            below = axes.legend(
-                loc="upper left", bbox_to_anchor=(-0.02, -0.17), fontsize=8, frameon=False, ncols=2
-            )
-            below.set_in_layout(False)  # or it would narrow the panel
+            below = {"loc": "upper left", "bbox_to_anchor": (-0.02, -0.17), "ncols": 2}
+            legend = axes.legend(**below, fontsize=8, frameon=False)
+            legend.set_in_layout(False)  # or it would narrow the panel
     source = run["data"]["source"].replace("embedded", "self-collected data, not D4RL")
     title = f"{run['agent']} on {run['task']}, seed {run['training_seed']}  ({source})"
     figure.suptitle(title, fontsize=11, x=0.01, ha="left")
