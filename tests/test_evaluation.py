@@ -86,7 +86,7 @@ def test_actions_are_kept_where_they_are_wanted(policy: Policy) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(120)
 def test_videos(policy: Policy, tmp_path: Path) -> None:
-    import imageio.v2
+    import imageio_ffmpeg  # type: ignore[import-untyped]
 
     try:
         check_video(policy.config.task)
@@ -96,8 +96,8 @@ def test_videos(policy: Policy, tmp_path: Path) -> None:
     paths = record(found, 3, tmp_path / "films", "x")
     best, worst = max(found.returns), min(found.returns)
     assert paths[0].name == f"x_best_{best:.0f}.mp4" and paths[-1].name == f"x_worst_{worst:.0f}.mp4"
-    with closing(imageio.v2.get_reader(paths[0])) as film:
-        assert sum(1 for _ in film.iter_data()) == found.lengths[found.returns.index(best)] + 1
+    frames, _ = imageio_ffmpeg.count_frames_and_secs(str(paths[0]))
+    assert frames == found.lengths[found.returns.index(best)] + 1
     assert sorted(path.name for path in (tmp_path / "films").iterdir()) == sorted(p.name for p in paths)
 
 
