@@ -192,12 +192,11 @@ def compose_training(words: list[str]) -> list[TrainConfig]:
 def prepared(words: Sequence[str]) -> list[str]:
     """The words of a command line as Hydra takes them.
 
-    It can't know an objective's own settings, which ActorConfig checks. An environment's id without a task is
-    any environment, so that own data in an own environment need two words.
+    It can't know an objective's own settings, which ActorConfig checks. A file of one's own with an
+    environment's id needs no task: `dataset.path=mine.npz env.id=Pendulum-v1`.
     """
     keys = {word.partition("=")[0] for word in words}
-    any_environment = "env.id" in keys and "env.id=null" not in words
-    if any_environment and not keys & {"env", "mode", "checkpoint"}:
+    if {"dataset.path", "env.id"} <= keys and "env.id=null" not in words and not keys & {"env", "checkpoint"}:
         words = ["env=gymnasium", *words]
     return [f"++{word}" if word.startswith("agent.actor.objective_options") else word for word in words]
 

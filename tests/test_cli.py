@@ -193,15 +193,15 @@ def test_help(script: str, tmp_path: Path) -> None:
     assert not left(tmp_path)
 
 
-def test_an_environment_of_ones_own_needs_one_word() -> None:
-    """With data of one's own two; a task that is named, or continued, keeps its own settings."""
+def test_data_and_an_environment_of_ones_own_need_two_words() -> None:
+    """A task that is named, or continued, keeps its own settings."""
     own = ["dataset.path=mine.npz", "env.id=Pendulum-v1"]
     assert configuration.prepared(own) == ["env=gymnasium", *own]
     for words in (
         [*own, "env=hopper-medium"],
-        ["env.id=null"],
-        ["env.id=Pendulum-v1", "mode=online"],
-        ["env.id=Pendulum-v1", "checkpoint=runs/x"],
+        [own[0], "env.id=null"],
+        [*own, "checkpoint=runs/x"],
+        own[1:],
     ):
         assert configuration.prepared(words) == words
 

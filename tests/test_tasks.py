@@ -395,16 +395,20 @@ def test_swapping_the_task_is_composing_with_it(composed: Composed) -> None:
 
 @pytest.mark.slow
 def test_every_task_with_every_agent(composed: Composed) -> None:
+    """Each task with two agents, and every sixth with all of them: each composition takes 10 ms."""
     assert sorted(AGENTS) == configuration.choices("agent")
     # OGBench's tasks of one environment differ in their goals alone.
     names = [name for name in task_names() if "-task" not in name]
-    for env, agent in itertools.product(names, AGENTS):
+    some = itertools.product(names, ("cpql", "fql_published"))
+    for env, agent in [*some, *itertools.product(names[::6], AGENTS)]:
         config = composed(env, agent)
         assert config.env == load_task(env)
         _, settings = agent_config(config)
         assert settings.updates == config.budget.updates
         assert config.budget.episodes == config.env.episodes
         as_code = agent.endswith("published") or agent == "iql_corl"
+        if agent in ("fql_published", "rebrac_published") and config.env.benchmark == "OGBench":
+            as_code = False  # whose loader keeps them
         assert config.dataset.time_limits == ("drop" if as_code else "keep")
 
 

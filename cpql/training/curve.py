@@ -12,8 +12,9 @@ from matplotlib.ticker import EngFormatter, LogFormatter
 
 from cpql.agents import ActorCriticConfig
 
-__all__ = ["Picture", "learning_curve", "value_of_data"]
+__all__ = ["DPI", "Picture", "learning_curve", "value_of_data"]
 
+DPI = 110
 BLUE, ORANGE, GREY = "#1f5fbf", "#c2410c", "#6b7280"
 
 
@@ -23,7 +24,7 @@ class Picture(Figure):
     def png(self) -> bytes:
         """The picture as a PNG file's content."""
         buffer = io.BytesIO()
-        self.savefig(buffer, dpi=110, format="png")
+        self.savefig(buffer, dpi=DPI, format="png")
         return buffer.getvalue()
 
     _repr_png_ = png

@@ -206,11 +206,11 @@ class Run:
             score = {} if found.score is None else {"evaluation/score": found.score}
             for logger in self.loggers:
                 logger.log(step, {"evaluation/return": found.mean, **score})
-        from cpql.training.curve import learning_curve  # loads matplotlib
+        from cpql.training.curve import DPI, learning_curve  # loads matplotlib
 
         picture = learning_curve(self.provenance(), self.settings, self.evaluations(), self.metrics.rows())
         with aside(self.folder / "learning_curve.png") as temporary:
-            temporary.write_bytes(picture.png())
+            picture.savefig(temporary, dpi=DPI, format="png")
 
     def provenance(self) -> dict[str, Any]:
         """Where a result comes from, for every result file."""
