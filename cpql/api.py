@@ -12,17 +12,16 @@ run.evaluate(100)        scores it
 from __future__ import annotations
 
 import json
-import re
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from os import PathLike, fspath
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from cpql.configuration import compose_training
+from cpql.configuration import compose_training, value_text
 from cpql.data import files
 from cpql.data.embedded import cache_folder
 from cpql.data.transitions import Transitions
@@ -31,6 +30,7 @@ from cpql.deploy.summary import summary
 from cpql.environments import spec_of
 from cpql.errors import CheckpointError, ConfigError, DataError, brief, did_you_mean
 from cpql.io import aside, sha256_of
+from cpql.migration import upgrade
 from cpql.tasks import Task, load_task, task_names
 from cpql.training.config import TrainConfig
 from cpql.training.evaluation import Evaluation, evaluate
@@ -96,7 +96,7 @@ class TrainedRun:
         """Score, values and losses over the updates, a matplotlib figure that a notebook shows."""
         from cpql.training.curve import learning_curve
 
-        config = yaml.safe_load((self.folder / "config.yaml").read_text())
+        config = upgrade(yaml.safe_load((self.folder / "config.yaml").read_text()))
         return learning_curve(self.result, config, self.evaluations, read_table(self.folder / "metrics.csv"))
 
     def __repr__(self) -> str:
@@ -167,7 +167,7 @@ def train_members(
     run_dir: str | PathLike[str] | None = None,
     callback: Callback | None = None,
 ) -> list[TrainedRun]:
-    """Train several runs as the members of one program, which is faster than one after the other.
+    """Train several runs as the members of one program; docs/sweeps.md says when that is worth it.
 
     Example:
         >>> runs = train_members("hopper-medium", settings={"seeds": [0, 1, 2]})  # doctest: +SKIP
@@ -205,15 +205,15 @@ def _configs(
             name = "data" if isinstance(data, Transitions) else Path(data).stem
             words |= {"env": "gymnasium", "env.id": env, "env.name": name}
         if not isinstance(data, Transitions) and not Path(data).exists():
-            known = did_you_mean(str(data), task_names()) if "/" not in str(data) else ""
-            raise DataError(f"{data}: expected a task's name, or a file or folder that exists; {known}")
+            known = f"; {did_you_mean(str(data), task_names())}" if "/" not in str(data) else ""
+            raise DataError(f"{data}: expected a task's name, or a file or folder that exists{known}")
         task = None if env is None else load_task(env) if env in task_names() else Task(env, env)
         words["dataset.path"] = _kept(data, task) if isinstance(data, Transitions) else fspath(data)
     if updates is not None:
         words["budget.updates"] = updates
     if run_dir is not None:
         words["run_dir"] = fspath(run_dir)
-    return compose_training([f"{key}={_literal(value)}" for key, value in {**words, **settings}.items()])
+    return compose_training([f"{key}={value_text(value)}" for key, value in {**words, **settings}.items()])
 
 
 def _kept(data: Transitions, task: Task | None) -> str:
@@ -226,16 +226,3 @@ def _kept(data: Transitions, task: Task | None) -> str:
             with aside(kept) as temporary:
                 shutil.copyfile(written, temporary)
     return str(kept)
-
-
-def _literal(value: Any) -> str:
-    """A value in the grammar of Hydra's command line."""
-    if value is None or isinstance(value, bool):
-        return "null" if value is None else str(value).lower()
-    if isinstance(value, Mapping):
-        return "{" + ", ".join(f"{key}: {_literal(each)}" for key, each in value.items()) + "}"
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        return "[" + ", ".join(map(_literal, value)) + "]"
-    if isinstance(value, str) and not re.fullmatch(r"[\w.${}/-]+", value):
-        return "'" + re.sub(r"(\\*)'", r"\1\1\\'", value) + "'"
-    return str(value)

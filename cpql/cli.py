@@ -84,11 +84,11 @@ def _main(config_name: str, command: Callable[[DictConfig], None]) -> None:
 def _train(content: DictConfig) -> None:
     from hydra.core.hydra_config import HydraConfig
 
-    from cpql.configuration import members
+    from cpql.configuration import key_of, members
     from cpql.training.logging import make_console, say
     from cpql.training.loop import group_summary, train_group
 
-    overrides = [word.lstrip("+").partition("=")[0] for word in HydraConfig.get().overrides.task]
+    overrides = [key_of(word) for word in HydraConfig.get().overrides.task]
     configs, console = members(content, overrides), make_console()
     say(console, group_summary(train_group(configs, console), configs))
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import json
-import re
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from typing import Any
@@ -12,7 +11,7 @@ from typing import Any
 from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
 
-from cpql.configuration import choices, members, register
+from cpql.configuration import choices, key_of, members, register, value_text
 from cpql.errors import CpqlError
 from cpql.migration import upgrade
 from cpql.settings import flat
@@ -42,7 +41,7 @@ def words(settings: Mapping[str, Any]) -> list[str] | None:
         return None
     found = _words(json.dumps(asdict(replace(config, seed=0, run_dir=""))))
     own = {"seed": config.seed, "run_dir": config.run_dir}
-    return None if found is None else [*found, *(f"{key}={_text(value)}" for key, value in own.items())]
+    return None if found is None else [*found, *(f"{key}={value_text(value)}" for key, value in own.items())]
 
 
 @functools.cache
@@ -60,15 +59,15 @@ def _words(dumped: str) -> list[str] | None:
         if name in choices(group) and (group, name) != ("mode", "offline")
     ]
     if config.env.name not in choices("env"):  # any environment of Gymnasium's
-        chosen.append(f"env.id={_text(config.env.id)}")
+        chosen.append(f"env.id={value_text(config.env.id)}")
     if config.checkpoint is not None:
-        chosen.append(f"checkpoint={_text(config.checkpoint)}")
+        chosen.append(f"checkpoint={value_text(config.checkpoint)}")
     try:
         wanted = _everything(config)
         given = _everything(_composed(chosen, config.configuration))
         for key, value in wanted.items():
             if value != given.get(key) and not isinstance(value, Mapping):
-                chosen.append(f"{'' if key in given else '+'}{key}={_text(value)}")
+                chosen.append(f"{'' if key in given else '+'}{key}={value_text(value)}")
         return chosen if _everything(_composed(chosen, config.configuration)) == wanted else None
     except (CpqlError, HydraException):
         return None
@@ -81,8 +80,8 @@ def _mode(config: TrainConfig) -> str:
 
 
 def _composed(chosen: list[str], configuration: str) -> TrainConfig:
-    keys = [word.lstrip("+").partition("=")[0] for word in chosen]
-    given = [*chosen, f"configuration={_text(configuration)}"]  # outside a command Hydra can't tell
+    keys = [key_of(word) for word in chosen]
+    given = [*chosen, f"configuration={value_text(configuration)}"]  # outside a command Hydra can't tell
     with initialize_config_dir(str(config_folder()), version_base="1.3"):
         return replace(members(compose("train", given), keys)[0], seed=0, run_dir="")
 
@@ -96,12 +95,3 @@ def _everything(config: TrainConfig) -> dict[str, Any]:
         for key, value in every.items()
         if not key.startswith("env.datasets")
     }
-
-
-def _text(value: Any) -> str:
-    """A value in Hydra's grammar."""
-    if isinstance(value, str) and not re.fullmatch(r"[A-Za-z_./][\w./-]*", value):
-        return "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
-    if isinstance(value, list | tuple):
-        return f"[{','.join(map(_text, value))}]"
-    return value if isinstance(value, str) else json.dumps(value)

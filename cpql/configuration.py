@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import json
 import os
-from collections.abc import Callable, Iterable, Sequence
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -29,8 +31,18 @@ from cpql.tasks import config_folder, load_task, task_names, task_patterns
 from cpql.training.checkpoint import find_training
 from cpql.training.config import BudgetConfig, DatasetConfig, OnlineConfig, TrainConfig, train_config
 
-__all__ = ["check_words", "choices", "compose_training", "members", "prepared", "register"]
+__all__ = [
+    "check_words",
+    "choices",
+    "compose_training",
+    "key_of",
+    "members",
+    "prepared",
+    "register",
+    "value_text",
+]
 
+NOT_TEXT = ("null", "true", "false", "nan", "inf")  # what Hydra takes for something else
 GROUPS = ("mode", "env", "agent", "preset", "dataset", "budget", "launcher")
 GIVES = {"preset": "agent", "mode": "online"}  # the part of a run's settings that a group's choice is about
 
@@ -186,7 +198,7 @@ def compose_training(words: list[str]) -> list[TrainConfig]:
     check_words("train", words)
     with initialize_config_dir(str(config_folder()), version_base="1.3"):
         content = compose("train", [*words, f"configuration={agent}"] if agent else words)
-    return members(content, [word.lstrip("+").partition("=")[0] for word in words])
+    return members(content, [key_of(word) for word in words])
 
 
 def prepared(words: Sequence[str]) -> list[str]:
@@ -199,6 +211,24 @@ def prepared(words: Sequence[str]) -> list[str]:
     if {"dataset.path", "env.id"} <= keys and "env.id=null" not in words and not keys & {"env", "checkpoint"}:
         words = ["env=gymnasium", *words]
     return [f"++{word}" if word.startswith("agent.actor.objective_options") else word for word in words]
+
+
+def key_of(word: str) -> str:
+    """The setting that a word `KEY=VALUE` or `+KEY=VALUE` is about."""
+    return word.lstrip("+").partition("=")[0]
+
+
+def value_text(value: Any) -> str:
+    """A value in the grammar of Hydra's command line."""
+    if isinstance(value, Mapping):
+        return "{" + ",".join(f"{key}:{value_text(each)}" for key, each in value.items()) + "}"
+    if isinstance(value, list | tuple):
+        return f"[{','.join(map(value_text, value))}]"
+    if not isinstance(value, str):
+        return json.dumps(value)
+    if re.fullmatch(r"[A-Za-z_./][\w./-]*", value) and value.lower() not in NOT_TEXT:
+        return value
+    return "'" + re.sub(r"(\\*)('|$)", lambda m: m[1] * 2 + ("\\'" if m[2] else ""), value) + "'"
 
 
 def _instead(key: str, known: set[str]) -> str:

@@ -22,14 +22,14 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
-from cpql.configuration import members, register
+from cpql.configuration import key_of, members, register
 from cpql.errors import CpqlError, Interrupted, brief
 from cpql.io import write_text
 from cpql.training.config import TrainConfig
 from cpql.training.logging import make_console, say
 from cpql.training.loop import group_summary, train_group
 
-__all__ = ["Job", "Row", "key_of", "result_of", "runs_of"]
+__all__ = ["Job", "Row", "result_of", "runs_of"]
 
 SAME = {"agent": "configuration", "seeds": "seed", "env.id": "env.name"}
 """Settings that a part of a run's folder depends on that has another name."""
@@ -149,11 +149,6 @@ def _end(config: TrainConfig) -> str:
     if result_of(config):
         return "skipped"
     return "resumed" if (Path(config.run_dir) / "config.yaml").exists() else "finished"
-
-
-def key_of(word: str) -> str:
-    """The setting that a word `KEY=VALUE` or `+KEY=VALUE` is about."""
-    return word.lstrip("+").partition("=")[0]
 
 
 def runs_of(content: DictConfig, words: Sequence[str], fixed: frozenset[str]) -> list[TrainConfig]:

@@ -15,6 +15,7 @@ from cpql.commands import words
 from cpql.errors import errors_in_one_line, escape_unknown_characters, printable
 from cpql.experiments.report import render
 from cpql.io import write_text
+from cpql.results_cli import runs_parser
 
 __all__ = ["main"]
 
@@ -34,17 +35,8 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    form = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(prog="report.py", description=__doc__, formatter_class=form)
+    parser = runs_parser("report.py", __doc__)
     add = parser.add_argument
-    add("runs", nargs="+", metavar="RUN", help="a run's folder, a folder that holds runs, or a pattern")
     add("--out", type=Path, default=Path("report.html"), metavar="FILE", help="default: report.html")
     add("--title", help="of the page (default: agent and task, or how many there are)")
-    add(
-        "--evaluation",
-        metavar="NAME",
-        help="the scores of this file of cpql-evaluate's beside each last checkpoint, such as "
-        "evaluation_100_1000.json (default: those at the end of the training)",
-    )
-    add("--traceback", action="store_true", help="show where an error came from")
     return parser

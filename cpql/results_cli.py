@@ -34,7 +34,7 @@ from cpql.experiments.results import find_runs, groups, read_run, rows
 from cpql.experiments.tables import Section
 from cpql.io import write_text
 
-__all__ = ["main"]
+__all__ = ["main", "runs_parser"]
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -49,21 +49,28 @@ def main(arguments: list[str] | None = None) -> None:
         _run(options)
 
 
-def _parser() -> argparse.ArgumentParser:
+def runs_parser(prog: str, description: str | None) -> argparse.ArgumentParser:
+    """The options of the commands about runs: which, scored by which evaluation."""
     form = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(prog="results.py", description=__doc__, formatter_class=form)
+    parser = argparse.ArgumentParser(prog=prog, description=description, formatter_class=form)
     add = parser.add_argument
     add("runs", nargs="+", metavar="RUN", help="a run's folder, a folder that holds runs, or a pattern")
-    add("--against", metavar="AGENT", help="compare every other agent with this one, as the table names it")
     add(
         "--evaluation",
         metavar="NAME",
         help="the scores of this file of cpql-evaluate's beside each last checkpoint, such as "
         "evaluation_100_1000.json (default: those at the end of the training)",
     )
+    add("--traceback", action="store_true", help="show where an error came from")
+    return parser
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = runs_parser("results.py", __doc__)
+    add = parser.add_argument
+    add("--against", metavar="AGENT", help="compare every other agent with this one, as the table names it")
     for name, what in (("csv", "a line for each row"), ("markdown", "the tables"), ("json", "everything")):
         add(f"--{name}", type=Path, metavar="FILE", help=f"write {what}")
-    add("--traceback", action="store_true", help="show where an error came from")
     return parser
 
 

@@ -24,10 +24,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from cpql.configuration import check_words
+from cpql.configuration import check_words, key_of
 from cpql.errors import ConfigError, CpqlError, Interrupted, printable
 from cpql.io import held
-from cpql.job import Job, Row, key_of, result_of, runs_of
+from cpql.job import Job, Row, result_of, runs_of
 from cpql.tasks import config_folder
 from cpql.training.config import TrainConfig, group_agent_config
 from cpql.training.logging import make_console, say

@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 import trainings
 import yaml
+from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from cpql.agents import CPQLConfig
 from cpql.api import TrainedRun, train, train_members
+from cpql.configuration import value_text
 from cpql.data import files
 from cpql.errors import CheckpointError, ConfigError, DataError
 from cpql.tasks import config_folder
@@ -144,6 +146,23 @@ def test_values_reach_the_command_line_as_they_are(tmp_path: Path) -> None:
     assert run.folder == tmp_path / name
     written = yaml.safe_load((run.folder / "config.yaml").read_text())
     assert written["agent"]["actor"]["objective_options"] == {"s1": 20}
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        *("2024", "true", "Null", "", "it's", "a\\", "a\\'b", "a, {b}: [c] $x", "runs/${seed}", "~/x"),
+        *(None, True, 3, 1e-4, [0, 1.5, "a b"], {"s1": 20, "noise": "lognormal"}),
+    ],
+)
+def test_hydra_reads_values_as_they_were(value: Any) -> None:
+    parsed = OverridesParser.create().parse_override(f"x={value_text(value)}").value()
+    assert parsed == value and type(parsed) is type(value)
+
+
+def test_a_file_may_have_a_number_for_its_name(tmp_path: Path) -> None:
+    trainings.write_dataset(tmp_path / "2024.hdf5")
+    assert train("2024.hdf5", updates=20, settings=LITTLE).folder.parts[1] == "2024"
 
 
 @pytest.mark.slow
